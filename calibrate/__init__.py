@@ -1,0 +1,1 @@
+"""Running a model to learn from it, and compressing it."""

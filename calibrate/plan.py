@@ -1,0 +1,108 @@
+"""The plan of a calibration: what happens to each linear layer, decided from names and shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from ..quantize.errors import InputError
+from ..quantize.layer import check_shape, layer_bytes
+from ..quantize.method import resolve_method
+from ..quantize.recipe import Recipe, Step
+from ..quantize.spec import LayerSpec
+from ..runtime.family import Family, block_of
+from ..runtime.load import linear_shapes
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one linear layer [n, k]. `spec` None: it keeps its precision, for the given reason."""
+
+    name: str
+    role: str
+    n: int
+    k: int
+    block: str | None
+    spec: LayerSpec | None
+    reason: str
+    method: str = ""
+    params: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the weight at 16 bits."""
+        return 2 * self.n * self.k
+
+    @property
+    def bytes_after(self) -> int:
+        return self.bytes_before if self.spec is None else layer_bytes(self.n, self.k, self.spec)
+
+    def needs(self) -> frozenset[str]:
+        """The statistics that this layer's method asks for."""
+        if self.spec is None:
+            return frozenset()
+        method, params = resolve_method(self.method, self.params)
+        return method.needs(params)
+
+
+@dataclass(frozen=True)
+class Plan:
+    layers: tuple[LayerPlan, ...]
+    family: str
+
+    @property
+    def compressed(self) -> tuple[LayerPlan, ...]:
+        return tuple(layer for layer in self.layers if layer.spec is not None)
+
+    def specs(self) -> dict[str, LayerSpec]:
+        return {layer.name: layer.spec for layer in self.layers if layer.spec is not None}
+
+    def units(self) -> list[tuple[str, list[LayerPlan]]]:
+        """The compressed layers block by block, in order: the unit of work that a resumed run keeps."""
+        out: dict[str, list[LayerPlan]] = {}
+        for layer in self.compressed:
+            out.setdefault(layer.block or "outside", []).append(layer)
+        return list(out.items())
+
+
+def make_plan(model: nn.Module, family: Family, recipe: Recipe) -> Plan:
+    """The plan of `recipe` on `model` (which may be on the meta device).
+
+    Raises InputError when a layer's shape cannot be held by its spec, when a `keep` pattern matches nothing, or when
+    the recipe selects no layer at all.
+    """
+    shapes, blocks = linear_shapes(model), family.block_names(model)
+    roles = family.linears(model)
+    for pattern in recipe.keep:
+        if not any(fnmatchcase(name, pattern) for name in roles):
+            some = ", ".join(list(roles)[:4])
+            raise InputError(f"--keep '{pattern}' matches no layer; layers are named like {some}, ...")
+    layers = tuple(
+        _plan_layer(name, role, shapes[name], block_of(name, blocks), recipe) for name, role in roles.items()
+    )
+    if not any(layer.spec is not None for layer in layers):
+        raise InputError(
+            f"recipe {recipe.name}: selects none of the {len(layers)} linear layers of {type(model).__name__} "
+            f"(family {family.name}; roles found: {', '.join(sorted(set(roles.values()))) or 'none'})"
+        )
+    return Plan(layers, family.name)
+
+
+def _plan_layer(name: str, role: str, shape: tuple[int, int], block: str | None, recipe: Recipe) -> LayerPlan:
+    n, k = shape
+    kept = next((pattern for pattern in recipe.keep if fnmatchcase(name, pattern)), None)
+    if kept is not None:
+        return LayerPlan(name, role, n, k, block, None, f"kept: --keep {kept}")
+    step: Step | None = next((s for s in recipe.steps if s.selects(name, role)), None)
+    if step is None:
+        return LayerPlan(name, role, n, k, block, None, f"kept: no step of the recipe selects role '{role}'")
+    method, params = resolve_method(step.method, step.params)
+    spec = method.complete(LayerSpec.parse(step.spec), n, k, params)
+    try:
+        check_shape(n, k, spec, name)
+    except InputError as error:
+        raise InputError(f"{error}. Another --group-size, or --keep '{name}', gets past it") from None
+    return LayerPlan(name, role, n, k, block, spec, f"role {role}", step.method, dict(step.params))

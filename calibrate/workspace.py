@@ -1,0 +1,66 @@
+"""Where an unfinished calibration keeps its work: a hidden folder beside the output, one file a finished part."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..quantize.errors import InputError
+
+
+class Workspace:
+    """Finished parts of a run, each written under a temporary name and renamed, so a part is whole or absent."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.folder = output.parent / f".{output.name}.partial"
+
+    def open(self, job: dict[str, Any], resume: bool) -> bool:
+        """Prepares the folder for `job`; returns whether earlier parts are there to be used.
+
+        Raises InputError when asked to resume a run that had other settings.
+        """
+        note = self.folder / "job.json"
+        text = json.dumps(job, indent=1, sort_keys=True)
+        if resume and note.exists():
+            before = json.loads(note.read_text(encoding="utf-8"))
+            changed = sorted(key for key in {*before, *job} if before.get(key) != json.loads(text).get(key))
+            if changed:
+                raise InputError(
+                    f"--resume: the interrupted run of {self.output} had other settings ({', '.join(changed)}); "
+                    "repeat them, or start anew without --resume"
+                )
+            return True
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        _replace(note, lambda path: path.write_text(text, encoding="utf-8"))
+        return False
+
+    def has(self, part: str) -> bool:
+        return self._path(part).exists()
+
+    def save(self, part: str, tensors: dict[str, Tensor]) -> None:
+        # shared tensors are stored once for each name: safetensors refuses aliases
+        plain = {name: t.clone() for name, t in tensors.items()}
+        _replace(self._path(part), lambda path: save_file(plain, path))
+
+    def load(self, part: str) -> dict[str, Tensor]:
+        return load_file(self._path(part))
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, part: str) -> Path:
+        return self.folder / f"{part}.safetensors"
+
+
+def _replace(path: Path, write: Any) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)

@@ -1,0 +1,1 @@
+"""Words in, tables out: one file a command, no logic."""

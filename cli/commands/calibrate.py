@@ -1,0 +1,63 @@
+"""`vdit-quant calibrate`: a checkpoint in, a compressed artifact out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def run(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Pipeline folder, transformer folder or hub id. Without one: the bundled demo checkpoint."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write the artifact to.")] = None,
+    bits: Annotated[str, typer.Option(help="Shipped recipe: w8a8, w4a8, w4a16 or w8a16.")] = "w4a8",
+    method: Annotated[str | None, typer.Option(help="Method for attention and feed-forward layers.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe file (TOML), in the place of --bits.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Weight group size, in the place of the recipe's.")] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Glob of layers that keep their precision; may be given again.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps of the calibration run.")] = 20,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of the calibration run.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the calibration run.")] = 0,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale of the calibration run.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: the GPU if there is one.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; touch no weights.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+) -> None:
+    """Calibrate a Diffusion Transformer and write a compressed artifact."""
+    from ...calibrate.pipeline import Options, compress, default_output, open_source, plan_source
+    from ..console import console, reporting
+    from ..plan_table import print_plan
+
+    options = Options(
+        bits=bits,
+        recipe=recipe,
+        method=method,
+        group_size=group_size,
+        keep=tuple(keep or ()),
+        steps=steps,
+        samples=samples,
+        seed=seed,
+        guidance=guidance,
+        device=device,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    source = open_source(model)
+    chosen = options.resolve_recipe()
+    target = output or default_output(source.label, chosen)
+    plan = plan_source(source, chosen)
+    console.print(f"[bold]{source.label}[/] as [bold]{chosen.name}[/], family {plan.family} -> {target}")
+    print_plan(plan)
+    if dry_run:
+        return
+    with reporting() as reporter:
+        written = compress(model, target, progress=reporter, **vars(options))
+    console.print(f"wrote [bold]{written}[/]")
+    console.print(f"  vdit-quant inspect {written}\n  vdit-quant compare {written}")

@@ -1,0 +1,49 @@
+"""`vdit-quant compare`: what compression cost, against full precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def run(
+    artifact: Annotated[Path, typer.Argument(help="Folder that `vdit-quant calibrate` wrote.")],
+    baseline: Annotated[
+        str | None, typer.Option(help="The full-precision model. Default: the one the artifact was made from.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples a seed.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
+    seed: Annotated[list[int] | None, typer.Option(help="Seed; may be given again. Default: 0 and 1.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's own.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples run at a time.")] = 16,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the GPU if there is one.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Make a kernel fallback an error.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for comparison.json and samples.png.")
+    ] = None,
+) -> None:
+    """Compare an artifact with full precision: same conditions, same noise, sample by sample."""
+    from ...evaluate.compare import compare, default_baseline
+    from ...evaluate.sampling import Workload
+    from ...kernels import dispatch
+    from ...runtime.writer import write_json
+    from ..compare_table import print_comparison
+    from ..console import console, reporting
+
+    against = baseline or default_baseline(artifact)
+    folder = output or Path(f"{artifact.name}-compare")
+    with reporting() as reporter, dispatch.use(strict=strict or None):
+        result = compare(
+            artifact,
+            against,
+            Workload(samples, steps, 0, guidance, batch_size),
+            tuple(seed or (0, 1)),
+            device,
+            folder / "samples.png",
+            reporter.task,
+        )
+    write_json(folder / "comparison.json", result.to_dict())
+    print_comparison(result)
+    console.print(f"wrote {folder / 'comparison.json'} and {folder / 'samples.png'}")

@@ -1,0 +1,39 @@
+"""`vdit-quant inspect`: what is inside an artifact."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def run(
+    artifact: Annotated[Path, typer.Argument(help="Folder that `vdit-quant calibrate` wrote.")],
+    device: Annotated[str | None, typer.Option(help="Device to explain the kernels for.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show per-layer formats, true bytes, and the kernel that will run here and why."""
+    from ...runtime.describe import describe_artifact
+    from ..console import console, human_bytes, table
+
+    found = describe_artifact(artifact, device)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    console.print(f"[bold]{artifact}[/]: {found['class']}, schema {found['version']}")
+    for key, value in found["provenance"].items():
+        if not isinstance(value, dict):
+            console.print(f"  {key}: {value}")
+    rows = table("layers", "count", "spec", "bits/weight", "bytes", "kernels", right=("count", "bits/weight", "bytes"))
+    for row in found["layers"]:
+        bits = f"{row['bits_per_weight']:.2f}"
+        rows.add_row(row["pattern"], str(row["count"]), row["spec"], bits, human_bytes(row["bytes"]), row["kernels"])
+    console.print(rows)
+    console.print(
+        f"compressed layers {human_bytes(found['compressed_bytes'])} "
+        f"({found['ratio']:.3f}x of 16 bits), everything else {human_bytes(found['other_bytes'])}"
+    )
+    for line in found["reasons"]:
+        console.print(f"  {line}")

@@ -1,0 +1,95 @@
+"""The console every command prints to, tables, progress with ETA, and one-line errors."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+# a pipe or a log file has no width of its own: give tables room there
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+error_console = Console(stderr=True, highlight=False)
+
+_QUIET_SECONDS = 5.0
+
+
+class Reporter:
+    """Draws a run's stages as bars with ETA on a terminal, and as plain lines every few seconds elsewhere.
+
+    It has the methods of `calibrate.progress.Progress`, and `task` for callers that report (label, done, total).
+    """
+
+    def __init__(self, bars: Bars | None) -> None:
+        self.bars = bars
+        self.current: Any = None
+        self.name, self.total, self.started, self.printed = "", 0, time.monotonic(), 0.0
+
+    def stage(self, name: str, total: int) -> None:
+        self.name, self.total, self.started, self.printed = name, total, time.monotonic(), time.monotonic()
+        if self.bars is None:
+            console.print(f"{name} ({total})")
+            return
+        if self.current is not None:
+            self.bars.remove_task(self.current)
+        self.current = self.bars.add_task(name, total=total, detail="")
+
+    def advance(self, done: int, detail: str = "") -> None:
+        if self.bars is not None and self.current is not None:
+            self.bars.update(self.current, completed=done, detail=detail)
+            return
+        now = time.monotonic()
+        if now - self.printed > _QUIET_SECONDS and done:
+            left = (now - self.started) * (self.total - done) / done
+            console.print(f"  {self.name}: {done}/{self.total}, about {left:.0f} s left  {detail}")
+            self.printed = now
+
+    def note(self, message: str) -> None:
+        console.print(message)
+
+    def task(self, label: str, done: int, total: int) -> None:
+        if label != self.name:
+            self.stage(label, total)
+        self.advance(done)
+
+
+@contextmanager
+def reporting() -> Iterator[Reporter]:
+    """A Reporter for the time of the block."""
+    if not console.is_terminal:
+        yield Reporter(None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
+    with Bars(*columns, console=console, transient=True) as bars:
+        yield Reporter(bars)
+
+
+def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    """An empty table; columns named in `right` are right-aligned."""
+    out = Table(box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        # the first column holds names and may fold; the others are short and must stay readable
+        first = name == columns[0]
+        out.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=not first)
+    return out
+
+
+def human_bytes(size: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"

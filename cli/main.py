@@ -1,0 +1,56 @@
+"""`vdit-quant`: every file in `commands/` is one command."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+
+import typer
+
+from . import commands
+
+app = typer.Typer(
+    help="Compress Diffusion Transformers: calibrate a checkpoint, prove what it cost, run the result.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def options(debug: bool = typer.Option(False, "--debug", help="Show the whole traceback of an error.")) -> None:
+    """Options before the command."""
+
+
+for _module in sorted(m.name for m in pkgutil.iter_modules(commands.__path__)):
+    app.command(_module)(importlib.import_module(f"{commands.__name__}.{_module}").run)
+
+
+def main() -> None:
+    """Entry point: bad input gives one line on stderr and exit code 2."""
+    debug = "--debug" in sys.argv
+    if debug and sys.argv.index("--debug") > 1:  # accepted anywhere on the line
+        sys.argv.remove("--debug")
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if debug or not _is_input_error(error):
+            raise
+        from .console import error_console
+
+        error_console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+
+
+def _is_input_error(error: Exception) -> bool:
+    errors = sys.modules.get("vdit_quant.quantize.errors")
+    return errors is not None and isinstance(error, errors.InputError)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,48 @@
+"""The plan of a calibration as a table: one row for the layers that share everything but the block's number."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from ..calibrate.plan import LayerPlan, Plan
+from .console import console, human_bytes, table
+
+
+def print_plan(plan: Plan) -> None:
+    """Prints every group of layers with its role, spec, method and bytes, then the totals."""
+    rows = table("layers", "count", "role", "shape", "spec", "16-bit", "after", right=("count", "16-bit", "after"))
+    for group in _groups(plan.layers):
+        first = group[0]
+        before, after = sum(p.bytes_before for p in group), sum(p.bytes_after for p in group)
+        spec = "16-bit" if first.spec is None else f"{first.spec.name} {first.method}"
+        rows.add_row(
+            _pattern(first.name) if len(group) > 1 else first.name,
+            str(len(group)),
+            first.role,
+            f"{first.n}x{first.k}",
+            spec,
+            human_bytes(before),
+            human_bytes(after),
+        )
+    console.print(rows)
+    before = sum(p.bytes_before for p in plan.compressed)
+    after = sum(p.bytes_after for p in plan.compressed)
+    kept = sum(p.bytes_before for p in plan.layers) - before
+    elements = sum(p.n * p.k for p in plan.compressed)
+    console.print(
+        f"compressed layers: {human_bytes(before)} -> {human_bytes(after)} ({after / before:.3f}x, "
+        f"{8 * after / elements:.2f} bits a weight with every scale); linear layers kept at 16 bits: {human_bytes(kept)}"
+    )
+
+
+def _groups(layers: Iterable[LayerPlan]) -> list[list[LayerPlan]]:
+    groups: dict[tuple[object, ...], list[LayerPlan]] = {}
+    for layer in layers:
+        key = (_pattern(layer.name), layer.role, layer.n, layer.k, layer.spec, layer.method, layer.reason)
+        groups.setdefault(key, []).append(layer)
+    return list(groups.values())
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name, count=1)

@@ -1,0 +1,1 @@
+"""Measuring what compression cost: paired sampling, metrics, comparison tables."""

@@ -1,0 +1,183 @@
+"""Artifact against full precision, sample by sample on the same conditions and noise."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..quantize.errors import InputError
+from ..runtime.artifact import read_config
+from ..runtime.load import check_artifact, default_device, default_dtype
+from ..runtime.source import Source, find_source
+from .metrics import mean_psnr, relative_error, ssim
+from .picture import save_pairs
+from .sampling import Sampler, Samples, Workload, make_sampler
+
+Progress = Callable[[str, int, int], None]
+PICTURED = 8
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """Paired metrics of one seed's samples. psnr: mean over samples, dB; step_error: relative RMS error of the
+    denoiser's input latents at each step."""
+
+    seed: int
+    psnr: float
+    ssim: float
+    latent_error: float
+    step_error: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a compressed model cost against full precision."""
+
+    artifact: str
+    baseline: str
+    workload: dict[str, Any]
+    sampler: str
+    device: str
+    dtype: str
+    seeds: tuple[SeedResult, ...]
+    bytes_artifact: int
+    bytes_baseline: int
+    seconds_artifact: float
+    seconds_baseline: float
+    picture: str | None = field(default=None)
+
+    @property
+    def psnr(self) -> float:
+        return statistics.fmean(s.psnr for s in self.seeds)
+
+    @property
+    def psnr_spread(self) -> float:
+        """Sample standard deviation over seeds; 0 for a single seed."""
+        return statistics.stdev(s.psnr for s in self.seeds) if len(self.seeds) > 1 else 0.0
+
+    @property
+    def ssim(self) -> float:
+        return statistics.fmean(s.ssim for s in self.seeds)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "psnr": self.psnr, "psnr_spread": self.psnr_spread, "ssim": self.ssim}
+
+
+def compare(
+    artifact: str | Path,
+    baseline: str | Path,
+    workload: Workload | None = None,
+    seeds: tuple[int, ...] = (0, 1),
+    device: str | None = None,
+    picture: Path | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Samples both models on the same conditions and noise and measures how far apart they end up.
+
+    workload  what to sample, once for each of `seeds`
+    picture   where to save the side-by-side picture (PNG)
+    Raises InputError when either is unusable or the two are not the same architecture.
+    """
+    workload = workload or Workload(samples=20)
+    place = default_device() if device is None else torch.device(device)
+    sources = {"artifact": find_source(artifact), "baseline": find_source(baseline)}
+    check_artifact(sources["artifact"])
+    check_same(sources["artifact"], sources["baseline"])
+    runs: dict[str, list[Samples]] = {}
+    seconds: dict[str, float] = {}
+    size: dict[str, int] = {}
+    scheduler = ""
+    for role in ("baseline", "artifact"):
+        sampler = make_sampler(sources[role], default_dtype(place), place)
+        size[role] = tensor_bytes(sampler.denoiser)
+        scheduler = scheduler_name(sampler)
+        start = time.perf_counter()
+        runs[role] = [_run(sampler, workload, seed, role, progress) for seed in seeds]
+        seconds[role] = time.perf_counter() - start
+        del sampler
+    results = tuple(
+        measure(seed, got, want) for seed, got, want in zip(seeds, runs["artifact"], runs["baseline"], strict=True)
+    )
+    if picture is not None:
+        save_pairs(picture, runs["baseline"][0].images[:PICTURED], runs["artifact"][0].images[:PICTURED])
+    return Comparison(
+        artifact=str(artifact),
+        baseline=str(baseline),
+        workload={key: value for key, value in asdict(workload).items() if key != "seed"},
+        sampler=scheduler,
+        device=str(place),
+        dtype=str(default_dtype(place)).removeprefix("torch."),
+        seeds=results,
+        bytes_artifact=size["artifact"],
+        bytes_baseline=size["baseline"],
+        seconds_artifact=seconds["artifact"],
+        seconds_baseline=seconds["baseline"],
+        picture=None if picture is None else str(picture),
+    )
+
+
+def measure(seed: int, got: Samples, want: Samples) -> SeedResult:
+    """Paired metrics of one seed. Raises InputError when the compressed model produced NaN or infinity."""
+    if not torch.isfinite(got.images).all():
+        bad = int((~torch.isfinite(got.images)).flatten(1).any(1).sum())
+        raise InputError(f"seed {seed}: {bad} of {len(got.images)} compressed samples hold NaN or infinity")
+    steps = tuple(relative_error(a, b) for a, b in zip(got.trajectory, want.trajectory, strict=True))
+    images = got.images.dim() >= 4 and bool((want.images.min() >= 0) & (want.images.max() <= 1))
+    span = 1.0 if images else float(want.images.max() - want.images.min())
+    return SeedResult(
+        seed=seed,
+        psnr=mean_psnr(got.images, want.images, span),
+        ssim=ssim(got.images, want.images) if images else float("nan"),
+        latent_error=relative_error(got.images, want.images),
+        step_error=steps,
+    )
+
+
+def default_baseline(artifact: Path) -> str:
+    """The model that an artifact says it was made from. Raises InputError when it cannot be found here."""
+    source = find_source(artifact)
+    label = read_config(source.transformer).provenance.get("source")
+    if not label:
+        raise InputError(f"{artifact}: does not say what it was made from; pass --baseline MODEL")
+    return str(label)
+
+
+def check_same(artifact: Source, baseline: Source) -> None:
+    """Raises InputError when the two configs describe different architectures."""
+    ours, theirs = ({k: v for k, v in s.config.items() if not k.startswith("_")} for s in (artifact, baseline))
+    ours.pop("quantization_config", None)
+    if artifact.config.get("_class_name") != baseline.config.get("_class_name") or ours != theirs:
+        different = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
+        raise InputError(
+            f"{artifact.label} and {baseline.label} are not the same architecture "
+            f"({', '.join(different) or 'another class'}); compare an artifact with the checkpoint it was made from"
+        )
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of every parameter and buffer as the artifact stores them (16 bits for what is not compressed)."""
+    total = 0
+    for name, tensor in model.state_dict().items():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        stored = getattr(owner, "spec", None) is not None and name.rpartition(".")[2] in owner._buffers
+        total += tensor.numel() * (tensor.element_size() if stored else 2)
+    return total
+
+
+def scheduler_name(sampler: Sampler) -> str:
+    scheduler = getattr(sampler, "scheduler", None) or getattr(getattr(sampler, "pipe", None), "scheduler", None)
+    return type(scheduler).__name__
+
+
+def _run(sampler: Sampler, workload: Workload, seed: int, role: str, progress: Progress | None) -> Samples:
+    seeded = Workload(**{**asdict(workload), "seed": seed})
+    label = f"{role}, seed {seed}"
+    report = None if progress is None else lambda done, total: progress(label, done, total)
+    return sampler.run(seeded, report, keep_trajectory=True)

@@ -1,0 +1,32 @@
+"""Paired metrics between full-precision and compressed samples of the same seeds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def mean_psnr(got: Tensor, want: Tensor, data_range: float = 1.0) -> float:
+    """Peak signal-to-noise ratio in dB, per sample, averaged over samples; [n, ...] each. Equal samples count 100."""
+    error = (got.double() - want.double()).flatten(1).square().mean(1)
+    ratio = 10 * torch.log10(data_range**2 / error.clamp_min(data_range**2 * 1e-10))
+    return float(ratio.mean())
+
+
+def pooled_psnr(got: Tensor, want: Tensor, data_range: float = 1.0) -> float:
+    """Peak signal-to-noise ratio in dB of the mean squared error over all samples."""
+    error = (got.double() - want.double()).square().mean()
+    return float(10 * torch.log10(data_range**2 / error.clamp_min(data_range**2 * 1e-10)))
+
+
+def ssim(got: Tensor, want: Tensor) -> float:
+    """Structural similarity of images [n, C, H, W] in 0..1 (Wang et al. 2004), averaged; videos go frame by frame."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    frames = [t.float().reshape(-1, *t.shape[-3:]) for t in (got, want)]
+    return float(structural_similarity_index_measure(*frames, data_range=1.0))
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Root mean square of the difference over root mean square of `want`."""
+    return float((got.double() - want.double()).square().mean().sqrt() / want.double().square().mean().sqrt())

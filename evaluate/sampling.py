@@ -1,0 +1,200 @@
+"""Sampling a model the same way every time: fixed conditions, one noise seed a sample, any batch size."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..quantize.errors import InputError
+from ..runtime.family import Family, find_family
+from ..runtime.source import Source, load_pipeline, load_transformer
+from ..runtime.step import StepTracker
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is sampled: `samples` conditions and noises drawn from `seed`, with the sampler's settings.
+
+    guidance_scale None: the pipeline's own default.
+    """
+
+    samples: int = 8
+    steps: int = 20
+    seed: int = 0
+    guidance_scale: float | None = None
+    batch_size: int = 16
+
+    def generators(self, start: int, stop: int) -> list[torch.Generator]:
+        """One CPU generator a sample, so that a sample's noise depends on nothing but its own number."""
+        return [torch.Generator().manual_seed(self.seed * 1_000_003 + i) for i in range(start, stop)]
+
+
+@dataclass
+class Samples:
+    """images float32 [n, ...] in 0..1 (latents where there is no decoder); trajectory: the denoiser's input latents
+    of every sample at each step, float32 [steps][n, ...]."""
+
+    images: Tensor
+    trajectory: list[Tensor] = field(default_factory=list)
+
+
+class Sampler:
+    """Runs a denoiser through whole sampling runs. `denoiser` is the module that calibration observes."""
+
+    denoiser: nn.Module
+    family: Family
+
+    def conditions(self, workload: Workload) -> Any:
+        """All conditions of a workload; depends on the model's configuration and the seed only."""
+        raise NotImplementedError
+
+    def sample_batch(self, workload: Workload, conditions: Any, start: int, stop: int) -> Tensor:
+        """Samples start..stop of the workload: float [stop - start, ...]."""
+        raise NotImplementedError
+
+    def batches(self, workload: Workload) -> Iterator[tuple[int, int]]:
+        for start in range(0, workload.samples, workload.batch_size):
+            yield start, min(workload.samples, start + workload.batch_size)
+
+    @torch.no_grad()
+    def run(self, workload: Workload, progress: Progress | None = None, keep_trajectory: bool = False) -> Samples:
+        """Samples the workload. `progress` is called with (calls of the denoiser so far, expected calls)."""
+        conditions = self.conditions(workload)
+        images, trajectories = [], []
+        spans = list(self.batches(workload))
+        with StepTracker(self.denoiser, self.family) as tracker:
+            for number, (start, stop) in enumerate(spans):
+                tracker.reset()
+                watch = _Watch(tracker, stop - start, keep_trajectory)
+                if progress is not None:
+                    watch.on_step = _step_progress(progress, number, len(spans), workload.steps)
+                handle = self.denoiser.register_forward_pre_hook(watch)
+                try:
+                    images.append(self.sample_batch(workload, conditions, start, stop).float().cpu())
+                finally:
+                    handle.remove()
+                trajectories.append(watch.latents)
+        steps = [torch.cat(parts) for parts in zip(*trajectories, strict=True)] if keep_trajectory else []
+        return Samples(torch.cat(images), steps)
+
+
+def _step_progress(progress: Progress, number: int, batches: int, steps: int) -> Callable[[int], None]:
+    return lambda index: progress(min(number * steps + index + 1, batches * steps), batches * steps)
+
+
+class _Watch:
+    """Hook that sees each denoiser call once the tracker is current: keeps latents, reports steps."""
+
+    def __init__(self, tracker: StepTracker, count: int, keep: bool) -> None:
+        self.tracker, self.count, self.keep = tracker, count, keep
+        self.latents: list[Tensor] = []
+        self.on_step: Callable[[int], None] | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.tracker.repeat:
+            return
+        if self.on_step is not None:
+            self.on_step(self.tracker.index)
+        if self.keep and self.tracker.latents is not None:
+            self.latents.append(self.tracker.latents[: self.count].detach().float().cpu().clone())
+
+
+class PipelineSampler(Sampler):
+    """Samples with a diffusers pipeline: class labels or the prompts that ship with the package."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.denoiser = pipe.transformer
+        self.family = find_family(self.denoiser)
+        self.accepts = inspect.signature(pipe.__call__).parameters
+
+    def conditions(self, workload: Workload) -> dict[str, list[Any]]:
+        if "class_labels" in self.accepts:
+            generator = torch.Generator().manual_seed(workload.seed)
+            labels = self.family.conditions(self.denoiser, workload.samples, generator)["class_labels"]
+            return {"class_labels": labels.tolist()}
+        if "prompt" in self.accepts:
+            prompts = shipped_prompts()
+            return {"prompt": [prompts[(workload.seed + i) % len(prompts)] for i in range(workload.samples)]}
+        raise InputError(f"{type(self.pipe).__name__} takes neither class_labels nor prompt; give your own data")
+
+    def sample_batch(self, workload: Workload, conditions: Any, start: int, stop: int) -> Tensor:
+        options = {"guidance_scale": workload.guidance_scale} if workload.guidance_scale is not None else {}
+        out = self.pipe(
+            **{name: values[start:stop] for name, values in conditions.items()},
+            generator=workload.generators(start, stop),
+            num_inference_steps=workload.steps,
+            output_type="pt",
+            **options,
+        )
+        return out.images if hasattr(out, "images") else out.frames
+
+
+class DenoiserSampler(Sampler):
+    """Samples latents with a bare denoiser and a diffusers scheduler, with the family's own random conditions."""
+
+    default_guidance = 1.5
+
+    def __init__(self, denoiser: nn.Module, scheduler: Any) -> None:
+        self.denoiser, self.scheduler = denoiser, scheduler
+        self.family = find_family(denoiser)
+
+    def conditions(self, workload: Workload) -> dict[str, Tensor]:
+        try:
+            generator = torch.Generator().manual_seed(workload.seed)
+            return self.family.conditions(self.denoiser, workload.samples, generator)
+        except NotImplementedError:
+            raise InputError(
+                f"{type(self.denoiser).__name__}: the family '{self.family.name}' does not know how to call it without "
+                "data; name a whole pipeline folder, or pass data= from Python"
+            ) from None
+
+    def sample_batch(self, workload: Workload, conditions: dict[str, Tensor], start: int, stop: int) -> Tensor:
+        parameter = next(p for p in self.denoiser.parameters() if p.is_floating_point())
+        device, dtype = parameter.device, parameter.dtype
+        shape = self.family.latent_shape(self.denoiser)
+        noise = [torch.randn(shape, generator=g) for g in workload.generators(start, stop)]
+        latents = torch.stack(noise).to(device, dtype)
+        guided = {name: t[start:stop].to(device) for name, t in conditions.items()}
+        free = {name: t.to(device) for name, t in self.family.unconditional(self.denoiser, guided).items()}
+        both = {name: torch.cat([t, free[name]]) for name, t in guided.items()}
+        scale = self.default_guidance if workload.guidance_scale is None else workload.guidance_scale
+        self.scheduler.set_timesteps(workload.steps)
+        for t in self.scheduler.timesteps.to(device):
+            pair = self.scheduler.scale_model_input(torch.cat([latents, latents]), t)
+            out = self.denoiser(pair, timestep=t.expand(len(pair)), **both, return_dict=False)[0]
+            cond, uncond = out[:, : shape[0]].chunk(2)
+            latents = self.scheduler.step(uncond + scale * (cond - uncond), t, latents, return_dict=False)[0]
+        return latents
+
+
+def make_sampler(source: Source, dtype: torch.dtype, device: torch.device | str) -> Sampler:
+    """The sampler of a model on disk: its pipeline, or for a bare transformer its denoiser with the scheduler in the
+    folder next to it (a linear-beta DDIM when there is none)."""
+    if source.is_pipeline:
+        return PipelineSampler(load_pipeline(source, dtype, device))
+    return DenoiserSampler(load_transformer(source, dtype, device), _scheduler(source))
+
+
+def _scheduler(source: Source) -> Any:
+    import diffusers
+
+    folder = source.root.resolve().parent / "scheduler"
+    if not (folder / "scheduler_config.json").exists():
+        return diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False)
+    name = diffusers.SchedulerMixin.load_config(folder).get("_class_name", "")
+    return getattr(diffusers, name).from_pretrained(folder)
+
+
+def shipped_prompts() -> list[str]:
+    """The text prompts that calibration and comparison use when none are given."""
+    text = (resources.files(__package__) / "prompts.txt").read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if line.strip()]

@@ -1,0 +1,59 @@
+"""Pieces shared by the Triton kernels: tile order, rounding, the linear epilogue, launch helpers."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TORCH_TO_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """The same values with a dense row-major layout, copied only when needed."""
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def tile(bm: int, bn: int, bk: int, group_m: int, warps: int, stages: int) -> dict[str, int]:
+    """Launch parameters of a product: tile, tile rows that share L2, warps, pipeline stages."""
+    return {"BM": bm, "BN": bn, "BK": bk, "GROUP_M": group_m, "num_warps": warps, "num_stages": stages}
+
+
+@triton.jit
+def tile_ids(pid, num_m, num_n, GROUP_M: tl.constexpr):
+    """Program id -> (tile row, tile column), walking GROUP_M rows at a time so that both operands stay in L2."""
+    per_group = GROUP_M * num_n
+    first = (pid // per_group) * GROUP_M
+    height = tl.minimum(num_m - first, GROUP_M)
+    inside = pid % per_group
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def round_to_int8(t):
+    """Round half to even for |t| < 2**22, then int8: after adding 1.5 * 2**23 the low mantissa bits are the integer."""
+    return (t + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def store_scaled(
+    y_ptr, acc, scale_ptr, weight_scale_ptr, bias_ptr, pid_m, pid_n, M, N,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """y = acc * scale[m] * weight_scale[n] + bias[n] in fp32, cast and stored with both tails masked."""
+    rm = pid_m * BM + tl.arange(0, BM)
+    rn = pid_n * BN + tl.arange(0, BN)
+    y = acc.to(tl.float32)
+    if HAS_SCALE:
+        y = y * tl.load(scale_ptr + rm, mask=rm < M, other=0.0)[:, None]
+    y = y * tl.load(weight_scale_ptr + rn, mask=rn < N, other=0.0)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
+    at = y_ptr + rm.to(tl.int64)[:, None] * N + rn[None, :]
+    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=(rm < M)[:, None] & (rn < N)[None, :])
+
+
+INTERPRETED = not isinstance(store_scaled, triton.JITFunction)
+"""True under TRITON_INTERPRET=1, where bfloat16 is stored but cannot be computed with."""
+
+ROUND_EACH_STEP = {"enable_fp_fusion": False}
+"""Launch option that forbids a * b + c in one rounding: the int8 kernels then equal their references bit for bit."""

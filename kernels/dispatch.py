@@ -1,0 +1,227 @@
+"""Choose, for every op, between the torch reference and its Triton twin, and keep the reason.
+
+The reference *is* the definition of an op; a twin in `_triton/` is only ever a faster way to the same numbers. Nothing
+here runs on CPU tensors: torch's own dispatcher sends those to the reference. `explain` answers without running.
+
+Environment: `VDIT_KERNELS` = auto | triton | reference, `VDIT_STRICT` = 1 to refuse every fallback on an accelerator.
+"""
+
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("vdit_quant")
+
+MODES = ("auto", "triton", "reference")
+
+TWINS = {
+    "quant_token": "quant_token",
+    "int8_linear": "int8_linear",
+    "int8_weight_linear": "int8_linear",
+    "int4_to_int8": "int4_linear",
+    "int4_linear": "int4_linear",
+    "int4_weight_linear": "int4_linear",
+    "hadamard": "hadamard",
+}
+"""Op name -> file in `_triton/`."""
+
+
+class KernelUnavailable(RuntimeError):
+    """The Triton twin of an op cannot run and falling back was refused."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`auto`: Triton where it can, else the reference. `triton`: Triton or an error. `reference`: never Triton.
+
+    `strict` turns every run on an accelerator that is not Triton into `KernelUnavailable`.
+    """
+
+    mode: str = "auto"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"kernel mode must be one of {', '.join(MODES)}, found {self.mode!r}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which implementation of `op` runs, and why."""
+
+    op: str
+    backend: str
+    reason: str
+
+
+@dataclass
+class _Process:
+    settings: Settings
+    fallbacks: dict[str, set[str]] = field(default_factory=dict)
+    broken: dict[tuple[str, torch.device], str] = field(default_factory=dict)
+
+
+def _from_environment() -> Settings:
+    strict = os.environ.get("VDIT_STRICT", "").strip().lower() in ("1", "true", "yes", "on")
+    return Settings(os.environ.get("VDIT_KERNELS", "").strip().lower() or "auto", strict)
+
+
+_process = _Process(_from_environment())
+_override: ContextVar[Settings | None] = ContextVar("vdit_quant_kernel_settings", default=None)
+
+
+def settings() -> Settings:
+    """The settings in force here: those of the innermost `use`, else the process-wide ones."""
+    return _override.get() or _process.settings
+
+
+def _changed(base: Settings, mode: str | None, strict: bool | None) -> Settings:
+    return replace(
+        base, mode=base.mode if mode is None else mode, strict=base.strict if strict is None else bool(strict)
+    )
+
+
+def configure(mode: str | None = None, strict: bool | None = None) -> Settings:
+    """Change the process-wide settings; what is None stays."""
+    _process.settings = _changed(_process.settings, mode, strict)
+    return _process.settings
+
+
+@contextmanager
+def use(mode: str | None = None, strict: bool | None = None) -> Iterator[Settings]:
+    """Change the settings inside a `with` block, in this thread only."""
+    token = _override.set(_changed(settings(), mode, strict))
+    try:
+        yield settings()
+    finally:
+        _override.reset(token)
+
+
+def fallbacks() -> dict[str, set[str]]:
+    """Op -> reasons, for the fallbacks that really happened on an accelerator in this process."""
+    return {op: set(reasons) for op, reasons in _process.fallbacks.items()}
+
+
+def triton_version() -> str | None:
+    """Version of the installed Triton, or None."""
+    try:
+        return str(importlib.import_module("triton").__version__)
+    except (ImportError, AttributeError):
+        return None
+
+
+@cache
+def _twin(op: str) -> ModuleType | str:
+    """The imported twin module, or the reason why it cannot be imported."""
+    if op not in TWINS:
+        raise ValueError(f"unknown op {op!r}; the ops are {', '.join(sorted(TWINS))}")
+    if triton_version() is None:
+        return "triton is not installed"
+    try:
+        return importlib.import_module(f"._triton.{TWINS[op]}", __package__)
+    except Exception as error:
+        # Triton raises far more than ImportError while it starts (missing driver, compiler, libcuda).
+        return f"the Triton kernel does not import: {type(error).__name__}: {error}"
+
+
+@cache
+def _device_reason(device: torch.device) -> str | None:
+    if device.type == "cpu":
+        return "CPU tensor: the torch reference runs"
+    if device.type != "cuda":
+        return f"device type {device.type!r} has no Triton kernels here"
+    if not torch.cuda.is_available():
+        return "no GPU is visible to torch"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "compute capability < 8.0"
+    return None
+
+
+def _blocker(op: str, device: torch.device) -> str | None:
+    """Why Triton cannot run `op` on `device`, whatever the shapes; None when it can."""
+    if (reason := _device_reason(device)) is not None:
+        return reason
+    if isinstance(twin := _twin(op), str):
+        return twin
+    return _process.broken.get((op, device))
+
+
+def explain(op: str, device: torch.device | str, **facts: Any) -> Choice:
+    """Say what would run, without running it.
+
+    `facts` are the ones a kernel may refuse: `dtype` (of the activation), `k`, `group` (int4), `block_size` (hadamard).
+    """
+    if op not in TWINS:
+        raise ValueError(f"unknown op {op!r}; the ops are {', '.join(sorted(TWINS))}")
+    device = torch.device(device)
+    mode = settings().mode
+    if mode == "reference" and device.type != "cpu":
+        return Choice(op, "reference", "the mode is 'reference'")
+    reason = _blocker(op, device)
+    if reason is None:
+        reason = _twin(op).limits(op, **facts)  # type: ignore[union-attr]
+    if reason is not None:
+        return Choice(op, "reference", reason)
+    return Choice(op, "triton", "the mode is 'triton'" if mode == "triton" else "supported")
+
+
+def available() -> Choice:
+    """Whether Triton kernels can run in this process at all, and why not."""
+    if settings().mode == "reference":
+        return Choice("*", "reference", "the mode is 'reference'")
+    if (version := triton_version()) is None:
+        return Choice("*", "reference", "triton is not installed")
+    if (reason := _device_reason(torch.device("cuda"))) is not None:
+        return Choice("*", "reference", reason)
+    return Choice("*", "triton", f"triton {version}")
+
+
+def run(op: str, reference: Callable[..., Any], *args: Any) -> Any:
+    """Run `op` on accelerator tensors: the Triton twin when allowed and supported, else `reference(*args)`."""
+    device = args[0].device
+    current = settings()
+    if current.mode == "reference" and not current.strict:
+        return reference(*args)
+    reason = "the mode is 'reference'" if current.mode == "reference" else _blocker(op, device)
+    if reason is None:
+        twin = _twin(op)
+        reason = twin.supports(op, *args)  # type: ignore[union-attr]
+    if reason is None:
+        try:
+            return _launch(twin.run, op, device, args)  # type: ignore[union-attr]
+        except Exception as error:
+            # A kernel that does not compile or does not fit this GPU is a reason; any other error is a bug to see.
+            if not type(error).__module__.startswith("triton"):
+                raise
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
+            _process.broken[op, device] = reason
+    return _fall_back(op, reason, reference, args)
+
+
+def _launch(call: Callable[..., Any], op: str, device: torch.device, args: tuple[Any, ...]) -> Any:
+    # Triton launches on the current device, which need not be the tensor's.
+    if device.index == torch.cuda.current_device():
+        return call(op, *args)
+    with torch.cuda.device(device):
+        return call(op, *args)
+
+
+def _fall_back(op: str, reason: str, reference: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    current = settings()
+    if current.strict or current.mode == "triton":
+        raise KernelUnavailable(f"{op}: the Triton kernel cannot run and falling back is refused: {reason}")
+    known = _process.fallbacks.setdefault(op, set())
+    if reason not in known:
+        known.add(reason)
+        logger.warning("%s runs its torch reference on %s: %s", op, args[0].device, reason)
+    return reference(*args)

@@ -1,0 +1,186 @@
+"""Linear layers with packed int4 weights: int8 activations (W4A8) or float activations (W4A16).
+
+Every layout decodes exactly to int8 with one fp32 scale per row, so that both ops equal decode + the int8 op.
+"""
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .int8_linear import check_codes, check_float, check_vectors, describe, expect, scaled_matmul, weight_only_matmul
+from .pack import unpack_int4
+
+GROUPS = (16, 32, 64, 128)
+
+
+def _check_weight(op: str, k: int, weight: Tensor, group_scale: Tensor | None) -> None:
+    width = (k + 1) // 2
+    ok = weight.dtype == torch.uint8 and weight.dim() == 2 and weight.shape[1] == width
+    expect(ok and k > 0, op, f"packed weight torch.uint8 [N, {width}] for K={k}", describe(weight))
+    if group_scale is None:
+        return
+    n = weight.shape[0]
+    ok = group_scale.dtype == torch.uint8 and group_scale.dim() == 2 and group_scale.shape[0] == n
+    expect(ok, op, f"group_scale torch.uint8 [{n}, K/group]", describe(group_scale))
+    columns = group_scale.shape[1]
+    fits = columns > 0 and k % columns == 0 and k // columns in GROUPS
+    expect(fits, op, f"group_scale columns that cut K={k} into groups of 16, 32, 64 or 128", f"{columns} columns")
+
+
+def _decode(weight: Tensor, group_scale: Tensor | None, k: int) -> Tensor:
+    q = unpack_int4(weight, k)
+    if group_scale is None:
+        return q
+    n, columns = group_scale.shape
+    wide = q.view(n, columns, k // columns).to(torch.int16)
+    return wide.mul_(group_scale.to(torch.int16).unsqueeze(2)).add_(8).bitwise_right_shift_(4).to(torch.int8).view(n, k)
+
+
+def _decode_reference(weight: Tensor, group_scale: Tensor | None, k: int) -> Tensor:
+    _check_weight("int4_to_int8", k, weight, group_scale)
+    return _decode(weight, group_scale, k)
+
+
+@torch.library.custom_op("vdit_quant::int4_to_int8", mutates_args=())
+def int4_to_int8(weight: Tensor, group_scale: Tensor | None, k: int) -> Tensor:
+    """v[n, k] = q[n, k] without group_scale, else (q[n, k] * group_scale[n, k // g] + 8) >> 4 (arithmetic shift).
+
+    weight: uint8 [N, ceil(K/2)], even k in the low nibble, two's complement
+    group_scale: uint8 [N, K/g] with 4 fractional bits and g in 16, 32, 64, 128; or None
+    returns: int8 [N, K], within [-127, 127]
+    Raises ValueError when a shape or dtype does not fit, or group_scale's columns do not cut K into such groups.
+    """
+    return _decode_reference(weight, group_scale, k)
+
+
+@int4_to_int8.register_fake
+def _(weight: Tensor, group_scale: Tensor | None, k: int) -> Tensor:
+    _check_weight("int4_to_int8", k, weight, group_scale)
+    return weight.new_empty((weight.shape[0], k), dtype=torch.int8)
+
+
+@int4_to_int8.register_kernel("cuda")
+def _(weight: Tensor, group_scale: Tensor | None, k: int) -> Tensor:
+    _check_weight("int4_to_int8", k, weight, group_scale)
+    return dispatch.run("int4_to_int8", _decode_reference, weight, group_scale, k)
+
+
+def _check_int4(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    group_scale: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> None:
+    check_codes("int4_linear", codes, scale, out_dtype)
+    _check_weight("int4_linear", codes.shape[1], weight, group_scale)
+    check_vectors("int4_linear", weight.shape[0], weight_scale, bias)
+
+
+def _reference(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    group_scale: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    _check_int4(codes, scale, weight, weight_scale, group_scale, bias, out_dtype)
+    decoded = _decode(weight, group_scale, codes.shape[1])
+    return scaled_matmul(codes, scale, decoded, weight_scale, bias, out_dtype)
+
+
+@torch.library.custom_op("vdit_quant::int4_linear", mutates_args=())
+def int4_linear(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    group_scale: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """y[m, n] = (sum_k codes[m, k] * v[n, k]) * scale[m] * weight_scale[n] + bias[n], v from `int4_to_int8`.
+
+    codes: int8 [M, K]; scale: fp32 [M], both from `quant_token`
+    weight: uint8 [N, ceil(K/2)]; weight_scale: fp32 [N]
+    group_scale: uint8 [N, K/g] or None
+    bias: float [N] or None
+    returns: out_dtype [M, N], bit-equal to `int8_linear` on the decoded weight
+    Raises ValueError when a shape or dtype does not fit.
+    """
+    return _reference(codes, scale, weight, weight_scale, group_scale, bias, out_dtype)
+
+
+@int4_linear.register_fake
+def _(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    group_scale: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    _check_int4(codes, scale, weight, weight_scale, group_scale, bias, out_dtype)
+    return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=out_dtype)
+
+
+@int4_linear.register_kernel("cuda")
+def _(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    group_scale: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    _check_int4(codes, scale, weight, weight_scale, group_scale, bias, out_dtype)
+    return dispatch.run("int4_linear", _reference, codes, scale, weight, weight_scale, group_scale, bias, out_dtype)
+
+
+def _check_weight_only(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, group_scale: Tensor | None, bias: Tensor | None
+) -> None:
+    check_float("int4_weight_linear", x)
+    _check_weight("int4_weight_linear", x.shape[1], weight, group_scale)
+    check_vectors("int4_weight_linear", weight.shape[0], weight_scale, bias)
+
+
+def _weight_only_reference(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, group_scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    _check_weight_only(x, weight, weight_scale, group_scale, bias)
+    return weight_only_matmul(x, _decode(weight, group_scale, x.shape[1]), weight_scale, bias)
+
+
+@torch.library.custom_op("vdit_quant::int4_weight_linear", mutates_args=())
+def int4_weight_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, group_scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """y[m, n] = (sum_k x[m, k] * v[n, k]) * weight_scale[n] + bias[n], v from `int4_to_int8`, accumulated in fp32.
+
+    x: fp32 | bf16 | fp16 [M, K]
+    weight: uint8 [N, ceil(K/2)]; weight_scale: fp32 [N]
+    group_scale: uint8 [N, K/g] or None
+    bias: float [N] or None
+    returns: x.dtype [M, N]
+    Raises ValueError when a shape or dtype does not fit.
+    """
+    return _weight_only_reference(x, weight, weight_scale, group_scale, bias)
+
+
+@int4_weight_linear.register_fake
+def _(x: Tensor, weight: Tensor, weight_scale: Tensor, group_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    _check_weight_only(x, weight, weight_scale, group_scale, bias)
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@int4_weight_linear.register_kernel("cuda")
+def _(x: Tensor, weight: Tensor, weight_scale: Tensor, group_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    _check_weight_only(x, weight, weight_scale, group_scale, bias)
+    return dispatch.run("int4_weight_linear", _weight_only_reference, x, weight, weight_scale, group_scale, bias)

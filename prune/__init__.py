@@ -1,0 +1,1 @@
+"""Depth pruning: choosing blocks to drop, and training the rest to make up for them."""

@@ -1,0 +1,1 @@
+"""Mathematics on one layer's tensors: number formats, methods, scale searches. Knows no model, data or sampler."""

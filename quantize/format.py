@@ -1,0 +1,135 @@
+"""What a number format is: pure functions from a matrix to plain tensors and back, in a layout no kernel dictates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from .spec import FormatSpec, LayerSpec
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """Shape and dtype of one stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+class Format:
+    """A number format for a matrix [N, K] (a weight, or the rows of an activation).
+
+    A new format is one file in `formats/` that exports `FORMAT`: it gives `tag`, `layout`, `encode` and `decode`.
+    `linear` is optional: without it the layer decodes the weight and uses `F.linear`, correct on any device.
+    """
+
+    tag: ClassVar[str]
+    group_sizes: ClassVar[Sequence[int | None]] = (None,)
+
+    def check(self, k: int, spec: FormatSpec) -> None:
+        """Raises InputError when rows of `k` elements cannot be held with this granularity."""
+        if spec.group_size not in self.group_sizes:
+            known = ", ".join("one scale per row" if g is None else str(g) for g in self.group_sizes)
+            raise InputError(f"format {spec.format}: group size {spec.group_size} is not supported (known: {known})")
+        if spec.group_size is not None and k % spec.group_size:
+            fits = [str(g) for g in self.group_sizes if g is not None and k % g == 0]
+            raise InputError(
+                f"group size {spec.group_size} does not divide K = {k}; "
+                f"sizes that do: {', '.join(fits) or 'none (use one scale per row)'}"
+            )
+
+    def layout(self, n: int, k: int, spec: FormatSpec) -> dict[str, TensorLayout]:
+        """Shape and dtype of every tensor that a weight [n, k] is stored as."""
+        raise NotImplementedError
+
+    def encode(self, weight: Tensor, spec: FormatSpec) -> Tensors:
+        """weight: float [N, K] -> the stored tensors, by rounding to nearest."""
+        raise NotImplementedError
+
+    def decode(self, tensors: Tensors, k: int, spec: FormatSpec) -> Tensor:
+        """The stored tensors -> float32 [N, K]."""
+        raise NotImplementedError
+
+    def ops(self, spec: LayerSpec) -> tuple[str, ...]:
+        """Names of the kernel ops that `linear` calls; empty when it decodes and uses `F.linear`."""
+        return ()
+
+    def linear(self, x: Tensor, tensors: Tensors, spec: LayerSpec, bias: Tensor | None) -> Tensor:
+        """x: float [M, K], already scaled and rotated -> [M, N] in x's dtype, activation quantisation included."""
+        x = quantize_activation(x, spec.activation)
+        weight = self.decode(tensors, x.shape[-1], spec.weight).to(x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+class ScalarFormat(Format):
+    """A format whose elements are rounded one by one once the scales are known.
+
+    Splitting `encode` into `fit` (the scales) and `quantize` (the codes) lets searches and error-feedback rounding
+    (GPTQ) work on any such format's grid.
+    """
+
+    def fit(self, weight: Tensor, spec: FormatSpec, clip: Tensor | float = 1.0) -> Tensors:
+        """The scale tensors of `weight` [N, K]. `clip` scales the covered range: a number, or [N, groups]."""
+        raise NotImplementedError
+
+    def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
+        """weight: float [N, C], the given `columns` of the matrix -> codes int8 [N, C], nearest on the grid."""
+        raise NotImplementedError
+
+    def dequantize(self, codes: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
+        """codes: int8 [N, C], the given `columns` -> float32 [N, C]."""
+        raise NotImplementedError
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """codes: int8 [N, K] -> the stored `weight` tensor."""
+        return codes
+
+    def unpack(self, packed: Tensor, k: int) -> Tensor:
+        """Exact inverse of `pack`."""
+        return packed
+
+    def store(self, codes: Tensor, scales: Tensors) -> Tensors:
+        return {"weight": self.pack(codes), **scales}
+
+    def encode(self, weight: Tensor, spec: FormatSpec) -> Tensors:
+        scales = self.fit(weight, spec)
+        return self.store(self.quantize(weight.float(), scales, spec), scales)
+
+    def decode(self, tensors: Tensors, k: int, spec: FormatSpec) -> Tensor:
+        scales = {name: t for name, t in tensors.items() if name != "weight"}
+        return self.dequantize(self.unpack(tensors["weight"], k), scales, spec)
+
+
+def group_count(k: int, spec: FormatSpec) -> int:
+    return 1 if spec.group_size is None else k // spec.group_size
+
+
+def group_of(k: int, spec: FormatSpec, columns: slice, device: torch.device) -> Tensor:
+    """int64 [C]: the group that each of the given columns of a row of `k` elements belongs to."""
+    index = torch.arange(k, device=device)[columns]
+    return index // (spec.group_size or k)
+
+
+def quantize_activation(x: Tensor, spec: FormatSpec | None) -> Tensor:
+    """x: float [M, K] quantised and dequantised by rows, in x's dtype; x itself when `spec` is None."""
+    if spec is None:
+        return x
+    fmt = spec.resolve()
+    return fmt.decode(fmt.encode(x.float(), spec), x.shape[-1], spec).to(x.dtype)

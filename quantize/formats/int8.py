@@ -1,0 +1,49 @@
+"""Symmetric 8-bit integers, one fp32 scale per row: `w = code * weight_scale[n]`, codes in [-127, 127].
+
+Leaving -128 out keeps the grid symmetric and lets sums of 1024 products stay exact in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...kernels.int8_linear import int8_linear, int8_weight_linear
+from ...kernels.quant_token import quant_token
+from ..format import ScalarFormat, TensorLayout, Tensors, quantize_activation
+from ..spec import FormatSpec, LayerSpec
+
+TINY = torch.finfo(torch.float32).tiny
+TOKEN = FormatSpec("int8")
+
+
+class Int8(ScalarFormat):
+    """weight int8 [N, K], weight_scale float32 [N]."""
+
+    tag = "8"
+
+    def layout(self, n: int, k: int, spec: FormatSpec) -> dict[str, TensorLayout]:
+        return {"weight": TensorLayout((n, k), torch.int8), "weight_scale": TensorLayout((n,), torch.float32)}
+
+    def fit(self, weight: Tensor, spec: FormatSpec, clip: Tensor | float = 1.0) -> Tensors:
+        amax = weight.float().abs().amax(1, keepdim=True) * clip
+        return {"weight_scale": (amax / 127).clamp_min(TINY)[:, 0]}
+
+    def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
+        return (weight / scales["weight_scale"][:, None]).round_().clamp_(-127, 127).to(torch.int8)
+
+    def dequantize(self, codes: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
+        return codes.float() * scales["weight_scale"][:, None]
+
+    def ops(self, spec: LayerSpec) -> tuple[str, ...]:
+        return ("quant_token", "int8_linear") if spec.activation == TOKEN else ("int8_weight_linear",)
+
+    def linear(self, x: Tensor, tensors: Tensors, spec: LayerSpec, bias: Tensor | None) -> Tensor:
+        weight, scale = tensors["weight"], tensors["weight_scale"]
+        if spec.activation == TOKEN:
+            codes, x_scale = quant_token(x)
+            return int8_linear(codes, x_scale, weight, scale, bias, x.dtype)
+        return int8_weight_linear(quantize_activation(x, spec.activation), weight, scale, bias)
+
+
+FORMAT = Int8()

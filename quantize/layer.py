@@ -1,0 +1,77 @@
+"""One layer as tensors: what a `LayerSpec` stores, how it is run, and the dense weight it stands for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..kernels.hadamard import hadamard
+from .errors import InputError
+from .format import TensorLayout, Tensors
+from .spec import LayerSpec
+
+LOW_RANK_DTYPE = torch.bfloat16
+
+
+def check_shape(n: int, k: int, spec: LayerSpec, layer: str) -> None:
+    """Raises InputError, naming `layer`, when a weight [n, k] cannot be held by `spec`."""
+    try:
+        spec.weight.resolve().check(k, spec.weight)
+        if spec.activation is not None:
+            spec.activation.resolve().check(k, spec.activation)
+    except InputError as error:
+        raise InputError(f"layer {layer} [{n}, {k}] as {spec.name}: {error}") from None
+    if spec.hadamard is not None and k % spec.hadamard.block_size:
+        raise InputError(f"layer {layer}: Hadamard block {spec.hadamard.block_size} does not divide K = {k}")
+    if spec.rank > min(n, k):
+        raise InputError(f"layer {layer}: rank {spec.rank} exceeds the smaller side of [{n}, {k}]")
+
+
+def layer_layout(n: int, k: int, spec: LayerSpec) -> dict[str, TensorLayout]:
+    """Shape and dtype of every tensor a layer [n, k] stores, its bias excepted."""
+    out = dict(spec.weight.resolve().layout(n, k, spec.weight))
+    if spec.pre_scale:
+        out["pre_quant_scale"] = TensorLayout((k,), torch.float32)
+    if spec.hadamard is not None:
+        out["hadamard_signs"] = TensorLayout((k,), torch.int8)
+    if spec.rank:
+        out["proj_down"] = TensorLayout((spec.rank, k), LOW_RANK_DTYPE)
+        out["proj_up"] = TensorLayout((n, spec.rank), LOW_RANK_DTYPE)
+    return out
+
+
+def layer_bytes(n: int, k: int, spec: LayerSpec) -> int:
+    """Bytes stored for a weight [n, k]: codes, every scale, signs and the low-rank branch; not the bias."""
+    return sum(t.nbytes for t in layer_layout(n, k, spec).values())
+
+
+def rotate(x: Tensor, tensors: Tensors, spec: LayerSpec) -> Tensor:
+    """x: float [M, K], already scaled, through the layer's block Hadamard; x itself when it has none."""
+    if spec.hadamard is None:
+        return x
+    return hadamard(x, tensors["hadamard_signs"], spec.hadamard.block_size, spec.hadamard.kind)
+
+
+def run_layer(x: Tensor, tensors: Tensors, spec: LayerSpec, bias: Tensor | None) -> Tensor:
+    """The layer itself: x float [M, K] -> [M, N] in x's dtype. This function is the definition of a `LayerSpec`."""
+    if spec.pre_scale:
+        x = x * tensors["pre_quant_scale"].to(x.dtype)
+    y = spec.weight.resolve().linear(rotate(x, tensors, spec), tensors, spec, bias)
+    if spec.rank:
+        y = y + F.linear(F.linear(x, tensors["proj_down"].to(x.dtype)), tensors["proj_up"].to(x.dtype))
+    return y
+
+
+def dense_weight(tensors: Tensors, k: int, spec: LayerSpec) -> Tensor:
+    """float32 [N, K]: the weight W for which `x @ W.T` is this layer without activation quantisation."""
+    weight = spec.weight.resolve().decode(tensors, k, spec.weight)
+    if spec.hadamard is not None:  # the layer computes (x R) W^T, R = diag(signs) H, so the dense weight is W R^T
+        ones = torch.ones_like(tensors["hadamard_signs"])
+        weight = hadamard(weight, ones, spec.hadamard.block_size, spec.hadamard.kind)
+        weight = weight * tensors["hadamard_signs"].to(weight.dtype)
+    if spec.rank:
+        weight = weight + tensors["proj_up"].float() @ tensors["proj_down"].float()
+    if spec.pre_scale:
+        weight = weight * tensors["pre_quant_scale"]
+    return weight

@@ -1,0 +1,66 @@
+"""What a compression method is: it chooses the numbers of one layer; nothing at run time knows its name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from . import methods, registry
+from .errors import InputError, unknown
+from .format import Tensors
+from .spec import LayerSpec
+from .stats import LayerStats
+
+
+@dataclass(frozen=True)
+class FloatLayer:
+    """A linear layer before compression: weight float32 [N, K], bias float [N] or None."""
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+class Method:
+    """A new method is one file in `methods/` that exports `METHOD`.
+
+    `defaults` lists its parameters; a recipe may set those and no others. In every call `params` holds them all.
+    """
+
+    defaults: ClassVar[dict[str, Any]] = {}
+
+    def needs(self, params: dict[str, Any]) -> frozenset[str]:
+        """The statistics that calibration must record for it (names of `stats.KINDS`); empty: it runs without data."""
+        return frozenset()
+
+    def complete(self, spec: LayerSpec, n: int, k: int, params: dict[str, Any]) -> LayerSpec:
+        """The spec of a layer [n, k] after this method added what it works with (a scale, a rotation, a rank)."""
+        return spec
+
+    def compress(self, layer: FloatLayer, stats: LayerStats | None, spec: LayerSpec, **params: Any) -> Tensors:
+        """The tensors of `layer_layout(n, k, spec)`. Deterministic: the same input gives the same bits."""
+        raise NotImplementedError
+
+
+def resolve_method(name: str, params: dict[str, Any], where: str = "") -> tuple[Method, dict[str, Any]]:
+    """The method called `name` and its parameters with defaults filled in.
+
+    Raises InputError for an unknown method or parameter, or a value of another type than the default's.
+    """
+    method: Method = registry.find(methods, name, "METHOD")
+    for key, value in params.items():
+        if key not in method.defaults:
+            raise unknown(f"parameter of {name}", key, method.defaults, where)
+        default = method.defaults[key]
+        if default is not None and not _same_type(value, default):
+            expected, found = type(default).__name__, type(value).__name__
+            raise InputError(f"{where or name}: parameter '{key}' expected {expected}, found {found} ({value!r})")
+    return method, {**method.defaults, **params}
+
+
+def _same_type(value: Any, default: Any) -> bool:
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is type(default)

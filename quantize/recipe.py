@@ -1,0 +1,151 @@
+"""A recipe: ordered steps in TOML that say which layers get which method and which spec.
+
+    description = "int4 weights, int8 activations"
+
+    [[step]]
+    kind = "quantize"
+    method = "rtn"
+    spec = "w4g64-a8tok"
+    roles = ["attention", "feed_forward"]     # or: targets = ["transformer_blocks.*.ff.*"]
+    [step.params]
+    clip = "none"
+
+For each layer the first step that selects it decides; a layer no step selects keeps its precision.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, unknown
+from .method import resolve_method
+from .spec import LayerSpec
+
+ROLES = ("attention", "feed_forward", "modulation", "embedder", "output", "other")
+KINDS = ("quantize",)
+CORE_ROLES = ("attention", "feed_forward")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step. It selects a layer whose role is in `roles` or whose full name matches a glob in `targets`."""
+
+    method: str
+    spec: str
+    kind: str = "quantize"
+    roles: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    params: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def selects(self, name: str, role: str) -> bool:
+        return role in self.roles or any(fnmatchcase(name, pattern) for pattern in self.targets)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    steps: tuple[Step, ...]
+    description: str = ""
+    keep: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "description": self.description,
+            "keep": list(self.keep),
+            "step": [{**dataclasses.asdict(s), "roles": list(s.roles), "targets": list(s.targets)} for s in self.steps],
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], where: str) -> Recipe:
+        """Raises InputError for an unknown key, role, method or spec, with the nearest valid name."""
+        allowed = ("name", "description", "keep", "step")
+        for key in data:
+            if key not in allowed:
+                raise unknown("key", key, allowed, where)
+        if not isinstance(data.get("step"), list) or not data["step"]:
+            raise InputError(f"{where}: expected at least one [[step]]")
+        steps = tuple(_step(s, f"{where}, step {i + 1}") for i, s in enumerate(data["step"]))
+        return cls(data.get("name", Path(where).stem), steps, data.get("description", ""), tuple(data.get("keep", ())))
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Recipe:
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"recipe {path}: cannot be read ({error})") from None
+        try:
+            return cls.from_dict(tomllib.loads(text), str(path))
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"recipe {path}: not valid TOML ({error})") from None
+
+    def with_method(self, method: str) -> Recipe:
+        """The same recipe with another method for the attention and feed-forward layers; its parameters are reset."""
+        steps = tuple(
+            dataclasses.replace(s, method=method, params={}) if set(s.roles) & set(CORE_ROLES) else s
+            for s in self.steps
+        )
+        out = dataclasses.replace(self, steps=steps)
+        return Recipe.from_dict(out.to_dict(), f"recipe {self.name} with method {method}")
+
+    def with_group_size(self, group_size: int | None) -> Recipe:
+        """The same recipe with another weight group size in every step whose weight has groups."""
+
+        def regroup(step: Step) -> Step:
+            spec = LayerSpec.parse(step.spec)
+            if spec.weight.group_size is None:
+                return step
+            weight = dataclasses.replace(spec.weight, group_size=group_size)
+            return dataclasses.replace(step, spec=dataclasses.replace(spec, weight=weight).name)
+
+        return dataclasses.replace(self, steps=tuple(regroup(s) for s in self.steps))
+
+    def with_keep(self, patterns: tuple[str, ...]) -> Recipe:
+        return dataclasses.replace(self, keep=self.keep + patterns)
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that ship with the package: the values of `--bits`."""
+    folder = resources.files(__package__) / "recipes"
+    return sorted(p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml"))
+
+
+def load_shipped(bits: str) -> Recipe:
+    """The recipe called `bits`, such as w4a8. Raises InputError listing the shipped ones."""
+    if bits not in shipped():
+        raise unknown("--bits", bits, shipped())
+    text = (resources.files(__package__) / "recipes" / f"{bits}.toml").read_text(encoding="utf-8")
+    return Recipe.from_dict({"name": bits, **tomllib.loads(text)}, f"recipe {bits}")
+
+
+def _step(data: Any, where: str) -> Step:
+    fields = [f.name for f in dataclasses.fields(Step)]
+    if not isinstance(data, dict):
+        raise InputError(f"{where}: expected a table, found {type(data).__name__}")
+    for key in data:
+        if key not in fields:
+            raise unknown("key", key, fields, where)
+    for key in ("method", "spec"):
+        if not isinstance(data.get(key), str):
+            raise InputError(f"{where}: expected the key '{key}' with a string")
+    for key in ("roles", "targets"):
+        if not isinstance(data.get(key, []), list):
+            raise InputError(f"{where}: '{key}' expected a list of strings, found {data[key]!r}")
+    step = Step(**{**data, "roles": tuple(data.get("roles", ())), "targets": tuple(data.get("targets", ()))})
+    if step.kind not in KINDS:
+        raise unknown("kind", step.kind, KINDS, where)
+    for role in step.roles:
+        if role not in ROLES:
+            raise unknown("role", role, ROLES, where)
+    if not step.roles and not step.targets:
+        raise InputError(f"{where}: selects nothing; give 'roles' or 'targets'")
+    LayerSpec.parse(step.spec)
+    resolve_method(step.method, step.params, where)
+    return step

@@ -1,0 +1,55 @@
+"""Swapping the linear layers of a model for compressed ones, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from ..quantize.errors import unknown
+from ..quantize.format import Tensors
+from ..quantize.layer import check_shape
+from ..quantize.spec import LayerSpec
+from .linear import CompressedLinear
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every `nn.Linear` of the model by full name, compressed ones included."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def attach(
+    model: nn.Module, specs: Mapping[str, LayerSpec], tensors: Mapping[str, Tensors] | None = None
+) -> dict[str, nn.Linear]:
+    """Replaces the named linear layers in place and returns the originals, for `detach`.
+
+    Without `tensors` the new layers are empty, on the device of the old ones: the form in which a checkpoint is loaded.
+    Raises InputError when a name is not a linear layer of the model, or its shape does not fit its spec.
+    """
+    layers = linear_layers(model)
+    originals = {}
+    for name, spec in specs.items():
+        if name not in layers:
+            raise unknown("linear layer", name, layers, type(model).__name__)
+        old = layers[name]
+        check_shape(old.out_features, old.in_features, spec, name)
+        new = CompressedLinear(
+            old.in_features,
+            old.out_features,
+            spec,
+            bias=old.bias is not None,
+            device=old.weight.device,
+            dtype=old.bias.dtype if old.bias is not None else None,
+        )
+        if tensors is not None:
+            new.load_tensors({k: t.to(old.weight.device) for k, t in tensors[name].items()}, old.bias)
+        new.train(old.training)
+        model.set_submodule(name, new)
+        originals[name] = old
+    return originals
+
+
+def detach(model: nn.Module, originals: Mapping[str, nn.Linear]) -> None:
+    """Puts the layers that `attach` returned back; the model is what it was, bit for bit."""
+    for name, layer in originals.items():
+        model.set_submodule(name, layer)

@@ -1,0 +1,96 @@
+"""Reading safetensors checkpoints, one file or sharded, with one clear error for each way they can be broken."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..quantize.errors import InputError, unknown
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = WEIGHTS + ".index.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises InputError when it is missing, unreadable or not an object."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`. Raises InputError when that leads out of the folder."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(f"{folder}: the file name '{name}' leads out of the folder")
+    return folder / name
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors in a folder: names, shapes and dtypes from the headers; data only when asked for."""
+
+    folder: Path
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """Tensor name -> file. Raises InputError for a missing or broken index, or a missing shard."""
+        index = self.folder / INDEX
+        if not index.exists():
+            path = self.folder / WEIGHTS
+            if not path.exists():
+                raise InputError(f"{self.folder}: no {WEIGHTS} and no {INDEX}")
+            return dict.fromkeys(_header(path), path)
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError(f"{index}: expected a 'weight_map' object")
+        found = {}
+        for name, file in weight_map.items():
+            path = inside(self.folder, str(file))
+            if not path.exists():
+                raise InputError(f"{index} names the shard {file}, which is missing (it holds {name}, among others)")
+            found[name] = path
+        for path in sorted(set(found.values())):
+            held = set(_header(path))
+            for name, file in found.items():
+                if file == path and name not in held:
+                    raise InputError(f"{path}: the index says it holds {name}, which it does not")
+        return found
+
+    @cached_property
+    def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Tensor name -> (shape, safetensors dtype such as BF16)."""
+        out: dict[str, tuple[tuple[int, ...], str]] = {}
+        for path in sorted(set(self.files.values())):
+            out.update(_header(path))
+        return {name: out[name] for name in self.files}
+
+    def get(self, name: str) -> Tensor:
+        if name not in self.files:
+            raise unknown("tensor", name, self.files, str(self.folder))
+        with safe_open(self.files[name], "pt") as file:
+            return file.get_tensor(name)
+
+
+def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    size = path.stat().st_size
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}: not a complete safetensors file ({size:,} bytes on disk): {error}. "
+            "Truncated download, or another kind of file under that name?"
+        ) from None

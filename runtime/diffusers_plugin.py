@@ -1,0 +1,134 @@
+"""The diffusers quantizer behind `quant_method: "vdit_quant"`. `register` makes plain `from_pretrained` understand it."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import Tensor, nn
+
+from ..quantize.errors import InputError
+from .artifact import QUANT_METHOD, ArtifactConfig
+from .attach import attach, linear_layers
+from .linear import CompressedLinear
+
+
+class _Method(str, Enum):
+    """diffusers reads `quant_method.value`, so a plain string will not do."""
+
+    VDIT_QUANT = QUANT_METHOD
+
+
+class VditQuantConfig(QuantizationConfigMixin):
+    """`ArtifactConfig` in the form diffusers passes around."""
+
+    def __init__(self, artifact: ArtifactConfig) -> None:
+        self.artifact = artifact
+        self.quant_method = _Method.VDIT_QUANT
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(ArtifactConfig.from_dict(config_dict))
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.artifact.to_dict()
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+class VditQuantizer(DiffusersQuantizer):
+    """Builds the compressed layers from the config alone, then takes every stored tensor exactly as it is on disk."""
+
+    use_keep_in_fp32_modules = True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise InputError("VditQuantConfig loads artifacts; to make one, run `vdit-quant calibrate`")
+        config: ArtifactConfig = self.quantization_config.artifact
+        attach(model, config.resolve(linear_layers(model)))
+        model.config.quantization_config = self.quantization_config
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name, tensor in model.state_dict().items():
+            if tensor.device.type == "meta":
+                raise InputError(f"artifact: config and tensors disagree: {name} {list(tensor.shape)} is in no file")
+        return model
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        layer, _, key = param_name.rpartition(".")
+        module = model.get_submodule(layer)
+        return isinstance(module, CompressedLinear) and key in module._buffers
+
+    def check_quantized_param_shape(self, param_name: str, current: Any, loaded: Tensor) -> bool:
+        shape = current.shape if isinstance(current, Tensor) else current
+        if tuple(shape) != tuple(loaded.shape):
+            raise InputError(
+                f"artifact: config and tensors disagree: {param_name} is {list(loaded.shape)} in the file, "
+                f"its spec expects {list(shape)}"
+            )
+        return True
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: Any,
+        state_dict: dict[str, Any],
+        unexpected_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        layer, _, key = param_name.rpartition(".")
+        module = model.get_submodule(layer)
+        # diffusers has cast param_value to the asked-for dtype; the state dict still holds what the file holds
+        stored, expected = state_dict[param_name], module._buffers[key]
+        if stored.dtype != expected.dtype:
+            raise InputError(
+                f"artifact: config and tensors disagree: {param_name} is {stored.dtype} in the file, "
+                f"its spec expects {expected.dtype}"
+            )
+        module._buffers[key] = stored.to(target_device).contiguous()
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        for name, layer in linear_layers(model).items():
+            if isinstance(layer, CompressedLinear):
+                model.set_submodule(name, _dense(layer, model.dtype))
+        return model
+
+    def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:
+        return torch.int8
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _dense(layer: CompressedLinear, dtype: torch.dtype) -> nn.Linear:
+    weight = layer.dequantized().to(dtype)
+    dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, weight.device, dtype)
+    dense.weight.data.copy_(weight)
+    if layer.bias is not None:
+        dense.bias.data.copy_(layer.bias)
+    return dense
+
+
+def register() -> None:
+    """Adds the method to the tables that diffusers looks quantizers up in; safe to call again."""
+    auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = VditQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = VditQuantConfig

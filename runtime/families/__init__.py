@@ -1,0 +1,1 @@
+"""One model family a file; each exports FAMILY. `generic` serves every model without a file of its own."""

@@ -1,0 +1,54 @@
+"""DiT (class-conditional, Peebles & Xie 2022): `DiTTransformer2DModel`, run by `DiTPipeline`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..family import Family
+
+NULL_LABEL = 1000  # DiTPipeline's label for the unguided branch
+
+
+class Dit(Family):
+    def branches(self, kwargs: Mapping[str, Any], batch: int, repeat: int) -> Tensor:
+        labels = kwargs.get("class_labels")
+        if labels is None:
+            return super().branches(kwargs, batch, repeat)
+        return (labels == NULL_LABEL).long().cpu()
+
+    def conditions(self, model: nn.Module, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        labels = trained_labels(model)
+        chosen = labels[torch.randint(len(labels), (count,), generator=generator)]
+        return {"class_labels": chosen}
+
+    def unconditional(self, model: nn.Module, conditions: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"class_labels": torch.full_like(conditions["class_labels"], NULL_LABEL)}
+
+    def latent_shape(self, model: nn.Module) -> tuple[int, ...]:
+        config: Any = model.config
+        return (config.in_channels, config.sample_size, config.sample_size)
+
+
+def trained_labels(model: nn.Module) -> Tensor:
+    """int64: labels whose embedding is not all zero (a model trained on fewer classes leaves the others at zero)."""
+    table = model.get_submodule("transformer_blocks.0.norm1.emb.class_embedder.embedding_table").weight
+    used = table[:NULL_LABEL].detach().float().abs().amax(1).cpu() > 0
+    return used.nonzero()[:, 0] if used.any() else torch.arange(len(used))
+
+
+FAMILY = Dit(
+    name="dit",
+    classes=("DiTTransformer2DModel",),
+    blocks=("transformer_blocks",),
+    roles=(
+        ("*.emb.*", "embedder"),
+        ("transformer_blocks.*.norm1.linear", "modulation"),
+        ("transformer_blocks.*.attn1.*", "attention"),
+        ("transformer_blocks.*.ff.*", "feed_forward"),
+        ("proj_out_*", "output"),
+    ),
+)

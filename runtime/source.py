@@ -1,0 +1,153 @@
+"""Finding a model: a local pipeline folder, a bare transformer folder, or a hub id."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..quantize.errors import InputError
+from .checkpoint import Checkpoint, read_json
+from .demo import DEMO, demo_path
+
+COMPONENTS = ("transformer", "transformer_2")
+_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+_HASHED_TAIL = 1 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk. `root` is what the user named; `transformer` is the folder of the denoiser inside it."""
+
+    root: Path
+    label: str
+    is_pipeline: bool
+
+    @property
+    def transformer(self) -> Path:
+        return self.root / "transformer" if self.is_pipeline else self.root
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return read_json(self.transformer / "config.json")
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint(self.transformer)
+
+    def fingerprint(self) -> str:
+        """Hash of the config and of each weight file's size, start and end: tells checkpoints apart in seconds."""
+        digest = hashlib.sha256((self.transformer / "config.json").read_bytes())
+        for path in sorted(set(self.checkpoint.files.values())):
+            size = path.stat().st_size
+            digest.update(f"{path.name}:{size}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(_HASHED_TAIL))
+                file.seek(max(0, size - _HASHED_TAIL))
+                digest.update(file.read(_HASHED_TAIL))
+        return digest.hexdigest()[:32]
+
+    def skeleton(self) -> nn.Module:
+        """The model on the meta device: names and shapes without weights."""
+        from accelerate import init_empty_weights
+
+        config = {k: v for k, v in self.config.items() if k != "quantization_config"}
+        with init_empty_weights():
+            return model_class(self.config, self.transformer).from_config(config).eval()
+
+
+def find_source(model: str | Path) -> Source:
+    """The source behind a path, a hub id (downloaded to the hub cache: configs and safetensors only), or "demo".
+
+    Raises InputError when it is neither a pipeline folder nor a transformer folder.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return _local(path, str(model))
+    if str(model) == DEMO:
+        return _local(demo_path(), DEMO)
+    if path.exists():
+        raise InputError(f"{model}: expected a model folder, found a file")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        return _local(_download(str(model)), str(model))
+    raise InputError(f"{model}: no such folder, and not a hub id of the form owner/name")
+
+
+def _local(path: Path, label: str) -> Source:
+    if (path / "model_index.json").exists():
+        if not (path / "transformer" / "config.json").exists():
+            held = sorted(p.name for p in path.iterdir() if p.is_dir())
+            raise InputError(f"{label}: a pipeline without a transformer/ folder (it has: {', '.join(held)})")
+        return Source(path, label, True)
+    if (path / "config.json").exists():
+        return Source(path, label, False)
+    raise InputError(
+        f"{label}: not a model folder: expected model_index.json (a diffusers pipeline) or config.json (a transformer)"
+    )
+
+
+def _download(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=list(_HUB_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(f"{repo}: no such folder here, and it could not be downloaded ({error})") from None
+
+
+def model_class(config: dict[str, Any], where: Path) -> Any:
+    """The diffusers class that a transformer's config names. Raises InputError when diffusers has none."""
+    import diffusers
+
+    name = config.get("_class_name")
+    if not isinstance(name, str):
+        raise InputError(f"{where}: config.json has no _class_name; expected a diffusers transformer")
+    kind = getattr(diffusers, name, None)
+    if kind is None or not hasattr(kind, "from_config"):
+        raise InputError(f"{where}: diffusers {diffusers.__version__} has no model class '{name}'")
+    return kind
+
+
+def load_transformer(source: Source, dtype: torch.dtype, device: str | torch.device = "cpu") -> nn.Module:
+    """The denoiser of a source, plain or compressed, in eval mode."""
+    _ = source.checkpoint.files  # its errors are clearer than the loader's
+    kind = model_class(source.config, source.transformer)
+    return kind.from_pretrained(source.transformer, dtype=dtype, use_safetensors=True).eval().to(device)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Loading a local folder takes a moment; diffusers' bar for it would only break up the caller's own output."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def load_pipeline(source: Source, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
+    """The diffusers pipeline of a source. Raises InputError for a bare transformer."""
+    from diffusers import DiffusionPipeline
+
+    if not source.is_pipeline:
+        raise InputError(f"{source.label}: a bare transformer; expected a pipeline folder (with model_index.json)")
+    transformer = load_transformer(source, dtype, device)
+    with _no_progress_bar():
+        pipe = DiffusionPipeline.from_pretrained(
+            source.root, transformer=transformer, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)

@@ -1,0 +1,68 @@
+"""Where a sampling run is: step index, timestep and guidance branch, read off the denoiser's own calls.
+
+Nobody counts calls: a step is a new timestep, a run begins when the timestep rises again or on `reset`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .family import Family
+
+_TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+
+
+class StepTracker:
+    """Context manager: while it is entered, a hook on `model` keeps the fields below current.
+
+    index     step of the current run, from 0; -1 before the first call
+    timestep  value of the current timestep
+    branches  int64 [batch]: guidance branch of each batch row of the current call (0 conditional, 1 unconditional)
+    latents   the denoiser's main input of the current call
+    """
+
+    def __init__(self, model: nn.Module, family: Family) -> None:
+        self.model, self.family = model, family
+        self.reset()
+        self._signature = inspect.signature(model.forward)
+        self._handle: Any = None
+
+    def reset(self) -> None:
+        """The next call begins a new run."""
+        self.index = -1
+        self.timestep: float | None = None
+        self.repeat = 0
+        self.branches = torch.zeros(0, dtype=torch.int64)
+        self.latents: Tensor | None = None
+
+    def __enter__(self) -> StepTracker:
+        # first in line, so that other hooks on the same module see the current step
+        self._handle = self.model.register_forward_pre_hook(self._observe, with_kwargs=True, prepend=True)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._handle.remove()
+
+    def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = self._signature.bind_partial(*args, **kwargs).arguments
+        call = {**call, **call.pop("kwargs", {})} if isinstance(call.get("kwargs"), dict) else call
+        self.latents = next((v for v in call.values() if isinstance(v, Tensor)), None)
+        timestep = _first_value(next((call[name] for name in _TIMESTEP_NAMES if name in call), None))
+        if timestep is not None and timestep == self.timestep:
+            self.repeat += 1
+        else:
+            rising = self.timestep is not None and timestep is not None and timestep > self.timestep
+            self.index = 0 if rising else self.index + 1
+            self.repeat, self.timestep = 0, timestep
+        batch = 1 if self.latents is None else len(self.latents)
+        self.branches = self.family.branches(call, batch, self.repeat)
+
+
+def _first_value(timestep: Any) -> float | None:
+    if isinstance(timestep, Tensor):
+        return float(timestep.flatten()[0])
+    return None if timestep is None else float(timestep)

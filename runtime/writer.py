@@ -1,0 +1,91 @@
+"""Writing an artifact: to a temporary name first, renamed when complete, so that a crash leaves nothing that loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..quantize.errors import InputError
+from .checkpoint import INDEX, WEIGHTS
+
+SHARD_BYTES = 5_000_000_000
+# never copied from a source pipeline: weights in formats that can run code, and hub bookkeeping
+_UNSAFE = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".onnx", ".py"}
+
+Entry = tuple[tuple[int, ...], torch.dtype]
+
+
+@contextmanager
+def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `output` when the block ends well, and is removed when it does not.
+
+    Raises InputError when `output` exists and `overwrite` is false, or when the disk cannot hold it.
+    """
+    check_output(output, overwrite)
+    temporary = output.parent / f".{output.name}.writing"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if output.exists():
+            shutil.rmtree(output)
+        temporary.rename(output)
+    except OSError as error:
+        raise InputError(f"{output}: could not be written ({error}); nothing was left there") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    if output.exists() and not overwrite:
+        raise InputError(f"{output} exists; name another output, or pass --overwrite")
+
+
+def write_tensors(folder: Path, entries: Mapping[str, Entry], get: Callable[[str], Tensor]) -> int:
+    """Writes the tensors `entries` in order, fetched one shard at a time; returns their bytes."""
+    shards: list[list[str]] = [[]]
+    filled = total = 0
+    for name, (shape, dtype) in entries.items():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if filled + size > SHARD_BYTES and shards[-1]:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled, total = filled + size, total + size
+    if len(shards) == 1:
+        _save(folder / WEIGHTS, shards[0], get)
+        return total
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = WEIGHTS.replace(".safetensors", f"-{number:05d}-of-{len(shards):05d}.safetensors")
+        _save(folder / file, names, get)
+        weight_map.update(dict.fromkeys(names, file))
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return total
+
+
+def _save(path: Path, names: list[str], get: Callable[[str], Tensor]) -> None:
+    save_file({name: get(name).contiguous() for name in names}, path, metadata={"format": "pt"})
+
+
+def write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_pipeline(source: Path, target: Path, skip: str = "transformer") -> None:
+    """Copies a pipeline folder except its `skip` component: configs, tokenizers and safetensors, nothing executable."""
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if relative.parts[0] == skip or hidden or not path.is_file() or path.suffix in _UNSAFE:
+            continue
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target / relative)

@@ -1,0 +1,119 @@
+"""Triton twins under the interpreter against the references; `test_interpreter.py` runs this in its own process."""
+
+import pytest
+import torch
+
+from vdit_quant.kernels._triton import hadamard as hadamard_twin
+from vdit_quant.kernels._triton import int4_linear as int4_twin
+from vdit_quant.kernels._triton import int8_linear as int8_twin
+from vdit_quant.kernels._triton import quant_token as quant_twin
+from vdit_quant.kernels._triton.tiles import INTERPRETED
+from vdit_quant.kernels.hadamard import hadamard
+from vdit_quant.kernels.int4_linear import int4_linear, int4_to_int8, int4_weight_linear
+from vdit_quant.kernels.int8_linear import int8_linear, int8_weight_linear
+from vdit_quant.kernels.quant_token import quant_token
+
+SHAPES = [(1, 72, 33), (17, 200, 40), (129, 33, 130), (65, 320, 136)]
+GROUPED = [(1, 64, 33, 16), (17, 192, 40, 32), (129, 192, 70, 64), (3, 384, 35, 128)]
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+# The interpreter truncates when it writes bf16, twice the error of rounding.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def test_the_interpreter_is_on() -> None:
+    assert INTERPRETED
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (17, 72), (129, 200)])
+def test_quant_token(m: int, k: int, dtype: torch.dtype, make_layer) -> None:
+    x = make_layer(m, k, 4).x.to(dtype)
+    x[-1] = 0
+    x[m // 2, k // 2] = 100
+    for got, want in zip(quant_twin.run("quant_token", x), quant_token(x), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_quant_token_ties_and_rows_that_are_not_finite() -> None:
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5]]).repeat(3, 1)
+    x[1, 2], x[2, 5] = float("nan"), float("inf")
+    codes, scale = quant_twin.run("quant_token", x)
+    assert codes[0].tolist() == [127, 0, 2, 2, 0, -2, -2, 126]
+    assert torch.isfinite(scale).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("m", "k", "n"), SHAPES)
+def test_int8_linear(m: int, k: int, n: int, with_bias: bool, make_layer) -> None:
+    a = make_layer(m, k, n)
+    args = (a.codes, a.scale, a.weight, a.weight_scale, a.bias if with_bias else None, torch.float32)
+    assert torch.equal(int8_twin.run("int8_linear", *args), int8_linear(*args))
+
+
+def test_int8_linear_large_tile(make_layer, monkeypatch) -> None:
+    a = make_layer(130, 260, 140)
+    big = int8_twin.int8_options(10**6, 10**6)
+    monkeypatch.setattr(int8_twin, "int8_options", lambda m, n: big)
+    args = (a.codes, a.scale, a.weight, a.weight_scale, a.bias, torch.float32)
+    assert torch.equal(int8_twin.run("int8_linear", *args), int8_linear(*args))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("m", "k", "n"), SHAPES)
+def test_int8_weight_linear(m: int, k: int, n: int, dtype: torch.dtype, make_layer, relative_rms) -> None:
+    a = make_layer(m, k, n, dtype=dtype)
+    args = (a.x, a.weight, a.weight_scale, a.bias)
+    got = int8_twin.run("int8_weight_linear", *args)
+    assert got.dtype == dtype
+    assert relative_rms(got, int8_weight_linear(*args)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("m", "k", "n", "group"), [(*shape, None) for shape in SHAPES] + GROUPED)
+def test_int4(m: int, k: int, n: int, group: int | None, make_layer, relative_rms) -> None:
+    a = make_layer(m, k, n, group)
+    args = (a.packed, a.group_scale, k)
+    assert torch.equal(int4_twin.run("int4_to_int8", *args), int4_to_int8(*args))
+    args = (a.codes, a.scale, a.packed, a.weight_scale, a.group_scale, a.bias, torch.float32)
+    assert torch.equal(int4_twin.run("int4_linear", *args), int4_linear(*args))
+    for dtype in FLOATS:
+        args = (a.x.to(dtype), a.packed, a.weight_scale, a.group_scale, a.bias)
+        got = int4_twin.run("int4_weight_linear", *args)
+        assert relative_rms(got, int4_weight_linear(*args)) < TOLERANCE[dtype]
+
+
+def test_int4_to_int8_every_code_with_every_group_scale() -> None:
+    packed = torch.arange(256, dtype=torch.uint8).repeat_interleave(64).view(-1, 64).repeat(1, 4)
+    group_scale = (
+        torch.arange(16384, dtype=torch.int32).remainder(256).to(torch.uint8).view(256, 64)[:, :4].contiguous()
+    )
+    for shift in range(0, 256, 64):
+        args = (packed, group_scale + shift, 512)
+        assert torch.equal(int4_twin.run("int4_to_int8", *args), int4_to_int8(*args))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("size", "kind"), [(16, "regular"), (64, "sylvester"), (128, "sylvester"), (256, "regular")])
+def test_hadamard(size: int, kind: str, dtype: torch.dtype, relative_rms) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(17, 512, generator=g).to(dtype)
+    signs = (torch.randint(0, 2, (512,), generator=g) * 2 - 1).to(torch.int8)
+    for chosen in (signs, None):
+        got = hadamard_twin.run("hadamard", x, chosen, size, kind)
+        assert relative_rms(got, hadamard(x, chosen, size, kind)) < TOLERANCE[dtype]
+
+
+def test_views_are_made_contiguous(make_layer) -> None:
+    a = make_layer(17, 144, 40)
+    x = a.x[:, ::2]
+    for got, want in zip(quant_twin.run("quant_token", x), quant_token(x), strict=True):
+        assert torch.equal(got, want)
+    args = (a.codes.t().contiguous().t(), a.scale, a.weight, a.weight_scale, None, torch.float32)
+    assert torch.equal(int8_twin.run("int8_linear", *args), int8_linear(*args))
+
+
+def test_empty_batches(make_layer) -> None:
+    a = make_layer(1, 64, 8, 32)
+    assert quant_twin.run("quant_token", a.x[:0])[0].shape == (0, 64)
+    rest = (a.packed, a.weight_scale, a.group_scale, None, torch.float32)
+    assert int4_twin.run("int4_linear", a.codes[:0], a.scale[:0], *rest).shape == (0, 8)
+    assert hadamard_twin.run("hadamard", a.x[:0], None, 64, "sylvester").shape == (0, 64)

@@ -1,0 +1,196 @@
+import logging
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vdit_quant.kernels import dispatch
+from vdit_quant.kernels.dispatch import Choice, KernelUnavailable, Settings
+
+X = torch.ones(2, 2)
+
+
+class triton_like_error(Exception):
+    __module__ = "triton.runtime.errors"
+
+
+@pytest.fixture(autouse=True)
+def process(monkeypatch):
+    """Process-wide state of its own for every test."""
+    monkeypatch.setattr(dispatch, "_process", dispatch._Process(Settings()))
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """Pretend that CPU tensors are on a GPU and that the Triton twin of every op is this object."""
+    twin = SimpleNamespace(
+        limits=lambda op, **facts: "too small" if facts.get("k") == 1 else None,
+        supports=lambda op, *args: None,
+        run=lambda op, *args: "triton",
+    )
+    monkeypatch.setattr(dispatch, "_device_reason", lambda device: None)
+    monkeypatch.setattr(dispatch, "_twin", lambda op: twin)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    return twin
+
+
+def reference(*args: object) -> str:
+    return "reference"
+
+
+def test_auto_runs_triton_when_it_can(accelerator) -> None:
+    assert dispatch.run("quant_token", reference, X) == "triton"
+    assert dispatch.fallbacks() == {}
+
+
+def test_a_fallback_is_kept_and_logged_once(accelerator, caplog) -> None:
+    accelerator.supports = lambda op, *args: "the moon is full"
+    with caplog.at_level(logging.WARNING, logger="vdit_quant"):
+        for _ in range(3):
+            assert dispatch.run("quant_token", reference, X) == "reference"
+    assert dispatch.fallbacks() == {"quant_token": {"the moon is full"}}
+    assert [record.getMessage() for record in caplog.records] == [
+        "quant_token runs its torch reference on cpu: the moon is full"
+    ]
+
+
+@pytest.mark.parametrize("settings", [{"strict": True}, {"mode": "triton"}])
+def test_refusing_a_fallback_names_op_and_reason(accelerator, settings) -> None:
+    accelerator.supports = lambda op, *args: "the moon is full"
+    with dispatch.use(**settings), pytest.raises(KernelUnavailable, match=r"quant_token.*the moon is full"):
+        dispatch.run("quant_token", reference, X)
+    assert dispatch.fallbacks() == {}
+
+
+def test_reference_mode_is_not_a_fallback_but_strict_refuses_it(accelerator) -> None:
+    with dispatch.use(mode="reference"):
+        assert dispatch.run("quant_token", reference, X) == "reference"
+        assert dispatch.fallbacks() == {}
+        with dispatch.use(strict=True), pytest.raises(KernelUnavailable, match="the mode is 'reference'"):
+            dispatch.run("quant_token", reference, X)
+
+
+def test_a_kernel_that_does_not_launch_is_tried_once(accelerator) -> None:
+    calls = []
+
+    def fail(op: str, *args: object) -> None:
+        calls.append(op)
+        raise triton_like_error("out of resource: shared memory")
+
+    accelerator.run = fail
+    for _ in range(2):
+        assert dispatch.run("quant_token", reference, X) == "reference"
+    assert calls == ["quant_token"]
+    assert dispatch.fallbacks() == {"quant_token": {"triton_like_error: out of resource: shared memory"}}
+
+
+def test_other_errors_are_not_hidden(accelerator) -> None:
+    def fail(op: str, *args: object) -> None:
+        raise ZeroDivisionError
+
+    accelerator.run = fail
+    with pytest.raises(ZeroDivisionError):
+        dispatch.run("quant_token", reference, X)
+
+
+def test_explain_answers_without_running(accelerator) -> None:
+    assert dispatch.explain("int8_linear", "cuda", k=128) == Choice("int8_linear", "triton", "supported")
+    assert dispatch.explain("int8_linear", "cuda", k=1) == Choice("int8_linear", "reference", "too small")
+    with dispatch.use(mode="reference"):
+        assert dispatch.explain("int8_linear", "cuda") == Choice("int8_linear", "reference", "the mode is 'reference'")
+    with pytest.raises(ValueError, match="unknown op 'int3_linear'; the ops are hadamard"):
+        dispatch.explain("int3_linear", "cuda")
+
+
+@pytest.mark.parametrize("op", sorted(dispatch.TWINS))
+def test_explain_on_cpu(op: str) -> None:
+    assert dispatch.explain(op, "cpu") == Choice(op, "reference", "CPU tensor: the torch reference runs")
+    assert dispatch.explain(op, "mps").reason == "device type 'mps' has no Triton kernels here"
+
+
+@pytest.mark.parametrize(
+    ("op", "facts", "reason"),
+    [
+        ("quant_token", {"dtype": torch.float64}, "dtype torch.float64 is not supported"),
+        ("quant_token", {"k": 65536}, "K=65536 is larger than 32768"),
+        ("int8_weight_linear", {"dtype": torch.float64}, "dtype torch.float64 is not supported"),
+        ("int4_linear", {"group": 48}, "groups of 48 are not supported"),
+        ("hadamard", {"block_size": 8}, "block_size 8 is outside 16 to 1024"),
+        ("hadamard", {"block_size": 128, "dtype": torch.bfloat16, "k": 1152}, None),
+    ],
+)
+def test_explain_knows_the_limits_of_the_real_kernels(op: str, facts, reason, monkeypatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr(dispatch, "_device_reason", lambda device: None)
+    choice = dispatch.explain(op, "cuda", **facts)
+    assert (choice.backend, choice.reason) == (("triton", "supported") if reason is None else ("reference", reason))
+
+
+def test_old_gpus_and_missing_gpus_have_a_reason(monkeypatch) -> None:
+    ask = dispatch._device_reason.__wrapped__
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ask(torch.device("cuda")) == "no GPU is visible to torch"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert ask(torch.device("cuda")) == "compute capability < 8.0"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert ask(torch.device("cuda")) is None
+
+
+def test_a_twin_that_does_not_import_is_a_reason(monkeypatch) -> None:
+    monkeypatch.setattr(dispatch, "triton_version", lambda: "3.6.0")
+    monkeypatch.setitem(sys.modules, "vdit_quant.kernels._triton.quant_token", None)
+    reason = dispatch._twin.__wrapped__("quant_token")
+    assert reason.startswith("the Triton kernel does not import: ModuleNotFoundError")
+
+
+def test_settings_nest_and_are_checked() -> None:
+    assert dispatch.configure(mode="reference") == Settings("reference", False)
+    with dispatch.use(strict=True) as inner:
+        assert inner == dispatch.settings() == Settings("reference", True)
+        with dispatch.use(mode="auto"):
+            assert dispatch.settings() == Settings("auto", True)
+    assert dispatch.settings() == Settings("reference", False)
+    with pytest.raises(ValueError, match="kernel mode must be one of auto, triton, reference, found 'fast'"):
+        dispatch.configure(mode="fast")
+
+
+def test_settings_come_from_the_environment(monkeypatch) -> None:
+    monkeypatch.setenv("VDIT_KERNELS", "Reference")
+    monkeypatch.setenv("VDIT_STRICT", "1")
+    assert dispatch._from_environment() == Settings("reference", True)
+    monkeypatch.setenv("VDIT_KERNELS", "")
+    monkeypatch.setenv("VDIT_STRICT", "0")
+    assert dispatch._from_environment() == Settings("auto", False)
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch
+from vdit_quant.kernels import dispatch, hadamard, int4_linear, int8_linear, pack, quant_token
+codes, scale = quant_token.quant_token(torch.randn(3, 32))
+y = int8_linear.int8_linear(codes, scale, codes, scale, None, torch.float32)
+assert y.shape == (3, 3)
+assert dispatch.triton_version() is None
+assert dispatch.available().reason == "triton is not installed"
+dispatch._device_reason = lambda device: None
+assert dispatch.explain("int8_linear", "cuda").reason == "triton is not installed"
+"""
+
+WITHOUT_RUNNING = """
+import sys
+from vdit_quant.kernels import dispatch, hadamard, int4_linear, int8_linear, pack, quant_token
+assert not [name for name in sys.modules if name.startswith("vdit_quant.kernels._triton")]
+assert "diffusers" not in sys.modules and "scipy" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("program", [WITHOUT_TRITON, WITHOUT_RUNNING])
+def test_import_needs_neither_triton_nor_gpu(program: str, child_environment: dict[str, str]) -> None:
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=child_environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,54 @@
+"""torch.library's own checks (schema, fake tensors, aliasing, torch.compile) on every op."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from vdit_quant.kernels.dispatch import TWINS
+from vdit_quant.kernels.hadamard import hadamard
+from vdit_quant.kernels.int4_linear import int4_linear, int4_to_int8, int4_weight_linear
+from vdit_quant.kernels.int8_linear import int8_linear, int8_weight_linear
+from vdit_quant.kernels.quant_token import quant_token
+
+CASES: dict[str, tuple[Callable[..., object], Callable[..., list[tuple[object, ...]]]]] = {
+    "quant_token": (quant_token, lambda a: [(a.x,), (a.x.bfloat16(),)]),
+    "int8_linear": (
+        int8_linear,
+        lambda a: [
+            (a.codes, a.scale, a.weight, a.weight_scale, a.bias, torch.float32),
+            (a.codes, a.scale, a.weight, a.weight_scale, None, torch.bfloat16),
+        ],
+    ),
+    "int8_weight_linear": (int8_weight_linear, lambda a: [(a.x, a.weight, a.weight_scale, a.bias)]),
+    "int4_to_int8": (int4_to_int8, lambda a: [(a.packed, a.group_scale, 64), (a.packed, None, 64)]),
+    "int4_linear": (
+        int4_linear,
+        lambda a: [(a.codes, a.scale, a.packed, a.weight_scale, a.group_scale, a.bias, torch.bfloat16)],
+    ),
+    "int4_weight_linear": (
+        int4_weight_linear,
+        lambda a: [(a.x, a.packed, a.weight_scale, a.group_scale, None)],
+    ),
+    "hadamard": (
+        hadamard,
+        lambda a: [(a.x, torch.ones(64, dtype=torch.int8), 16, "sylvester"), (a.x, None, 64, "regular")],
+    ),
+}
+
+
+def test_every_op_has_a_case() -> None:
+    assert set(CASES) == set(TWINS)
+
+
+@pytest.mark.parametrize("op", sorted(CASES))
+def test_opcheck(op: str, make_layer) -> None:
+    call, samples = CASES[op]
+    for args in samples(make_layer(3, 64, 8, 32)):
+        torch.library.opcheck(call, args)
+
+
+def test_fake_tensors_are_checked_too(make_layer) -> None:
+    a = make_layer(3, 64, 8)
+    with pytest.raises(ValueError, match="int8_linear: expected weight"):
+        int8_linear(*(t.to("meta") for t in (a.codes, a.scale, a.weight[:, :9], a.weight_scale)), None, torch.float32)
