@@ -38,6 +38,11 @@ def _check(plan: LayerPlan, tensors: Tensors) -> None:
     assert plan.spec is not None
     expected = {k: (t.shape, t.dtype) for k, t in layer_layout(plan.n, plan.k, plan.spec).items()}
     found = {k: (tuple(t.shape), t.dtype) for k, t in tensors.items()}
+    if missing := sorted(expected.keys() - found.keys()):
+        raise InputError(
+            f"layer {plan.name}: method {plan.method} makes no {', '.join(missing)}, which the spec {plan.spec.name} "
+            "asks for; choose another method or another spec"
+        )
     if expected != found:
         raise RuntimeError(f"layer {plan.name}: method {plan.method} returned {found}, expected {expected}")
     for name, tensor in tensors.items():

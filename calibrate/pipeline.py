@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from ..evaluate.sampling import Workload, make_sampler
-from ..quantize.errors import InputError
+from ..quantize.errors import InputError, OutputError
 from ..quantize.layer import layer_layout
 from ..quantize.recipe import Recipe, load_shipped
 from ..quantize.stats import LayerStats
 from ..runtime.artifact import DTYPES, is_artifact, make_config
 from ..runtime.demo import DEMO
 from ..runtime.family import find_family
-from ..runtime.load import default_device, default_dtype
+from ..runtime.load import default_dtype, pick_device
 from ..runtime.source import Source, find_source
 from ..runtime.writer import Entry, check_output, copy_pipeline, staged, write_json, write_tensors
 from .compress import compress_layer
@@ -91,13 +91,20 @@ def compress(
     recipe = settings.resolve_recipe()
     target = Path(output) if output is not None else default_output(source.label, recipe)
     check_output(target, settings.overwrite)
+    pick_device(settings.device)
     plan = plan_source(source, recipe)
     workspace = Workspace(target)
     provenance = describe(source, recipe, settings)
     if workspace.open(provenance, settings.resume):
         progress.note("resuming: finished parts of the interrupted run are used")
-    gather_statistics(source, plan, settings, workspace, progress)
-    compress_blocks(source, plan, settings, workspace, progress)
+    try:
+        gather_statistics(source, plan, settings, workspace, progress)
+        compress_blocks(source, plan, settings, workspace, progress)
+    except OutputError:
+        raise
+    except InputError:  # the input must change first, and then nothing finished here is of use
+        workspace.remove()
+        raise
     write_artifact(source, plan, workspace, provenance, target, settings.overwrite)
     workspace.remove()
     return target
@@ -154,7 +161,7 @@ def gather_statistics(
     needs = {layer.name: layer.needs() for layer in plan.compressed if layer.needs()}
     if not needs or workspace.has("statistics"):
         return
-    device = default_device() if settings.device is None else torch.device(settings.device)
+    device = pick_device(settings.device)
     workload = settings.workload()
     progress.stage("recording activations", 1)
     if isinstance(source, ModelSource):
@@ -176,7 +183,7 @@ def compress_blocks(
     source: Source | ModelSource, plan: Plan, settings: Options, workspace: Workspace, progress: Progress
 ) -> None:
     """Compresses block by block; a finished block is kept for a resumed run."""
-    device = default_device() if settings.device is None else torch.device(settings.device)
+    device = pick_device(settings.device)
     recorded = workspace.load("statistics") if workspace.has("statistics") else {}
     units = plan.units()
     progress.stage("compressing", len(plan.compressed))

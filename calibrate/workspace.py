@@ -8,10 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..quantize.errors import InputError
+from ..quantize.errors import InputError, OutputError
 
 
 class Workspace:
@@ -38,7 +39,10 @@ class Workspace:
                 )
             return True
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
+        try:
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"{self.output}: no folder can be made there ({error})") from None
         _replace(note, lambda path: path.write_text(text, encoding="utf-8"))
         return False
 
@@ -62,5 +66,11 @@ class Workspace:
 
 def _replace(path: Path, write: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:  # SafetensorError: how safetensors reports a full disk
+        temporary.unlink(missing_ok=True)
+        raise OutputError(
+            f"{path}: could not be written ({error}); make room and run again with --resume, or remove {path.parent}"
+        ) from error

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from ..calibrate.progress import Progress
+
 # a pipe or a log file has no width of its own: give tables room there
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 error_console = Console(stderr=True, highlight=False)
@@ -20,10 +22,10 @@ error_console = Console(stderr=True, highlight=False)
 _QUIET_SECONDS = 5.0
 
 
-class Reporter:
+class Reporter(Progress):
     """Draws a run's stages as bars with ETA on a terminal, and as plain lines every few seconds elsewhere.
 
-    It has the methods of `calibrate.progress.Progress`, and `task` for callers that report (label, done, total).
+    `task` is for callers that report (label, done, total).
     """
 
     def __init__(self, bars: Bars | None) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..quantize.errors import InputError
 from ..runtime.artifact import read_config
-from ..runtime.load import check_artifact, default_device, default_dtype
+from ..runtime.load import check_artifact, default_dtype, pick_device
 from ..runtime.source import Source, find_source
 from .metrics import mean_psnr, relative_error, ssim
 from .picture import save_pairs
@@ -70,6 +70,21 @@ class Comparison:
         return {**asdict(self), "psnr": self.psnr, "psnr_spread": self.psnr_spread, "ssim": self.ssim}
 
 
+@dataclass(frozen=True)
+class Run:
+    """What one model sampled, seed by seed: one side of a comparison, and good for several."""
+
+    model: str
+    workload: Workload
+    seeds: tuple[int, ...]
+    samples: tuple[Samples, ...]
+    sampler: str
+    device: str
+    dtype: str
+    bytes: int
+    seconds: float
+
+
 def compare(
     artifact: str | Path,
     baseline: str | Path,
@@ -86,39 +101,63 @@ def compare(
     Raises InputError when either is unusable or the two are not the same architecture.
     """
     workload = workload or Workload(samples=20)
-    place = default_device() if device is None else torch.device(device)
-    sources = {"artifact": find_source(artifact), "baseline": find_source(baseline)}
-    check_artifact(sources["artifact"])
-    check_same(sources["artifact"], sources["baseline"])
-    runs: dict[str, list[Samples]] = {}
-    seconds: dict[str, float] = {}
-    size: dict[str, int] = {}
-    scheduler = ""
-    for role in ("baseline", "artifact"):
-        sampler = make_sampler(sources[role], default_dtype(place), place)
-        size[role] = tensor_bytes(sampler.denoiser)
-        scheduler = scheduler_name(sampler)
-        start = time.perf_counter()
-        runs[role] = [_run(sampler, workload, seed, role, progress) for seed in seeds]
-        seconds[role] = time.perf_counter() - start
-        del sampler
-    results = tuple(
-        measure(seed, got, want) for seed, got, want in zip(seeds, runs["artifact"], runs["baseline"], strict=True)
-    )
-    if picture is not None:
-        save_pairs(picture, runs["baseline"][0].images[:PICTURED], runs["artifact"][0].images[:PICTURED])
-    return Comparison(
-        artifact=str(artifact),
-        baseline=str(baseline),
-        workload={key: value for key, value in asdict(workload).items() if key != "seed"},
-        sampler=scheduler,
+    check_pair(artifact, baseline)
+    reference = sample_seeds(baseline, workload, seeds, device, "baseline", progress)
+    return compare_runs(sample_seeds(artifact, workload, seeds, device, "artifact", progress), reference, picture)
+
+
+def check_pair(artifact: str | Path, baseline: str | Path) -> None:
+    """Raises InputError unless `artifact` is complete and of the same architecture as `baseline`."""
+    ours, theirs = find_source(artifact), find_source(baseline)
+    check_artifact(ours)
+    check_same(ours, theirs)
+
+
+def sample_seeds(
+    model: str | Path,
+    workload: Workload,
+    seeds: tuple[int, ...],
+    device: str | None = None,
+    role: str = "samples",
+    progress: Progress | None = None,
+) -> Run:
+    """Samples the workload once for each seed, keeping every step's latents. `role` names it to `progress`."""
+    place = pick_device(device)
+    dtype = default_dtype(place)
+    sampler = make_sampler(find_source(model), dtype, place)
+    start = time.perf_counter()
+    samples = tuple(_run(sampler, workload, seed, role, progress) for seed in seeds)
+    return Run(
+        model=str(model),
+        workload=workload,
+        seeds=seeds,
+        samples=samples,
+        sampler=scheduler_name(sampler),
         device=str(place),
-        dtype=str(default_dtype(place)).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
+        bytes=tensor_bytes(sampler.denoiser),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def compare_runs(artifact: Run, baseline: Run, picture: Path | None = None) -> Comparison:
+    """Paired metrics of two runs of the same workload and seeds."""
+    pairs = zip(baseline.seeds, artifact.samples, baseline.samples, strict=True)
+    results = tuple(measure(seed, got, want) for seed, got, want in pairs)
+    if picture is not None:
+        save_pairs(picture, baseline.samples[0].images[:PICTURED], artifact.samples[0].images[:PICTURED])
+    return Comparison(
+        artifact=artifact.model,
+        baseline=baseline.model,
+        workload={key: value for key, value in asdict(baseline.workload).items() if key != "seed"},
+        sampler=baseline.sampler,
+        device=baseline.device,
+        dtype=baseline.dtype,
         seeds=results,
-        bytes_artifact=size["artifact"],
-        bytes_baseline=size["baseline"],
-        seconds_artifact=seconds["artifact"],
-        seconds_baseline=seconds["baseline"],
+        bytes_artifact=artifact.bytes,
+        bytes_baseline=baseline.bytes,
+        seconds_artifact=artifact.seconds,
+        seconds_baseline=baseline.seconds,
         picture=None if picture is None else str(picture),
     )
 

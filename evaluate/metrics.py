@@ -23,8 +23,10 @@ def ssim(got: Tensor, want: Tensor) -> float:
     """Structural similarity of images [n, C, H, W] in 0..1 (Wang et al. 2004), averaged; videos go frame by frame."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    frames = [t.float().reshape(-1, *t.shape[-3:]) for t in (got, want)]
-    return float(structural_similarity_index_measure(*frames, data_range=1.0))
+    ours, theirs = (t.float().reshape(-1, *t.shape[-3:]) for t in (got, want))
+    value = structural_similarity_index_measure(ours, theirs, data_range=1.0)
+    assert isinstance(value, Tensor)
+    return float(value)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -11,6 +11,10 @@ class InputError(ValueError):
     and what was found; the command line prints it alone, without a traceback, and exits with code 2."""
 
 
+class OutputError(InputError):
+    """The output cannot be written, for now (a full disk); finished work stays where a resumed run finds it."""
+
+
 def unknown(kind: str, name: str, options: Iterable[str], where: str = "") -> InputError:
     """The error for a name that is not one of `options`: lists them and suggests the nearest.
 

@@ -97,6 +97,18 @@ class ScalarFormat(Format):
         """codes: int8 [N, C], the given `columns` -> float32 [N, C]."""
         raise NotImplementedError
 
+    def levels(self, scales: Tensors, spec: FormatSpec) -> Tensor:
+        """float32 [N, groups, L]: every value an element can take, ascending."""
+        raise NotImplementedError
+
+    def codes_of(self, index: Tensor) -> Tensor:
+        """int64 indices into `levels` -> int8 codes."""
+        raise NotImplementedError
+
+    def index_of(self, codes: Tensor) -> Tensor:
+        """Inverse of `codes_of`."""
+        raise NotImplementedError
+
     def pack(self, codes: Tensor) -> Tensor:
         """codes: int8 [N, K] -> the stored `weight` tensor."""
         return codes

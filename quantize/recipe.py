@@ -71,6 +71,8 @@ class Recipe:
                 raise unknown("key", key, allowed, where)
         if not isinstance(data.get("step"), list) or not data["step"]:
             raise InputError(f"{where}: expected at least one [[step]]")
+        if not _is_list_of_strings(data.get("keep", [])):
+            raise InputError(f"{where}: 'keep' expected a list of strings, found {data['keep']!r}")
         steps = tuple(_step(s, f"{where}, step {i + 1}") for i, s in enumerate(data["step"]))
         return cls(data.get("name", Path(where).stem), steps, data.get("description", ""), tuple(data.get("keep", ())))
 
@@ -125,6 +127,10 @@ def load_shipped(bits: str) -> Recipe:
     return Recipe.from_dict({"name": bits, **tomllib.loads(text)}, f"recipe {bits}")
 
 
+def _is_list_of_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
 def _step(data: Any, where: str) -> Step:
     fields = [f.name for f in dataclasses.fields(Step)]
     if not isinstance(data, dict):
@@ -136,8 +142,10 @@ def _step(data: Any, where: str) -> Step:
         if not isinstance(data.get(key), str):
             raise InputError(f"{where}: expected the key '{key}' with a string")
     for key in ("roles", "targets"):
-        if not isinstance(data.get(key, []), list):
+        if not _is_list_of_strings(data.get(key, [])):
             raise InputError(f"{where}: '{key}' expected a list of strings, found {data[key]!r}")
+    if not isinstance(data.get("params", {}), dict):
+        raise InputError(f"{where}: 'params' expected a table, found {data['params']!r}")
     step = Step(**{**data, "roles": tuple(data.get("roles", ())), "targets": tuple(data.get("targets", ()))})
     if step.kind not in KINDS:
         raise unknown("kind", step.kind, KINDS, where)

@@ -16,6 +16,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from ..kernels.hadamard import check_kind
 from . import formats, registry
 from .errors import InputError, unknown
 from .format import Format
@@ -29,6 +30,10 @@ class FormatSpec:
     format: str
     group_size: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.group_size is not None and not _is_count(self.group_size, 1):
+            raise InputError(f"group_size: expected a positive whole number, found {self.group_size!r}")
+
     def resolve(self) -> Format:
         return registry.find(formats, self.format, "FORMAT")
 
@@ -39,6 +44,14 @@ class HadamardSpec:
 
     block_size: int
     kind: str = "sylvester"
+
+    def __post_init__(self) -> None:
+        if not _is_count(self.block_size, 2):
+            raise InputError(f"hadamard block_size: expected a whole number from 2, found {self.block_size!r}")
+        try:
+            check_kind(self.block_size, self.kind)
+        except ValueError as error:
+            raise InputError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,12 @@ class LayerSpec:
     pre_scale: bool = False
     hadamard: HadamardSpec | None = None
     rank: int = 0
+
+    def __post_init__(self) -> None:
+        if not _is_count(self.rank, 0):
+            raise InputError(f"rank: expected a whole number from 0, found {self.rank!r}")
+        if not isinstance(self.pre_scale, bool):
+            raise InputError(f"pre_scale: expected true or false, found {self.pre_scale!r}")
 
     @property
     def name(self) -> str:
@@ -77,7 +96,10 @@ class LayerSpec:
             raise InputError(f"spec '{name}': expected it to begin with the weight, such as w4g64, found '{head}'")
         values: dict[str, Any] = {"weight": _parse_format(head[1:], name)}
         for part in rest:
-            values.update(_parse_part(part, name))
+            read = _parse_part(part, name)
+            if read.keys() & values.keys():
+                raise InputError(f"spec '{name}': the part '{part}' says again what another part says")
+            values.update(read)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,12 +121,23 @@ class LayerSpec:
         values = dict(_known(cls, data, where))
         for key, kind in (("weight", FormatSpec), ("activation", FormatSpec), ("hadamard", HadamardSpec)):
             if values.get(key) is not None:
-                values[key] = kind(**_known(kind, values[key], f"{where}.{key}"))
-        spec = cls(**values)
+                values[key] = _build(kind, _known(kind, values[key], f"{where}.{key}"), f"{where}.{key}")
+        spec: LayerSpec = _build(cls, values, where)
         for part in (spec.weight, spec.activation):
             if part is not None:
                 part.resolve()
         return spec
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _build(kind: type, values: dict[str, Any], where: str) -> Any:
+    try:
+        return kind(**values)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def _group(size: int | None) -> str:

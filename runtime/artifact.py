@@ -81,6 +81,12 @@ class ArtifactConfig:
         for key in data:
             if key not in KEYS:
                 raise unknown("key", key, KEYS, where)
+        for key, kind in (("specs", dict), ("layers", list)):
+            if not isinstance(data.get(key), kind):
+                raise InputError(f"{where}: expected '{key}' as a {kind.__name__}, found {data.get(key)!r}")
+        for rule in data["layers"]:
+            if not isinstance(rule, (list, tuple)) or len(rule) != 2:
+                raise InputError(f"{where}: 'layers' expected [pattern, spec id] pairs, found {rule!r}")
         specs = {key: LayerSpec.from_dict(value, f"{where}.specs.{key}") for key, value in data["specs"].items()}
         layers = tuple((str(pattern), str(key)) for pattern, key in data["layers"])
         for pattern, key in layers:

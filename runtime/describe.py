@@ -12,7 +12,7 @@ from ..kernels import dispatch
 from ..quantize.layer import layer_bytes
 from ..quantize.spec import LayerSpec
 from .artifact import check_tensors, read_config
-from .load import default_device, linear_shapes
+from .load import linear_shapes, parse_device
 from .source import find_source
 
 
@@ -26,7 +26,7 @@ def describe_artifact(path: str | Path, device: str | None = None) -> dict[str, 
     shapes = linear_shapes(source.skeleton())
     check_tensors(config, shapes, source.checkpoint)
     specs = config.resolve(shapes)
-    place = default_device() if device is None else torch.device(device)
+    place = parse_device(device)
     groups: dict[tuple[str, LayerSpec], list[str]] = {}
     for name, spec in specs.items():
         groups.setdefault((re.sub(r"\.\d+\.", ".*.", name, count=1), spec), []).append(name)

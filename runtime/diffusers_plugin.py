@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -17,7 +18,7 @@ from .attach import attach, linear_layers
 from .linear import CompressedLinear
 
 
-class _Method(str, Enum):
+class _Method(StrEnum):
     """diffusers reads `quant_method.value`, so a plain string will not do."""
 
     VDIT_QUANT = QUANT_METHOD
@@ -28,7 +29,7 @@ class VditQuantConfig(QuantizationConfigMixin):
 
     def __init__(self, artifact: ArtifactConfig) -> None:
         self.artifact = artifact
-        self.quant_method = _Method.VDIT_QUANT
+        self.quant_method = _Method.VDIT_QUANT  # type: ignore[assignment]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -47,10 +48,11 @@ class VditQuantizer(DiffusersQuantizer):
 
     use_keep_in_fp32_modules = True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
             raise InputError("VditQuantConfig loads artifacts; to make one, run `vdit-quant calibrate`")
-        config: ArtifactConfig = self.quantization_config.artifact
+        assert isinstance(self.quantization_config, VditQuantConfig)
+        config = self.quantization_config.artifact
         attach(model, config.resolve(linear_layers(model)))
         model.config.quantization_config = self.quantization_config
 
@@ -76,7 +78,7 @@ class VditQuantizer(DiffusersQuantizer):
             )
         return True
 
-    def create_quantized_param(
+    def create_quantized_param(  # type: ignore[override]
         self,
         model: nn.Module,
         param_value: Tensor,
@@ -90,6 +92,7 @@ class VditQuantizer(DiffusersQuantizer):
         module = model.get_submodule(layer)
         # diffusers has cast param_value to the asked-for dtype; the state dict still holds what the file holds
         stored, expected = state_dict[param_name], module._buffers[key]
+        assert expected is not None
         if stored.dtype != expected.dtype:
             raise InputError(
                 f"artifact: config and tensors disagree: {param_name} is {stored.dtype} in the file, "
@@ -97,10 +100,12 @@ class VditQuantizer(DiffusersQuantizer):
             )
         module._buffers[key] = stored.to(target_device).contiguous()
 
-    def _dequantize(self, model: nn.Module) -> nn.Module:
+    def _dequantize(self, model: Any) -> Any:
         for name, layer in linear_layers(model).items():
             if isinstance(layer, CompressedLinear):
                 model.set_submodule(name, _dense(layer, model.dtype))
+        # a plain model now: saved with our config in it, it would not load
+        model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})
         return model
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:

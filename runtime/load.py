@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..quantize.errors import InputError
+from ..quantize.spec import LayerSpec
 from .artifact import check_tensors, read_config
 from .attach import attach, linear_layers
 from .checkpoint import Checkpoint
@@ -17,6 +20,25 @@ from .source import Source, find_source, load_pipeline, load_transformer
 
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def parse_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name, which need not be here; None: the GPU when there is one. Raises InputError."""
+    try:
+        return default_device() if device is None else torch.device(device)
+    except RuntimeError:
+        raise InputError(f"unknown device '{device}'; expected one like cpu, cuda or cuda:1") from None
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """As `parse_device`; raises InputError also when that device cannot be used here."""
+    place = parse_device(device)
+    try:
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"device '{place}' cannot be used here: {reason}") from None
+    return place
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
@@ -33,7 +55,7 @@ def load(path: str | Path, device: str | torch.device | None = None, dtype: torc
     """
     source = find_source(path)
     check_artifact(source)
-    device = default_device() if device is None else torch.device(device)
+    device = pick_device(device)
     dtype = default_dtype(device) if dtype is None else dtype
     return load_pipeline(source, dtype, device) if source.is_pipeline else load_transformer(source, dtype, device)
 
@@ -57,15 +79,34 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
     folder = Path(path)
     config, checkpoint = read_config(folder), Checkpoint(folder)
     check_tensors(config, linear_shapes(model), checkpoint)
-    attach(model, config.resolve(linear_layers(model)))
+    specs = config.resolve(linear_layers(model))
+    _check_rest(model, specs, checkpoint)
+    attach(model, specs)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, CompressedLinear)}
     rest = {}
     for name in checkpoint.files:
         layer, _, key = name.rpartition(".")
         tensor = checkpoint.get(name)
-        if layer in layers and key in layers[layer]._buffers:
-            layers[layer]._buffers[key] = tensor.to(layers[layer]._buffers[key].device)
+        if layer in layers and key in layers[layer].tensors():
+            layers[layer]._buffers[key] = tensor.to(layers[layer].tensors()[key].device)
         else:
             rest[name] = tensor
     model.load_state_dict(rest, strict=False)
     return model.eval()
+
+
+def _check_rest(model: nn.Module, specs: Mapping[str, LayerSpec], checkpoint: Checkpoint) -> None:
+    """Raises InputError unless the file holds exactly the tensors of the model that are not compressed."""
+
+    def is_plain(name: str) -> bool:
+        layer, _, key = name.rpartition(".")
+        return layer not in specs or key == "bias"
+
+    expected = {name: list(t.shape) for name, t in model.state_dict().items() if is_plain(name)}
+    found = {name: list(shape) for name, (shape, _) in checkpoint.headers.items() if is_plain(name)}
+    for name in [*expected, *found]:
+        if expected.get(name) != found.get(name):
+            raise InputError(
+                f"{checkpoint.folder}: {name}: the model expects {expected.get(name, 'no such tensor')}, "
+                f"the file holds {found.get(name, 'no such tensor')}"
+            )

@@ -59,9 +59,15 @@ class Source:
         """The model on the meta device: names and shapes without weights."""
         from accelerate import init_empty_weights
 
+        kind = model_class(self.config, self.transformer)
         config = {k: v for k, v in self.config.items() if k != "quantization_config"}
-        with init_empty_weights():
-            return model_class(self.config, self.transformer).from_config(config).eval()
+        try:
+            with init_empty_weights():
+                return kind.from_config(config).eval()
+        except Exception as error:  # whatever a model's constructor makes of a value it cannot use
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            path = self.transformer / "config.json"
+            raise InputError(f"{path}: no {kind.__name__} can be built from this config ({reason})") from error
 
 
 def find_source(model: str | Path) -> Source:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..quantize.errors import InputError
+from .artifact import is_artifact
 from .checkpoint import INDEX, WEIGHTS
 
 SHARD_BYTES = 5_000_000_000
@@ -45,8 +47,15 @@ def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    if output.exists() and not overwrite:
+    """Raises InputError when something is at `output` that must not go: anything, or with `overwrite` anything that is
+    no artifact (a checkpoint, a folder of other files)."""
+    if not output.exists():
+        return
+    if not overwrite:
         raise InputError(f"{output} exists; name another output, or pass --overwrite")
+    empty = output.is_dir() and not any(output.iterdir())
+    if not empty and not is_artifact(output) and not is_artifact(output / "transformer"):
+        raise InputError(f"{output} exists and is no artifact; --overwrite replaces only artifacts. Name another output")
 
 
 def write_tensors(folder: Path, entries: Mapping[str, Entry], get: Callable[[str], Tensor]) -> int:
@@ -73,7 +82,18 @@ def write_tensors(folder: Path, entries: Mapping[str, Entry], get: Callable[[str
 
 
 def _save(path: Path, names: list[str], get: Callable[[str], Tensor]) -> None:
-    save_file({name: get(name).contiguous() for name in names}, path, metadata={"format": "pt"})
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name in names:
+        tensor = get(name).contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if place in storages else tensor  # tied weights: safetensors refuses aliases
+        storages.add(place)
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(f"{path.name}: {error}") from error
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors writes for the user alone, whatever the umask
 
 
 def write_json(path: Path, data: Any) -> None:

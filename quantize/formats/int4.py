@@ -79,6 +79,19 @@ class Int4(ScalarFormat):
         k = table.shape[1] * (spec.group_size or 1)
         return table.float()[:, group_of(k, spec, columns, table.device)]
 
+    def levels(self, scales: Tensors, spec: FormatSpec) -> Tensor:
+        row = scales["weight_scale"][:, None, None]
+        codes = torch.arange(-8, 8, device=row.device).float()
+        if spec.group_size is None:
+            return codes * row
+        return _level(codes, scales["weight_group_scale"].float()[..., None]) * row
+
+    def codes_of(self, index: Tensor) -> Tensor:
+        return (index - 8).to(torch.int8)
+
+    def index_of(self, codes: Tensor) -> Tensor:
+        return codes.long() + 8
+
     def pack(self, codes: Tensor) -> Tensor:
         return pack_int4(codes)
 

@@ -35,6 +35,16 @@ class Int8(ScalarFormat):
     def dequantize(self, codes: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
         return codes.float() * scales["weight_scale"][:, None]
 
+    def levels(self, scales: Tensors, spec: FormatSpec) -> Tensor:
+        codes = torch.arange(-127, 128, device=scales["weight_scale"].device)
+        return codes.float() * scales["weight_scale"][:, None, None]
+
+    def codes_of(self, index: Tensor) -> Tensor:
+        return (index - 127).to(torch.int8)
+
+    def index_of(self, codes: Tensor) -> Tensor:
+        return codes.long() + 127
+
     def ops(self, spec: LayerSpec) -> tuple[str, ...]:
         return ("quant_token", "int8_linear") if spec.activation == TOKEN else ("int8_weight_linear",)
 

@@ -1,0 +1,84 @@
+"""Options and recipes that cannot be used: the message suggests what would work."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Refused = Callable[..., str]
+
+GOOD = """
+[[step]]
+kind = "quantize"
+method = "rtn"
+spec = "w4g64-a8tok"
+roles = ["attention", "feed_forward"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--bits", "w4a9"), ("--bits", "w4a9", "did you mean 'w4a8'")),
+        (("--method", "rtm"), ("method", "rtm", "did you mean 'rtn'")),
+        (("--keep", "blocks.99.*"), ("--keep", "blocks.99.*", "matches no layer", "transformer_blocks.0")),
+        (("--group-size", "128"), ("transformer_blocks.0.attn1.to_q", "128", "K = 64", "--group-size")),
+        (("--group-size", "48"), ("transformer_blocks.0.attn1.to_q", "48", "known")),
+        (("--recipe", "nowhere.toml"), ("nowhere.toml",)),
+        (("--device", "gpu"), ("gpu",)),
+        (("--device", "cuda:7"), ("cuda:7",)),
+    ],
+)
+def test_a_wrong_option(options: tuple[str, ...], words: tuple[str, ...], refused: Refused, tiny_folder: Path) -> None:
+    refused("calibrate", tiny_folder, "-o", "out", *options, words=words)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("method =", "metod ="), ("metod", "did you mean 'method'")),
+        (("kind =", "kynd ="), ("kynd", "did you mean 'kind'")),
+        (("[[step]]", "[[steps]]"), ("steps", "did you mean 'step'")),
+        (('"quantize"', '"quantise"'), ("quantise", "did you mean 'quantize'")),
+        (('"rtn"', '"rtm"'), ("rtm", "did you mean 'rtn'")),
+        (('"attention"', '"atention"'), ("atention", "did you mean 'attention'")),
+        (("w4g64-a8tok", "w5g64-a8tok"), ("w5g64-a8tok", "5g64")),
+        (("w4g64-a8tok", "w4g64-a8tok-q3"), ("q3",)),
+        (('["attention", "feed_forward"]', '"attention"'), ("roles", "list")),
+        (('["attention", "feed_forward"]', "[]"), ("selects nothing",)),
+        (('roles = ["attention", "feed_forward"]', 'targets = ["no.such.*"]'), ("selects none", "attention")),
+        (('kind = "quantize"', 'kind = "quantize"\nparams = {clyp = "none"}'), ("clyp", "did you mean 'clip'")),
+        (('kind = "quantize"', 'kind = "quantize"\nparams = {clip = 3}'), ("clip", "str", "int")),
+        (('kind = "quantize"', 'kind = "quantize"\nparams = {clip = "nine"}'), ("clip", "nine", "output")),
+        (('kind = "quantize"', 'kind = "quantize"\nparams = 3'), ("params",)),
+        (('spec = "w4g64-a8tok"', "spec = 4"), ("spec", "string")),
+        (("[[step]]", "keep = 3\n[[step]]"), ("keep",)),
+        (("[[step]]", "keep = [3]\n[[step]]"), ("keep",)),
+        (('["attention", "feed_forward"]', "[3]"), ("roles",)),
+        (('roles = ["attention", "feed_forward"]', "targets = [3]"), ("targets",)),
+        (("w4g64-a8tok", "w4g0-a8tok"), ("group_size", "0")),
+        (("w4g64-a8tok", "w8-h48"), ("hadamard", "48")),
+        (("w4g64-a8tok", "w8-h32r"), ("hadamard", "32")),
+        (("w4g64-a8tok", "w8-h128"), ("transformer_blocks.0.attn1.to_q", "128", "K = 64")),
+        (("w4g64-a8tok", "w8-r65"), ("transformer_blocks.0.attn1.to_q", "rank 65")),
+        (("w4g64-a8tok", "w8-s-s"), ("w8-s-s",)),
+        (("w4g64-a8tok", "w8g64"), ("int8", "64")),
+        (("w4g64-a8tok", "w8-a4g48"), ("int4", "48")),
+        (("[[step]]", "step = 3"), ("step",)),
+        (("[[step]]", "[step"), ("not valid TOML",)),
+    ],
+)
+def test_a_wrong_recipe(
+    change: tuple[str, str], words: tuple[str, ...], refused: Refused, tiny_folder: Path, tmp_path: Path
+) -> None:
+    text = GOOD.replace(*change)
+    assert text != GOOD
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(text, encoding="utf-8")
+    refused("calibrate", tiny_folder, "-o", "out", "--recipe", recipe, words=words)
+
+
+def test_a_recipe_that_is_not_text(refused: Refused, tiny_folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_bytes(b"\xff\xfe\x00\x01")
+    refused("calibrate", tiny_folder, "--recipe", recipe, words=("mine.toml", "cannot be read"))

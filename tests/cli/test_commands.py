@@ -1,0 +1,125 @@
+"""What each command prints and leaves, on good input."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vdit_quant.cli import commands
+from vdit_quant.quantize import registry
+from vdit_quant.quantize.recipe import shipped
+
+Cli = Callable[..., Any]
+
+
+@pytest.mark.parametrize("command", registry.names(commands))
+def test_every_command_explains_itself(command: str, cli: Cli) -> None:
+    result = cli(command, "--help")
+    assert result.code == 0
+    assert "Usage" in result.out
+    assert len(result.out.splitlines()) > 5
+
+
+@pytest.mark.parametrize("command", registry.names(commands))
+def test_an_unknown_option_is_a_usage_error(command: str, cli: Cli) -> None:
+    result = cli(command, "--no-such-option")
+    assert result.code == 2
+    assert "--no-such-option" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_help_lists_every_command(cli: Cli) -> None:
+    result = cli("--help")
+    assert result.code == 0
+    assert all(command in result.out for command in registry.names(commands))
+
+
+@pytest.mark.parametrize("bits", shipped())
+def test_dry_run_prints_the_plan_and_writes_nothing(bits: str, cli: Cli, tiny_folder: Path) -> None:
+    result = cli("calibrate", tiny_folder, "--bits", bits, "--dry-run", "-o", "out")
+    assert result.code == 0, result.err
+    assert "transformer_blocks.*.attn1.to_q" in result.out
+    assert "modulation" in result.out
+    assert not list(Path().iterdir())
+
+
+def test_calibrate_writes_one_folder_and_says_where(cli: Cli, tiny_folder: Path) -> None:
+    result = cli("calibrate", tiny_folder, "--bits", "w8a8", "-o", "deep/er/out")
+    assert result.code == 0, result.err
+    assert "deep/er/out" in result.out
+    assert [p.name for p in Path("deep/er").iterdir()] == ["out"]
+    assert sorted(p.name for p in Path("deep/er/out").iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+
+
+def test_calibrate_names_its_output_after_model_and_recipe(cli: Cli, tiny_folder: Path) -> None:
+    assert cli("calibrate", tiny_folder, "--bits", "w8a16").code == 0
+    assert [p.name for p in Path().iterdir()] == ["tiny-dit-w8a16"]
+
+
+def test_written_files_can_be_read_by_others(cli: Cli, tiny_folder: Path) -> None:
+    assert cli("calibrate", tiny_folder, "-o", "out").code == 0
+    plain = Path("plain")
+    plain.touch()
+    modes = {path.name: path.stat().st_mode & 0o777 for path in Path("out").iterdir()}
+    assert set(modes.values()) == {plain.stat().st_mode & 0o777}, modes
+
+
+def test_keep_leaves_a_layer_out(cli: Cli, tiny_folder: Path) -> None:
+    assert cli("calibrate", tiny_folder, "-o", "out", "--keep", "*.to_q", "--keep", "transformer_blocks.0.*").code == 0
+    found = json.loads(cli("inspect", "out", "--json").out)
+    assert sum(row["count"] for row in found["layers"]) == 6
+    assert not any("to_q" in row["pattern"] for row in found["layers"])
+
+
+def test_overwrite_replaces_an_artifact(cli: Cli, tiny_folder: Path) -> None:
+    assert cli("calibrate", tiny_folder, "-o", "out", "--bits", "w4a8").code == 0
+    before = json.loads(cli("inspect", "out", "--json").out)["compressed_bytes"]
+    assert cli("calibrate", tiny_folder, "-o", "out", "--bits", "w8a8", "--overwrite").code == 0
+    assert json.loads(cli("inspect", "out", "--json").out)["compressed_bytes"] > before
+
+
+def test_inspect_json_adds_up(cli: Cli, demo_artifact: Callable[..., Path]) -> None:
+    folder = demo_artifact("w4a8")
+    result = cli("inspect", folder, "--json", "--device", "cpu")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    assert found["class"] == "DiTTransformer2DModel"
+    assert found["compressed_bytes"] == sum(row["bytes"] for row in found["layers"])
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert found["compressed_bytes"] + found["other_bytes"] == weights.stat().st_size
+    assert sum(row["count"] for row in found["layers"]) == 56
+    assert all(4 <= row["bits_per_weight"] < 9 for row in found["layers"])
+    assert any("CPU" in reason for reason in found["reasons"])
+
+
+def test_inspect_prints_a_table(cli: Cli, tiny_artifact: Path) -> None:
+    result = cli("inspect", tiny_artifact)
+    assert result.code == 0, result.err
+    assert "transformer_blocks.*.ff.net.2" in result.out
+    assert "w4g64-a8tok" in result.out
+
+
+def test_doctor_json_has_a_reason_for_every_kernel_that_falls_back(cli: Cli) -> None:
+    result = cli("doctor", "--json")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    assert found["machine"]["torch"]
+    assert found["kernels"]
+    assert all(row["backend"] == "triton" or row["reason"] for row in found["kernels"])
+    assert cli("doctor").code == 0
+
+
+def test_compare_writes_json_and_picture(cli: Cli, demo_artifact: Callable[..., Path]) -> None:
+    folder = demo_artifact("w8a8")
+    options = ("--samples", "2", "--steps", "2", "--seed", "3", "--device", "cpu")
+    result = cli("compare", folder, *options, "-o", "report")
+    assert result.code == 0, result.err
+    assert "PSNR" in result.out
+    found = json.loads(Path("report/comparison.json").read_text(encoding="utf-8"))
+    assert [seed["seed"] for seed in found["seeds"]] == [3]
+    assert Path("report/samples.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,90 @@
+"""Every script in examples/ and every file in the guide to extending runs as a user would run it."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WRITES = {
+    "compress_demo.py": ("digits.png", "demo-w4a8/transformer/config.json"),
+    "plain_diffusers.py": ("seven.png",),
+    "own_module.py": ("tiny-w4a8/config.json",),
+}
+
+
+def test_every_example_is_run(root: Path) -> None:
+    assert {path.name for path in (root / "examples").glob("*.py")} == set(WRITES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted(WRITES))
+def test_example_runs(script: str, tmp_path: Path, root: Path, environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, str(root / "examples" / script), str(tmp_path)],
+        env={**environment, "OMP_NUM_THREADS": "1"},  # the models are tiny: one thread is fastest
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for name in WRITES[script]:
+        assert (tmp_path / name).stat().st_size > 0
+
+
+PLUGIN = re.compile(r'```python title="((?:quantize|runtime|cli)/[\w/]+\.py)"\n(.*?)```', re.DOTALL)
+
+USE_PLUGINS = """
+import torch
+from diffusers import AuraFlowTransformer2DModel
+from vdit_quant.calibrate.pipeline import compress
+from vdit_quant.quantize.spec import LayerSpec
+from vdit_quant.runtime.family import find_family
+
+spec = LayerSpec.parse("w2").weight
+grid = torch.tensor([[-2.0, -1.0, 0.0, 1.0, 1.0]]) * 0.5
+assert torch.equal(spec.resolve().decode(spec.resolve().encode(grid, spec), 5, spec), grid)
+
+model = AuraFlowTransformer2DModel(
+    sample_size=8, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=16, num_attention_heads=2,
+    joint_attention_dim=32, caption_projection_dim=32, pos_embed_max_size=16,
+)
+family = find_family(model)
+roles = family.linears(model)
+assert family.name == "auraflow", family.name
+assert set(roles.values()) == {"attention", "feed_forward", "modulation", "embedder", "output"}, roles
+
+compress("demo", "out", bits="w4a8", method="shrink")
+open("two.toml", "w").write('[[step]]\\nmethod = "rtn"\\nspec = "w2"\\nroles = ["feed_forward"]\\n')
+compress("demo", "two", recipe="two.toml")
+
+import sys
+from vdit_quant.cli.main import main
+sys.argv = ["vdit-quant", "shrunk", "two"]
+main()
+"""
+
+
+@pytest.mark.slow
+def test_the_files_in_the_guide_work(root: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+    package = tmp_path / "src"
+    shutil.copytree(root / "src", package, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    files = PLUGIN.findall((root / "docs" / "extending.md").read_text(encoding="utf-8"))
+    assert len(files) == 4
+    for name, text in files:
+        (package / "vdit_quant" / name).write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", USE_PLUGINS],
+        env={**environment, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) > 7  # 16 bits to 2, and a scale a row

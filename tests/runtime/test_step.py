@@ -1,0 +1,39 @@
+"""Where a sampling run is, read off the model's own calls."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vdit_quant.runtime.family import find_family
+from vdit_quant.runtime.step import StepTracker
+
+
+@torch.no_grad()
+def test_steps_follow_the_timestep_and_start_again(
+    tiny_dit: Callable[..., Any], dit_inputs: Callable[..., Any]
+) -> None:
+    model = tiny_dit()
+    inputs = dit_inputs(model, batch=4)
+    seen = []
+    with StepTracker(model, find_family(model)) as tracker:
+        for t in (900, 900, 500, 100, 900, 500):
+            model(**{**inputs, "timestep": torch.full((4,), t)})
+            seen.append((tracker.index, tracker.repeat, tracker.timestep))
+        assert torch.equal(tracker.latents, inputs["hidden_states"])
+        assert tracker.branches.tolist() == [0, 0, 1, 1]
+    assert [index for index, _, _ in seen] == [0, 0, 1, 2, 0, 1]
+    assert [repeat for _, repeat, _ in seen] == [0, 1, 0, 0, 0, 0]
+    assert seen[3][2] == 100
+    model(**{**inputs, "timestep": torch.full((4,), 50)})
+    assert tracker.timestep == 500, "it still listens after its block ended"
+
+
+@torch.no_grad()
+def test_positional_arguments_are_understood(tiny_dit: Callable[..., Any], dit_inputs: Callable[..., Any]) -> None:
+    model = tiny_dit()
+    inputs = dit_inputs(model, batch=2)
+    with StepTracker(model, find_family(model)) as tracker:
+        model(inputs["hidden_states"], inputs["timestep"], inputs["class_labels"])
+        assert (tracker.index, tracker.timestep) == (0, 500)
+        assert tracker.branches.tolist() == [0, 1]
