@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..evaluate.sampling import Workload, make_sampler
+from ..evaluate.sampling import Workload
 from ..quantize.errors import InputError, OutputError
-from ..quantize.layer import layer_layout
 from ..quantize.recipe import Recipe, load_shipped
-from ..quantize.stats import LayerStats
-from ..runtime.artifact import DTYPES, is_artifact, make_config
+from ..runtime.artifact import is_artifact
 from ..runtime.demo import DEMO
 from ..runtime.family import find_family
-from ..runtime.load import default_dtype, pick_device
+from ..runtime.load import pick_device
 from ..runtime.source import Source, find_source
-from ..runtime.writer import Entry, check_output, copy_pipeline, staged, write_json, write_tensors
-from .compress import compress_layer
+from ..runtime.writer import check_output
+from . import statistics
+from .assemble import block_part, write_artifact
+from .compress import compress_unit
 from .model_source import Data, ModelSource
-from .plan import Plan, make_plan
+from .plan import LayerPlan, Plan, make_plan
 from .progress import Progress
-from .record import Recorder
 from .workspace import Workspace
+
+
+# Calibration draws its noise and conditions from here on, so that no comparison's seed repeats them.
+CALIBRATION_SEEDS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,11 @@ class Options:
     recipe      a recipe file or object, in the place of `bits`
     method      method for the attention and feed-forward layers, in the place of the recipe's
     group_size  weight group size, in the place of the recipe's
+    params      "key=value" settings of that method
     keep        globs of layers that keep their precision
     steps, samples, seed, guidance   the sampling run that statistics are taken from
+    conditions  a conditions file for that run, for a bare transformer (see `evaluate/conditions.py`)
+    stats_gb    memory that statistics may take at a time; more blocks than fit mean more sampling runs
     resume      go on where an interrupted run of the same settings stopped
     overwrite   replace an existing output
     """
@@ -47,12 +52,15 @@ class Options:
     recipe: str | Path | Recipe | None = None
     method: str | None = None
     group_size: int | None = None
+    params: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     steps: int = 20
-    samples: int = 8
+    samples: int = 16
     seed: int = 0
     guidance: float | None = None
+    conditions: str | None = None
     device: str | None = None
+    stats_gb: float = 8.0
     resume: bool = False
     overwrite: bool = False
 
@@ -62,11 +70,12 @@ class Options:
         else:
             recipe = load_shipped(self.bits) if self.recipe is None else Recipe.from_toml(self.recipe)
         recipe = recipe if self.method is None else recipe.with_method(self.method)
+        recipe = recipe.with_params(self.params) if self.params else recipe
         recipe = recipe if self.group_size is None else recipe.with_group_size(self.group_size)
         return recipe.with_keep(self.keep)
 
     def workload(self) -> Workload:
-        return Workload(self.samples, self.steps, self.seed, self.guidance)
+        return Workload(self.samples, self.steps, CALIBRATION_SEEDS + self.seed, self.guidance)
 
 
 def compress(
@@ -91,14 +100,15 @@ def compress(
     recipe = settings.resolve_recipe()
     target = Path(output) if output is not None else default_output(source.label, recipe)
     check_output(target, settings.overwrite)
-    pick_device(settings.device)
     plan = plan_source(source, recipe)
     workspace = Workspace(target)
     provenance = describe(source, recipe, settings)
     if workspace.open(provenance, settings.resume):
         progress.note("resuming: finished parts of the interrupted run are used")
     try:
-        gather_statistics(source, plan, settings, workspace, progress)
+        memory = settings.stats_gb * 1e9
+        device = pick_device(settings.device)
+        statistics.gather(source, plan, settings.workload(), device, workspace, progress, memory)
         compress_blocks(source, plan, settings, workspace, progress)
     except OutputError:
         raise
@@ -150,33 +160,8 @@ def describe(source: Source | ModelSource, recipe: Recipe, settings: Options) ->
         "source": source.label,
         "source_fingerprint": source.fingerprint(),
         "recipe": recipe.to_dict(),
-        "workload": asdict(settings.workload()),
+        "workload": settings.workload().to_dict(),
     }
-
-
-def gather_statistics(
-    source: Source | ModelSource, plan: Plan, settings: Options, workspace: Workspace, progress: Progress
-) -> None:
-    """Runs the model once and stores the statistics of every layer whose method asks for some."""
-    needs = {layer.name: layer.needs() for layer in plan.compressed if layer.needs()}
-    if not needs or workspace.has("statistics"):
-        return
-    device = pick_device(settings.device)
-    workload = settings.workload()
-    progress.stage("recording activations", 1)
-    if isinstance(source, ModelSource):
-        if source.data is None:
-            raise InputError(f"{source.label}: the method needs statistics; pass data= (what to call the model with)")
-        with Recorder(source.model, find_family(source.model), needs, settings.steps) as recorder:
-            source.run()
-    else:
-        sampler = make_sampler(source, default_dtype(device), device)
-        with Recorder(sampler.denoiser, sampler.family, needs, settings.steps) as recorder:
-            calls = len(list(sampler.batches(workload))) * settings.steps
-            progress.stage("recording activations", calls)
-            sampler.run(workload, lambda done, _: progress.advance(done, f"sampler call {done}"))
-    tensors = {f"{name}|{k}": t for name, s in recorder.result().items() for k, t in s.to_tensors().items()}
-    workspace.save("statistics", tensors)
 
 
 def compress_blocks(
@@ -184,81 +169,16 @@ def compress_blocks(
 ) -> None:
     """Compresses block by block; a finished block is kept for a resumed run."""
     device = pick_device(settings.device)
-    recorded = workspace.load("statistics") if workspace.has("statistics") else {}
-    units = plan.units()
     progress.stage("compressing", len(plan.compressed))
     done = 0
-    for number, (_, layers) in enumerate(units):
-        part = f"block-{number:04d}"
-        if not workspace.has(part):
-            tensors = {}
-            for offset, layer in enumerate(layers):
-                progress.advance(done + offset, layer.name)
-                stats = _stats_of(layer.name, recorded)
-                stats = None if stats is None else stats.to(device)
-                out = compress_layer(layer, source.checkpoint.get, stats, device)
-                tensors.update({f"{layer.name}.{key}": t for key, t in out.items()})
-            workspace.save(part, tensors)
+    for number, (_, layers) in enumerate(plan.units()):
+        if not workspace.has(block_part(number)):
+            stats = statistics.load(workspace, number, device)
+            folds = [fold for fold in plan.folds if fold.consumers[0] in {layer.name for layer in layers}]
+
+            def report(layer: LayerPlan, offset: int, start: int = done) -> None:
+                progress.advance(start + offset, layer.name)
+
+            workspace.save(block_part(number), compress_unit(layers, folds, source.checkpoint, stats, device, report))
         done += len(layers)
     progress.advance(done, "all layers")
-
-
-def _stats_of(name: str, recorded: Mapping[str, torch.Tensor]) -> LayerStats | None:
-    own = {key.split("|", 1)[1]: t for key, t in recorded.items() if key.startswith(f"{name}|")}
-    return LayerStats.from_tensors(own) if own else None
-
-
-def write_artifact(
-    source: Source | ModelSource,
-    plan: Plan,
-    workspace: Workspace,
-    provenance: dict[str, Any],
-    target: Path,
-    overwrite: bool = False,
-) -> None:
-    """Puts the finished blocks and the tensors that stay as they are into an artifact folder."""
-    config = make_config(plan.specs(), [layer.name for layer in plan.layers], provenance, {})
-    entries, origin = _entries(source, plan)
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-
-    def get(name: str) -> torch.Tensor:
-        part = origin.get(name)
-        if part is None:
-            return source.checkpoint.get(name).to(entries[name][1])
-        if part not in parts:
-            parts.clear()
-            parts[part] = workspace.load(part)
-        return parts[part][name]
-
-    with staged(target, overwrite) as folder:
-        inner = folder / "transformer" if source.is_pipeline else folder
-        inner.mkdir(exist_ok=True)
-        if isinstance(source, Source) and source.is_pipeline:
-            copy_pipeline(source.root, folder)
-        write_tensors(inner, entries, get)
-        write_json(inner / "config.json", {**source.config, "quantization_config": config.to_dict()})
-
-
-def _entries(source: Source | ModelSource, plan: Plan) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Every tensor of the artifact with shape and dtype, and the block file each compressed one is found in."""
-    entries: dict[str, Entry] = {}
-    origin: dict[str, str] = {}
-    fp32 = set(getattr(type(source.skeleton()), "_keep_in_fp32_modules", None) or ())
-    replaced = {f"{layer.name}.weight" for layer in plan.compressed}
-    for name, (shape, dtype) in source.checkpoint.headers.items():
-        if name not in replaced:
-            entries[name] = (shape, _kept_dtype(dtype, bool(fp32 & set(name.split(".")))))
-    for number, (_, layers) in enumerate(plan.units()):
-        for layer in layers:
-            assert layer.spec is not None
-            for key, layout in layer_layout(layer.n, layer.k, layer.spec).items():
-                entries[f"{layer.name}.{key}"] = (layout.shape, layout.dtype)
-                origin[f"{layer.name}.{key}"] = f"block-{number:04d}"
-    return entries, origin
-
-
-def _kept_dtype(stored: str, keep_fp32: bool) -> torch.dtype:
-    """Tensors that are not compressed keep 16-bit types; float32 becomes bfloat16 unless the model needs it."""
-    if stored not in DTYPES:
-        raise InputError(f"the checkpoint holds a tensor of type {stored}; expected one of {', '.join(DTYPES)}")
-    return torch.bfloat16 if stored == "F32" and not keep_fp32 else DTYPES[stored]

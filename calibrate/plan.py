@@ -13,7 +13,7 @@ from ..quantize.layer import check_shape, layer_bytes
 from ..quantize.method import resolve_method
 from ..quantize.recipe import Recipe, Step
 from ..quantize.spec import LayerSpec
-from ..runtime.family import Family, block_of
+from ..runtime.family import Family, Fold, block_of
 from ..runtime.load import linear_shapes
 
 
@@ -47,11 +47,16 @@ class LayerPlan:
         method, params = resolve_method(self.method, self.params)
         return method.needs(params)
 
+    def full_params(self) -> dict[str, Any]:
+        """The method's parameters with its defaults filled in."""
+        return resolve_method(self.method, self.params)[1]
+
 
 @dataclass(frozen=True)
 class Plan:
     layers: tuple[LayerPlan, ...]
     family: str
+    folds: tuple[Fold, ...] = ()
 
     @property
     def compressed(self) -> tuple[LayerPlan, ...]:
@@ -80,27 +85,48 @@ def make_plan(model: nn.Module, family: Family, recipe: Recipe) -> Plan:
         if not any(fnmatchcase(name, pattern) for name in roles):
             some = ", ".join(list(roles)[:4])
             raise InputError(f"--keep '{pattern}' matches no layer; layers are named like {some}, ...")
+    folds = tuple(fold for fold in family.folds(model) if _folds(fold, roles, recipe))
+    foldable = {name for fold in folds for name in fold.consumers}
     layers = tuple(
-        _plan_layer(name, role, shapes[name], block_of(name, blocks), recipe) for name, role in roles.items()
+        _plan_layer(name, role, shapes[name], block_of(name, blocks), recipe, name in foldable)
+        for name, role in roles.items()
     )
     if not any(layer.spec is not None for layer in layers):
         raise InputError(
             f"recipe {recipe.name}: selects none of the {len(layers)} linear layers of {type(model).__name__} "
             f"(family {family.name}; roles found: {', '.join(sorted(set(roles.values()))) or 'none'})"
         )
-    return Plan(layers, family.name)
+    return Plan(layers, family.name, folds)
 
 
-def _plan_layer(name: str, role: str, shape: tuple[int, int], block: str | None, recipe: Recipe) -> LayerPlan:
+def _step(name: str, role: str, recipe: Recipe) -> Step | None:
+    if any(fnmatchcase(name, pattern) for pattern in recipe.keep):
+        return None
+    return next((s for s in recipe.steps if s.selects(name, role)), None)
+
+
+def _folds(fold: Fold, roles: dict[str, str], recipe: Recipe) -> bool:
+    """Whether one step of the recipe compresses every consumer of `fold` with an input scale that may be folded."""
+    steps = {id(_step(name, roles[name], recipe)): _step(name, roles[name], recipe) for name in fold.consumers}
+    step = next(iter(steps.values()))
+    if len(steps) > 1 or step is None or LayerSpec.parse(step.spec).pre_scale:
+        return False
+    params = resolve_method(step.method, step.params)[1]
+    return params.get("smooth", "none") != "none" and bool(params.get("fold", False))
+
+
+def _plan_layer(
+    name: str, role: str, shape: tuple[int, int], block: str | None, recipe: Recipe, foldable: bool
+) -> LayerPlan:
     n, k = shape
     kept = next((pattern for pattern in recipe.keep if fnmatchcase(name, pattern)), None)
     if kept is not None:
         return LayerPlan(name, role, n, k, block, None, f"kept: --keep {kept}")
-    step: Step | None = next((s for s in recipe.steps if s.selects(name, role)), None)
+    step = _step(name, role, recipe)
     if step is None:
         return LayerPlan(name, role, n, k, block, None, f"kept: no step of the recipe selects role '{role}'")
     method, params = resolve_method(step.method, step.params)
-    spec = method.complete(LayerSpec.parse(step.spec), n, k, params)
+    spec = method.complete(LayerSpec.parse(step.spec), n, k, params, foldable)
     try:
         check_shape(n, k, spec, name)
     except InputError as error:

@@ -13,6 +13,8 @@ from ..quantize.stats import LayerStats
 from ..runtime.family import Family
 from ..runtime.step import StepTracker
 
+BINS = 10  # timestep bins of the recorded maxima
+
 
 class Recorder:
     """Context manager: hooks on the named linear layers gather `LayerStats` while the model runs.
@@ -30,7 +32,7 @@ class Recorder:
         family: Family,
         needs: Mapping[str, frozenset[str]],
         steps: int,
-        bins: int = 10,
+        bins: int = BINS,
         rows: int = 16,
     ) -> None:
         self.model, self.needs = model, needs

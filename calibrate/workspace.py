@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -49,13 +49,18 @@ class Workspace:
     def has(self, part: str) -> bool:
         return self._path(part).exists()
 
-    def save(self, part: str, tensors: dict[str, Tensor]) -> None:
+    def save(self, part: str, tensors: dict[str, Tensor], notes: dict[str, str] | None = None) -> None:
         # shared tensors are stored once for each name: safetensors refuses aliases
         plain = {name: t.clone() for name, t in tensors.items()}
-        _replace(self._path(part), lambda path: save_file(plain, path))
+        _replace(self._path(part), lambda path: save_file(plain, path, metadata=notes))
 
     def load(self, part: str) -> dict[str, Tensor]:
         return load_file(self._path(part))
+
+    def notes(self, part: str) -> dict[str, str]:
+        """What was saved beside the tensors of `part`."""
+        with safe_open(self._path(part), "pt") as file:
+            return dict(file.metadata() or {})
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

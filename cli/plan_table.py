@@ -32,7 +32,8 @@ def print_plan(plan: Plan) -> None:
     elements = sum(p.n * p.k for p in plan.compressed)
     console.print(
         f"compressed layers: {human_bytes(before)} -> {human_bytes(after)} ({after / before:.3f}x, "
-        f"{8 * after / elements:.2f} bits a weight with every scale); linear layers kept at 16 bits: {human_bytes(kept)}"
+        f"{8 * after / elements:.2f} bits a weight with every scale); "
+        f"linear layers kept at 16 bits: {human_bytes(kept)}"
     )
 
 

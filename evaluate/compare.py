@@ -149,7 +149,7 @@ def compare_runs(artifact: Run, baseline: Run, picture: Path | None = None) -> C
     return Comparison(
         artifact=artifact.model,
         baseline=baseline.model,
-        workload={key: value for key, value in asdict(baseline.workload).items() if key != "seed"},
+        workload={key: value for key, value in baseline.workload.to_dict().items() if key != "seed"},
         sampler=baseline.sampler,
         device=baseline.device,
         dtype=baseline.dtype,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..quantize.errors import InputError
+from ..runtime.checkpoint import read_json
 from ..runtime.family import Family, find_family
 from ..runtime.source import Source, load_pipeline, load_transformer
 from ..runtime.step import StepTracker
+from .conditions import Conditions, fingerprint, random_conditions, read_conditions
 
 Progress = Callable[[int, int], None]
 
@@ -23,7 +25,8 @@ Progress = Callable[[int, int], None]
 class Workload:
     """What is sampled: `samples` conditions and noises drawn from `seed`, with the sampler's settings.
 
-    guidance_scale None: the pipeline's own default.
+    guidance_scale  None: the pipeline's own default
+    conditions      a conditions file (see `conditions.py`), for a bare transformer; None: the family's random ones
     """
 
     samples: int = 8
@@ -31,6 +34,11 @@ class Workload:
     seed: int = 0
     guidance_scale: float | None = None
     batch_size: int = 16
+    conditions: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings for a record; the conditions file by its contents, wherever it lies."""
+        return {**asdict(self), "conditions": self.conditions and fingerprint(self.conditions)}
 
     def generators(self, start: int, stop: int) -> list[torch.Generator]:
         """One CPU generator a sample, so that a sample's noise depends on nothing but its own number."""
@@ -117,6 +125,11 @@ class PipelineSampler(Sampler):
         self.accepts = inspect.signature(pipe.__call__).parameters
 
     def conditions(self, workload: Workload) -> dict[str, list[Any]]:
+        if workload.conditions is not None:
+            raise InputError(
+                f"{workload.conditions}: a conditions file is for a bare transformer, not for a whole pipeline "
+                f"({type(self.pipe).__name__}); name its transformer folder, or leave --conditions out"
+            )
         if "class_labels" in self.accepts:
             generator = torch.Generator().manual_seed(workload.seed)
             labels = self.family.conditions(self.denoiser, workload.samples, generator)["class_labels"]
@@ -139,7 +152,7 @@ class PipelineSampler(Sampler):
 
 
 class DenoiserSampler(Sampler):
-    """Samples latents with a bare denoiser and a diffusers scheduler, with the family's own random conditions."""
+    """Samples latents with a bare denoiser and a diffusers scheduler; conditions from a file or the family."""
 
     default_guidance = 1.5
 
@@ -147,38 +160,49 @@ class DenoiserSampler(Sampler):
         self.denoiser, self.scheduler = denoiser, scheduler
         self.family = find_family(denoiser)
 
-    def conditions(self, workload: Workload) -> dict[str, Tensor]:
-        try:
-            generator = torch.Generator().manual_seed(workload.seed)
-            return self.family.conditions(self.denoiser, workload.samples, generator)
-        except NotImplementedError:
+    def conditions(self, workload: Workload) -> Conditions:
+        count, seed = workload.samples, workload.seed
+        if workload.conditions is None:
+            return random_conditions(self.denoiser, self.family, count, seed)
+        found = read_conditions(workload.conditions, self.denoiser, self.family, count, seed)
+        if found.unguided is None and workload.guidance_scale not in (None, 1.0):
             raise InputError(
-                f"{type(self.denoiser).__name__}: the family '{self.family.name}' does not know how to call it without "
-                "data; name a whole pipeline folder, or pass data= from Python"
-            ) from None
+                f"{workload.conditions}: no uncond.* tensors; guidance {workload.guidance_scale} needs them"
+            )
+        return found
 
-    def sample_batch(self, workload: Workload, conditions: dict[str, Tensor], start: int, stop: int) -> Tensor:
-        parameter = next(p for p in self.denoiser.parameters() if p.is_floating_point())
-        device, dtype = parameter.device, parameter.dtype
-        shape = self.family.latent_shape(self.denoiser)
-        noise = [torch.randn(shape, generator=g) for g in workload.generators(start, stop)]
-        latents = torch.stack(noise).to(device, dtype)
-        guided = {name: t[start:stop].to(device) for name, t in conditions.items()}
-        free = {name: t.to(device) for name, t in self.family.unconditional(self.denoiser, guided).items()}
-        both = {name: torch.cat([t, free[name]]) for name, t in guided.items()}
+    def sample_batch(self, workload: Workload, conditions: Conditions, start: int, stop: int) -> Tensor:
+        model: Any = self.denoiser
+        device, dtype = model.device, model.dtype
         scale = self.default_guidance if workload.guidance_scale is None else workload.guidance_scale
+        branches = [conditions.guided] if conditions.unguided is None else [conditions.unguided, conditions.guided]
+        arguments = {
+            name: torch.cat([branch[name][start:stop] for branch in branches]).to(
+                device, dtype if tensor.is_floating_point() else None
+            )
+            for name, tensor in conditions.guided.items()
+        }
+        noise = [torch.randn(conditions.latent_shape, generator=g) for g in workload.generators(start, stop)]
+        latents = torch.stack(noise).to(device)  # float32 between calls: sixteen bits would lose small steps
         self.scheduler.set_timesteps(workload.steps)
-        for t in self.scheduler.timesteps.to(device):
-            pair = self.scheduler.scale_model_input(torch.cat([latents, latents]), t)
-            out = self.denoiser(pair, timestep=t.expand(len(pair)), **both, return_dict=False)[0]
-            cond, uncond = out[:, : shape[0]].chunk(2)
-            latents = self.scheduler.step(uncond + scale * (cond - uncond), t, latents, return_dict=False)[0]
+        for t in self.scheduler.timesteps:
+            batch = torch.cat([latents] * len(branches))
+            batch = (
+                self.scheduler.scale_model_input(batch, t) if hasattr(self.scheduler, "scale_model_input") else batch
+            )
+            time = t if self.family.timestep_scale == 1 else t * self.family.timestep_scale
+            time = time.to(device).expand(len(batch))
+            out = self.denoiser(batch.to(dtype), timestep=time, **arguments, return_dict=False)[0]
+            # a model that predicts its variance as well gives twice the channels
+            parts = out[:, : conditions.latent_shape[0]].float().chunk(len(branches))
+            guided = parts[-1] if len(parts) == 1 else parts[0] + scale * (parts[1] - parts[0])
+            latents = self.scheduler.step(guided, t, latents, return_dict=False)[0]
         return latents
 
 
 def make_sampler(source: Source, dtype: torch.dtype, device: torch.device | str) -> Sampler:
-    """The sampler of a model on disk: its pipeline, or for a bare transformer its denoiser with the scheduler in the
-    folder next to it (a linear-beta DDIM when there is none)."""
+    """The sampler of a model on disk: its pipeline, or for a bare transformer its denoiser with the scheduler that lies
+    in or next to its folder (a linear-beta DDIM when there is none)."""
     if source.is_pipeline:
         return PipelineSampler(load_pipeline(source, dtype, device))
     return DenoiserSampler(load_transformer(source, dtype, device), _scheduler(source))
@@ -187,11 +211,15 @@ def make_sampler(source: Source, dtype: torch.dtype, device: torch.device | str)
 def _scheduler(source: Source) -> Any:
     import diffusers
 
-    folder = source.root.resolve().parent / "scheduler"
-    if not (folder / "scheduler_config.json").exists():
+    folder = source.scheduler
+    if folder is None:
         return diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False)
-    name = diffusers.SchedulerMixin.load_config(folder).get("_class_name", "")
-    return getattr(diffusers, name).from_pretrained(folder)
+    path = folder / "scheduler_config.json"
+    name = str(read_json(path).get("_class_name"))
+    kind = getattr(diffusers, name, None)
+    if kind is None or not issubclass(kind, diffusers.SchedulerMixin):
+        raise InputError(f"{path}: diffusers {diffusers.__version__} has no scheduler '{name}'")
+    return kind.from_pretrained(folder)
 
 
 def shipped_prompts() -> list[str]:

@@ -17,9 +17,13 @@ def _check_weight(op: str, k: int, weight: Tensor, group_scale: Tensor | None) -
     width = (k + 1) // 2
     ok = weight.dtype == torch.uint8 and weight.dim() == 2 and weight.shape[1] == width
     expect(ok and k > 0, op, f"packed weight torch.uint8 [N, {width}] for K={k}", describe(weight))
+    check_groups(op, weight.shape[0], k, group_scale)
+
+
+def check_groups(op: str, n: int, k: int, group_scale: Tensor | None) -> None:
+    """Check the optional group scales of a weight [n, k]."""
     if group_scale is None:
         return
-    n = weight.shape[0]
     ok = group_scale.dtype == torch.uint8 and group_scale.dim() == 2 and group_scale.shape[0] == n
     expect(ok, op, f"group_scale torch.uint8 [{n}, K/group]", describe(group_scale))
     columns = group_scale.shape[1]

@@ -1,7 +1,10 @@
-"""Packing of 4-bit integers, two per byte: exact inverse pairs in plain torch."""
+"""Packing of small integers without gaps: exact inverse pairs in plain torch."""
 
 import torch
 from torch import Tensor
+
+WIDTHS = (2, 3, 6)
+"""What `pack_bits` packs; 4 bits have the simpler `pack_int4`."""
 
 
 def pack_int4(q: Tensor) -> Tensor:
@@ -36,3 +39,52 @@ def unpack_int4(packed: Tensor, k: int) -> Tensor:
     # Shifting left then arithmetically right copies the nibble's sign bit into the upper half.
     both = torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1).flatten(-2)
     return both if both.shape[-1] == k else both[..., :k].contiguous()
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Eight codes in `bits` bytes: code j is the bits [j * bits, (j + 1) * bits) of a little-endian word.
+
+    codes: integer [..., K], values in [-2^(bits-1), 2^(bits-1) - 1]; K is filled up to a multiple of 8 with zeros
+    bits: 2, 3 or 6
+    returns: uint8 [..., bits * ceil(K/8)], two's complement
+    Raises ValueError for another width, a non-integer dtype, a scalar, or values that do not fit.
+    """
+    _check_bits("pack_bits", bits)
+    if codes.dtype.is_floating_point or codes.dtype.is_complex or codes.dtype == torch.bool or codes.dim() == 0:
+        found = f"{codes.dtype} of shape {tuple(codes.shape)}"
+        raise ValueError(f"pack_bits: expected an integer tensor [..., K], found {found}")
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    if codes.numel() and not codes.is_meta and (int(codes.min()) < low or int(codes.max()) > high):
+        found = f"{int(codes.min())} to {int(codes.max())}"
+        raise ValueError(f"pack_bits: expected values in [{low}, {high}], found {found}")
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8))
+    word = torch.zeros_like(padded[..., ::8], dtype=torch.int64)
+    for j in range(8):
+        word |= (padded[..., j::8].long() & ((1 << bits) - 1)) << (j * bits)
+    return torch.stack([((word >> (8 * i)) & 255).to(torch.uint8) for i in range(bits)], dim=-1).flatten(-2)
+
+
+def unpack_bits(packed: Tensor, k: int, bits: int) -> Tensor:
+    """The codes that `pack_bits` packed.
+
+    packed: uint8 [..., bits * ceil(k/8)]
+    returns: int8 [..., k], contiguous
+    Raises ValueError for another width, a dtype that is not uint8, or a last dimension that does not fit.
+    """
+    _check_bits("unpack_bits", bits)
+    if packed.dtype != torch.uint8 or packed.dim() == 0:
+        raise ValueError(f"unpack_bits: expected uint8 [..., bytes], found {packed.dtype} {tuple(packed.shape)}")
+    width = (k + 7) // 8 * bits
+    if packed.shape[-1] != width:
+        raise ValueError(f"unpack_bits: {k} values need {width} bytes per row, found {packed.shape[-1]}")
+    word = packed[..., ::bits].long()
+    for i in range(1, bits):
+        word |= packed[..., i::bits].long() << (8 * i)
+    # Shifting left to the top then arithmetically right copies the code's sign bit into the upper bits.
+    codes = [((word << (64 - (j + 1) * bits)) >> (64 - bits)).to(torch.int8) for j in range(8)]
+    return torch.stack(codes, dim=-1).flatten(-2)[..., :k].contiguous()
+
+
+def _check_bits(what: str, bits: int) -> None:
+    if bits not in WIDTHS:
+        raise ValueError(f"{what}: expected {', '.join(map(str, WIDTHS))} bits, found {bits}")

@@ -6,6 +6,9 @@ be rounded through the Cholesky factor of H^-1. Cost: K steps on [N] vectors and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,7 @@ from .spec import FormatSpec
 
 BLOCK = 128
 DAMP = 0.01
+SHORT_COLUMN = 8192
 _DAMP_STEPS = 6
 
 
@@ -35,13 +39,32 @@ def gptq(
     act_order  round the columns of the largest inputs first
     Raises InputError when the Gram matrix is not finite.
     """
+    with _few_threads(weight):
+        return _gptq(weight, gram, scales, spec, damp, act_order)
+
+
+@contextmanager
+def _few_threads(weight: Tensor) -> Iterator[None]:
+    """One thread while working on short columns: handing thousands of tiny steps to a pool costs more than they do."""
+    before = torch.get_num_threads()
+    if weight.device.type == "cpu" and weight.shape[0] < SHORT_COLUMN:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _gptq(
+    weight: Tensor, gram: Tensor, scales: Tensors, spec: FormatSpec, damp: float, act_order: bool
+) -> Tensor:
     fmt = spec.resolve()
     assert isinstance(fmt, ScalarFormat)
     n, k = weight.shape
     order = torch.argsort(gram.diagonal(), descending=True) if act_order else torch.arange(k, device=weight.device)
     factor = inverse_factor(gram[order][:, order], damp)
-    levels = fmt.levels(scales, spec)
-    middles = ((levels[..., 1:] + levels[..., :-1]) / 2).contiguous()
+    levels = fmt.levels(scales, spec).transpose(0, 1).contiguous()  # [groups, N, L]
+    middles = (levels[..., 1:] + levels[..., :-1]) / 2
     group = group_of(k, spec, slice(None), weight.device)[order].tolist()
     work = weight[:, order].clone()
     index = torch.empty(n, k, dtype=torch.int64, device=weight.device)
@@ -50,8 +73,8 @@ def gptq(
         errors = torch.empty(n, stop - start, device=weight.device)
         for j in range(start, stop):
             column = work[:, j].contiguous()
-            index[:, j : j + 1] = torch.searchsorted(middles[:, group[j]], column[:, None])
-            rounded = levels[:, group[j]].gather(1, index[:, j : j + 1])[:, 0]
+            index[:, j : j + 1] = torch.searchsorted(middles[group[j]], column[:, None])
+            rounded = levels[group[j]].gather(1, index[:, j : j + 1])[:, 0]
             error = (column - rounded) / factor[j, j]
             errors[:, j - start] = error
             work[:, j + 1 : stop].addr_(error, factor[j, j + 1 : stop], alpha=-1)
@@ -78,15 +101,18 @@ def inverse_factor(gram: Tensor, damp: float) -> Tensor:
     raise InputError(f"the Gram matrix is not positive definite even with damping {float(base) * 10**attempt:.3g}")
 
 
-def refine(
-    codes: Tensor, weight: Tensor, gram: Tensor, scales: Tensors, spec: FormatSpec, sweeps: int = 2
-) -> Tensor:
+def refine(codes: Tensor, weight: Tensor, gram: Tensor, scales: Tensors, spec: FormatSpec, sweeps: int = 2) -> Tensor:
     """Coordinate descent on the same objective from GPTQ's codes: each column is rounded again given all others."""
+    with _few_threads(weight):
+        return _refine(codes, weight, gram, scales, spec, sweeps)
+
+
+def _refine(codes: Tensor, weight: Tensor, gram: Tensor, scales: Tensors, spec: FormatSpec, sweeps: int) -> Tensor:
     fmt = spec.resolve()
     assert isinstance(fmt, ScalarFormat)
-    levels = fmt.levels(scales, spec)
-    middles = ((levels[..., 1:] + levels[..., :-1]) / 2).contiguous()
-    n, k = weight.shape
+    levels = fmt.levels(scales, spec).transpose(0, 1).contiguous()  # [groups, N, L]
+    middles = (levels[..., 1:] + levels[..., :-1]) / 2
+    k = weight.shape[1]
     group = group_of(k, spec, slice(None), weight.device).tolist()
     h = gram / gram.diagonal().mean()
     diagonal = h.diagonal().clamp_min(1e-8)
@@ -96,8 +122,8 @@ def refine(
     for _ in range(sweeps):
         for j in range(k):
             target = current[:, j] - gradient[:, j] / diagonal[j]
-            index[:, j : j + 1] = torch.searchsorted(middles[:, group[j]], target[:, None].contiguous())
-            rounded = levels[:, group[j]].gather(1, index[:, j : j + 1])[:, 0]
+            index[:, j : j + 1] = torch.searchsorted(middles[group[j]], target[:, None].contiguous())
+            rounded = levels[group[j]].gather(1, index[:, j : j + 1])[:, 0]
             gradient.addr_(rounded - current[:, j], h[j])
             current[:, j] = rounded
     return fmt.codes_of(index)

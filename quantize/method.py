@@ -35,8 +35,11 @@ class Method:
         """The statistics that calibration must record for it (names of `stats.KINDS`); empty: it runs without data."""
         return frozenset()
 
-    def complete(self, spec: LayerSpec, n: int, k: int, params: dict[str, Any]) -> LayerSpec:
-        """The spec of a layer [n, k] after this method added what it works with (a scale, a rotation, a rank)."""
+    def complete(self, spec: LayerSpec, n: int, k: int, params: dict[str, Any], foldable: bool = False) -> LayerSpec:
+        """The spec of a layer [n, k] after this method added what it works with (a scale, a rotation, a rank).
+
+        foldable: an input scale of this layer can be folded into the layer before it, so it need not be stored.
+        """
         return spec
 
     def compress(self, layer: FloatLayer, stats: LayerStats | None, spec: LayerSpec, **params: Any) -> Tensors:

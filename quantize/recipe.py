@@ -89,13 +89,30 @@ class Recipe:
             raise InputError(f"recipe {path}: not valid TOML ({error})") from None
 
     def with_method(self, method: str) -> Recipe:
-        """The same recipe with another method for the attention and feed-forward layers; its parameters are reset."""
+        """The same recipe with another method for the attention and feed-forward layers; its parameters are reset.
+
+        A method that needs no statistics replaces every step's, so that the whole run needs no data.
+        """
+        found, params = resolve_method(method, {})
+        everywhere = not found.needs(params)
         steps = tuple(
-            dataclasses.replace(s, method=method, params={}) if set(s.roles) & set(CORE_ROLES) else s
+            dataclasses.replace(s, method=method, params={}) if everywhere or set(s.roles) & set(CORE_ROLES) else s
             for s in self.steps
         )
         out = dataclasses.replace(self, steps=steps)
         return Recipe.from_dict(out.to_dict(), f"recipe {self.name} with method {method}")
+
+    def with_params(self, settings: tuple[str, ...]) -> Recipe:
+        """The same recipe with `key=value` parameters set in the steps for attention and feed-forward layers."""
+
+        def change(step: Step) -> Step:
+            defaults = resolve_method(step.method, {})[0].defaults
+            changed = dict(parse_setting(text, defaults, step.method) for text in settings)
+            return dataclasses.replace(step, params={**step.params, **changed})
+
+        steps = tuple(change(s) if set(s.roles) & set(CORE_ROLES) else s for s in self.steps)
+        out = dataclasses.replace(self, steps=steps)
+        return Recipe.from_dict(out.to_dict(), f"recipe {self.name} with --set {' '.join(settings)}")
 
     def with_group_size(self, group_size: int | None) -> Recipe:
         """The same recipe with another weight group size in every step whose weight has groups."""
@@ -111,6 +128,24 @@ class Recipe:
 
     def with_keep(self, patterns: tuple[str, ...]) -> Recipe:
         return dataclasses.replace(self, keep=self.keep + patterns)
+
+
+def parse_setting(text: str, defaults: dict[str, Any], method: str) -> tuple[str, Any]:
+    """`key=value` as (key, value of the type that the method's default has). Raises InputError when it is not one."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"--set '{text}': expected KEY=VALUE")
+    if key not in defaults:
+        raise unknown(f"parameter of {method}", key, defaults, "--set")
+    default = defaults[key]
+    if isinstance(default, bool):
+        if value not in ("true", "false"):
+            raise InputError(f"--set {text}: expected true or false")
+        return key, value == "true"
+    try:
+        return key, type(default)(value)
+    except ValueError:
+        raise InputError(f"--set {text}: expected {type(default).__name__}, found '{value}'") from None
 
 
 def shipped() -> list[str]:

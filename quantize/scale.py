@@ -23,13 +23,20 @@ def search_clip(
     n, k = weight.shape
     groups = group_count(k, spec)
     cost = torch.ones(k, device=weight.device) if importance is None else importance
-    best = torch.full((n, groups), torch.inf, device=weight.device)
-    ratios = torch.ones_like(best)
-    for ratio in CLIP_GRID:
-        scales = fmt.fit(weight, spec, ratio)
+
+    def loss_of(clip: Tensor | float) -> Tensor:
+        scales = fmt.fit(weight, spec, clip)
         error = fmt.dequantize(fmt.quantize(weight, scales, spec), scales, spec) - weight
-        loss = (error.square() * cost).reshape(n, groups, -1).sum(-1)
+        return (error.square() * cost).reshape(n, groups, -1).sum(-1)
+
+    unclipped = best = loss_of(1.0)
+    ratios = torch.ones_like(best)
+    for ratio in CLIP_GRID[1:]:
+        loss = loss_of(ratio)
         better = loss < best
         best = torch.where(better, loss, best)
         ratios = torch.where(better, ratio, ratios)
+    # the groups of a row may share a scale, so ratios found one by one can be worse together: such a row stays as it is
+    worse = loss_of(ratios).sum(1) > unclipped.sum(1)
+    ratios[worse] = 1.0
     return fmt.fit(weight, spec, ratios), ratios

@@ -17,6 +17,37 @@ from .attach import linear_layers
 
 
 @dataclass(frozen=True)
+class Fold:
+    """Where the input scale of some layers can be folded into the layer that produces that input, at no run-time cost.
+
+    The consumers all read `x`, and `x * s` is what they read after folding s [K] into the producer:
+
+    producer   full name of a linear layer
+    rows       the K output rows of the producer that carry x itself; they and their bias are multiplied by s
+    plus_one   the K output rows that act as `(1 + row)` on x (adaLN's scale): weight * s, bias -> (bias + 1) * s - 1
+    consumers  full names of every layer that reads x; their columns are divided by s
+    """
+
+    producer: str
+    consumers: tuple[str, ...]
+    rows: range
+    plus_one: range | None = None
+
+
+def modulation_fold(producer: str, consumers: tuple[str, ...], width: int, shift: int, scale: int) -> Fold:
+    """The fold into an adaLN layer whose output is cut into parts of `width` rows; `shift` and `scale` number the two
+    that act on what the consumers read: `norm(x) * (1 + scale) + shift`."""
+    rows, ones = (range(part * width, (part + 1) * width) for part in (shift, scale))
+    return Fold(producer, consumers, rows=rows, plus_one=ones)
+
+
+def value_fold(attention: str, width: int) -> Fold:
+    """The fold from an attention's output projection into its values: attention weights mix tokens, never channels.
+    `width` is that of the values. Only exact where every value the projection reads comes from `to_v`."""
+    return Fold(f"{attention}.to_v", (f"{attention}.to_out.0",), rows=range(width))
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family. A new one is one file in `families/` that exports `FAMILY`.
 
@@ -24,12 +55,14 @@ class Family:
     blocks   attribute names of the ModuleLists that hold the repeated blocks
     roles    (glob on the full layer name, role) in order, the first match decides; roles are listed in
              `quantize.recipe.ROLES`. A linear layer outside the blocks that nothing matches has the role "other".
+    timestep_scale  what a scheduler's timestep is multiplied by before the model sees it
     """
 
     name: str
     classes: tuple[str, ...]
     blocks: tuple[str, ...]
     roles: tuple[tuple[str, str], ...]
+    timestep_scale: float = 1.0
 
     def matches(self, model: nn.Module) -> bool:
         return any(base.__name__ in self.classes for base in type(model).__mro__)
@@ -52,13 +85,24 @@ class Family:
             names += [f"{attribute}.{i}" for i in range(len(list(blocks.children())))]
         return names
 
+    def folds(self, model: nn.Module) -> list[Fold]:
+        """Every place where an input scale can be folded away; none unless the family knows its blocks."""
+        return []
+
     def branches(self, kwargs: Mapping[str, Any], batch: int, repeat: int) -> Tensor:
         """int64 [batch]: the guidance branch of each batch row, 0 conditional, 1 unconditional.
 
-        `kwargs` are the model's own call arguments; `repeat` counts earlier calls at this timestep, for pipelines that
-        call the model once for each branch.
+        `kwargs` are the model's own call arguments; `repeat` counts earlier calls at this timestep. Pipelines call the
+        model once for each branch, conditional first, or once with the same latents twice, unconditional first.
         """
+        latents = next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
+        if latents is not None and _is_doubled(latents):
+            return (torch.arange(batch) < batch // 2).long()
         return torch.full((batch,), min(repeat, 1))
+
+    def condition_shapes(self, model: nn.Module) -> dict[str, tuple[int | None, ...]]:
+        """Call arguments that a run without a pipeline must give -> shape of one sample's, None: any size."""
+        return {}
 
     def conditions(self, model: nn.Module, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """`count` random but valid conditions as call arguments of the model, for running it without any data.
@@ -74,6 +118,11 @@ class Family:
     def latent_shape(self, model: nn.Module) -> tuple[int, ...]:
         """Shape of one latent, without the batch."""
         raise NotImplementedError
+
+
+def _is_doubled(latents: Tensor) -> bool:
+    half = len(latents) // 2 if latents.dim() else 0
+    return half > 0 and len(latents) == 2 * half and torch.equal(latents[:half], latents[half:])
 
 
 def block_of(name: str, blocks: list[str]) -> str | None:

@@ -35,6 +35,13 @@ class Source:
     def transformer(self) -> Path:
         return self.root / "transformer" if self.is_pipeline else self.root
 
+    @property
+    def scheduler(self) -> Path | None:
+        """The scheduler folder of the pipeline, or of a bare transformer: inside it (an artifact) or next to it."""
+        near = (self.root,) if self.is_pipeline else (self.root, self.root.resolve().parent)
+        found = (folder / "scheduler" for folder in near)
+        return next((folder for folder in found if (folder / "scheduler_config.json").exists()), None)
+
     @cached_property
     def config(self) -> dict[str, Any]:
         return read_json(self.transformer / "config.json")
@@ -82,7 +89,7 @@ def find_source(model: str | Path) -> Source:
         return _local(demo_path(), DEMO)
     if path.exists():
         raise InputError(f"{model}: expected a model folder, found a file")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(model)):
         return _local(_download(str(model)), str(model))
     raise InputError(f"{model}: no such folder, and not a hub id of the form owner/name")
 

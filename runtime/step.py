@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .family import Family
 
-_TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 
 
 class StepTracker:
@@ -51,7 +51,7 @@ class StepTracker:
         call = self._signature.bind_partial(*args, **kwargs).arguments
         call = {**call, **call.pop("kwargs", {})} if isinstance(call.get("kwargs"), dict) else call
         self.latents = next((v for v in call.values() if isinstance(v, Tensor)), None)
-        timestep = _first_value(next((call[name] for name in _TIMESTEP_NAMES if name in call), None))
+        timestep = _first_value(next((call[name] for name in TIMESTEP_NAMES if name in call), None))
         if timestep is not None and timestep == self.timestep:
             self.repeat += 1
         else:

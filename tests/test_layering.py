@@ -27,9 +27,7 @@ def _violations(path: Path, tree: ast.Module, layers: tuple[str, ...]) -> list[s
     ]
 
 
-def test_no_import_leads_to_a_higher_layer(
-    package_sources: dict[Path, ast.Module], layers: tuple[str, ...]
-) -> None:
+def test_no_import_leads_to_a_higher_layer(package_sources: dict[Path, ast.Module], layers: tuple[str, ...]) -> None:
     found = [
         text
         for path, tree in package_sources.items()

@@ -14,17 +14,23 @@ def run(
         typer.Argument(help="Pipeline folder, transformer folder or hub id. Without one: the bundled demo checkpoint."),
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write the artifact to.")] = None,
-    bits: Annotated[str, typer.Option(help="Shipped recipe: w8a8, w4a8, w4a16 or w8a16.")] = "w4a8",
+    bits: Annotated[str, typer.Option(help="Shipped recipe: w8a8, w4a8, w4a8-mod4, w4a16 or w8a16.")] = "w4a8",
     method: Annotated[str | None, typer.Option(help="Method for attention and feed-forward layers.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A parameter of the method, KEY=VALUE; may be given again.")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe file (TOML), in the place of --bits.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weight group size, in the place of the recipe's.")] = None,
     keep: Annotated[
         list[str] | None, typer.Option(help="Glob of layers that keep their precision; may be given again.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps of the calibration run.")] = 20,
-    samples: Annotated[int, typer.Option(min=1, help="Samples of the calibration run.")] = 8,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of the calibration run.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the calibration run.")] = 0,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of the calibration run.")] = None,
+    conditions: Annotated[
+        Path | None, typer.Option(help="Conditions file (safetensors) for a bare transformer's calibration run.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: the GPU if there is one.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; touch no weights.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
@@ -40,11 +46,13 @@ def run(
         recipe=recipe,
         method=method,
         group_size=group_size,
+        params=tuple(set_ or ()),
         keep=tuple(keep or ()),
         steps=steps,
         samples=samples,
         seed=seed,
         guidance=guidance,
+        conditions=None if conditions is None else str(conditions),
         device=device,
         resume=resume,
         overwrite=overwrite,

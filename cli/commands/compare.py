@@ -17,6 +17,9 @@ def run(
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
     seed: Annotated[list[int] | None, typer.Option(help="Seed; may be given again. Default: 0 and 1.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's own.")] = None,
+    conditions: Annotated[
+        Path | None, typer.Option(help="Conditions file (safetensors) for a bare transformer.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples run at a time.")] = 16,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the GPU if there is one.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Make a kernel fallback an error.")] = False,
@@ -38,7 +41,7 @@ def run(
         result = compare(
             artifact,
             against,
-            Workload(samples, steps, 0, guidance, batch_size),
+            Workload(samples, steps, 0, guidance, batch_size, None if conditions is None else str(conditions)),
             tuple(seed or (0, 1)),
             device,
             folder / "samples.png",

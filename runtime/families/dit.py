@@ -8,17 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..family import Family
+from ..family import Family, Fold, modulation_fold, value_fold
 
 NULL_LABEL = 1000  # DiTPipeline's label for the unguided branch
 
 
 class Dit(Family):
+    def folds(self, model: nn.Module) -> list[Fold]:
+        found = []
+        for block in self.block_names(model):
+            attention, norm = f"{block}.attn1", f"{block}.norm1.linear"
+            projection: Any = model.get_submodule(f"{attention}.to_q")
+            width, qkv = projection.in_features, tuple(f"{attention}.to_{name}" for name in "qkv")
+            found += [
+                # norm1.linear gives shift, scale and gate of the attention, then of the feed-forward
+                modulation_fold(norm, qkv, width, shift=0, scale=1),
+                modulation_fold(norm, (f"{block}.ff.net.0.proj",), width, shift=3, scale=4),
+                value_fold(attention, projection.out_features),
+            ]
+        return found
+
     def branches(self, kwargs: Mapping[str, Any], batch: int, repeat: int) -> Tensor:
         labels = kwargs.get("class_labels")
         if labels is None:
             return super().branches(kwargs, batch, repeat)
         return (labels == NULL_LABEL).long().cpu()
+
+    def condition_shapes(self, model: nn.Module) -> dict[str, tuple[int | None, ...]]:
+        return {"class_labels": ()}
 
     def conditions(self, model: nn.Module, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         labels = trained_labels(model)
@@ -35,8 +52,8 @@ class Dit(Family):
 
 def trained_labels(model: nn.Module) -> Tensor:
     """int64: labels whose embedding is not all zero (a model trained on fewer classes leaves the others at zero)."""
-    table = model.get_submodule("transformer_blocks.0.norm1.emb.class_embedder.embedding_table").weight
-    used = table[:NULL_LABEL].detach().float().abs().amax(1).cpu() > 0
+    table: Any = model.get_submodule("transformer_blocks.0.norm1.emb.class_embedder.embedding_table")
+    used = table.weight[:NULL_LABEL].detach().float().abs().amax(1).cpu() > 0
     return used.nonzero()[:, 0] if used.any() else torch.arange(len(used))
 
 

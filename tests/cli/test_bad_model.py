@@ -101,7 +101,9 @@ def test_a_config_of_another_size(
 ) -> None:
     folder = copy_of(tiny_folder)
     edit_json(folder / "config.json", lambda d: d.update(attention_head_dim=64))
-    refused("calibrate", folder, words=("config and weights disagree", "transformer_blocks.0", "[768, 128]", "[384, 64]"))
+    refused(
+        "calibrate", folder, words=("config and weights disagree", "transformer_blocks.0", "[768, 128]", "[384, 64]")
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vdit_quant.kernels._triton import hadamard, int4_linear, int8_linear, quant_token
+from vdit_quant.kernels._triton import hadamard, int4_linear, int8_linear, packed_decode, quant_token
 from vdit_quant.kernels._triton.tiles import ROUND_EACH_STEP
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -60,6 +60,13 @@ def int4_linear_cases() -> Iterator[Case]:
         consts = {"HAS_BIAS": True, "EVEN_K": True, "INT8": dtype == i8, "DOT": dot, "GROUP": group}
         consts |= int4_linear.fused_options(m) | (ROUND_EACH_STEP if dtype == i8 else {})
         yield f"int4_linear M={m} {dtype} group={group}", int4_linear.int4_linear_kernel, types, consts
+
+
+def packed_decode_cases() -> Iterator[Case]:
+    for bits, odd, group in ((2, True, 64), (3, False, 0), (3, False, 64), (6, False, 128)):
+        types = {"w_ptr": "*u8", "group_ptr": "*u8", "out_ptr": "*i8", "N": "i32", "K": "i32"}
+        consts = {"BITS": bits, "ODD": odd, "GROUP": group, **packed_decode.launch_options(1152)}
+        yield f"packed_to_int8 bits={bits} group={group}", packed_decode.packed_to_int8_kernel, types, consts
 
 
 def hadamard_cases() -> Iterator[Case]:

@@ -6,11 +6,14 @@ import torch
 from vdit_quant.kernels._triton import hadamard as hadamard_twin
 from vdit_quant.kernels._triton import int4_linear as int4_twin
 from vdit_quant.kernels._triton import int8_linear as int8_twin
+from vdit_quant.kernels._triton import packed_decode as packed_twin
 from vdit_quant.kernels._triton import quant_token as quant_twin
 from vdit_quant.kernels._triton.tiles import INTERPRETED
 from vdit_quant.kernels.hadamard import hadamard
 from vdit_quant.kernels.int4_linear import int4_linear, int4_to_int8, int4_weight_linear
 from vdit_quant.kernels.int8_linear import int8_linear, int8_weight_linear
+from vdit_quant.kernels.pack import WIDTHS, pack_bits
+from vdit_quant.kernels.packed_decode import packed_to_int8
 from vdit_quant.kernels.quant_token import quant_token
 
 SHAPES = [(1, 72, 33), (17, 200, 40), (129, 33, 130), (65, 320, 136)]
@@ -89,6 +92,23 @@ def test_int4_to_int8_every_code_with_every_group_scale() -> None:
     for shift in range(0, 256, 64):
         args = (packed, group_scale + shift, 512)
         assert torch.equal(int4_twin.run("int4_to_int8", *args), int4_to_int8(*args))
+
+
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_packed_to_int8(bits: int, odd: bool, make_layer) -> None:
+    for m, k, n, group in [(1, 1, 3, None), (1, 61, 9, None), (1, 1037, 10, None), *GROUPED]:
+        a = make_layer(m, k, n, group)
+        packed = pack_bits(a.weight % (1 << bits) - (1 << (bits - 1)), bits)
+        args = (packed, a.group_scale, k, bits, odd)
+        assert torch.equal(packed_twin.run("packed_to_int8", *args), packed_to_int8(*args))
+
+
+@pytest.mark.parametrize(("bits", "odd"), [(2, False), (2, True), (3, False), (6, False)])
+def test_packed_to_int8_every_code_with_every_group_scale(bits: int, odd: bool) -> None:
+    codes = (torch.arange(64, dtype=torch.int8) % (1 << bits) - (1 << (bits - 1))).repeat(256, 1)
+    args = (pack_bits(codes, bits), torch.arange(256, dtype=torch.uint8)[:, None], 64, bits, odd)
+    assert torch.equal(packed_twin.run("packed_to_int8", *args), packed_to_int8(*args))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

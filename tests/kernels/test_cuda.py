@@ -9,10 +9,13 @@ from vdit_quant.kernels import dispatch
 from vdit_quant.kernels import hadamard as hadamard_module
 from vdit_quant.kernels import int4_linear as int4_module
 from vdit_quant.kernels import int8_linear as int8_module
+from vdit_quant.kernels import packed_decode as packed_module
 from vdit_quant.kernels import quant_token as quant_module
 from vdit_quant.kernels.hadamard import hadamard
 from vdit_quant.kernels.int4_linear import int4_linear, int4_to_int8, int4_weight_linear
 from vdit_quant.kernels.int8_linear import int8_linear, int8_weight_linear
+from vdit_quant.kernels.pack import WIDTHS, pack_bits
+from vdit_quant.kernels.packed_decode import packed_to_int8
 from vdit_quant.kernels.quant_token import quant_token
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch")
@@ -92,6 +95,16 @@ def test_int4(k: int, n: int, group: int | None, make_layer, relative_rms) -> No
             args = (x, a.packed, a.weight_scale, a.group_scale, a.bias)
             want = x.double() @ decoded.double().t() * a.weight_scale.double() + a.bias
             as_good_as(int4_module._weight_only_reference(*args), int4_weight_linear(*args), want, relative_rms)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize(("k", "n", "group"), GROUPED)
+def test_packed_to_int8(k: int, n: int, group: int | None, bits: int, make_layer) -> None:
+    a = make_layer(1, k, n, group, device="cuda")
+    packed = pack_bits(a.weight % (1 << bits) - (1 << (bits - 1)), bits)
+    for odd in (False, True):
+        args = (packed, a.group_scale, k, bits, odd)
+        assert torch.equal(packed_to_int8(*args), packed_module._reference(*args))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -171,7 +171,7 @@ WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch
-from vdit_quant.kernels import dispatch, hadamard, int4_linear, int8_linear, pack, quant_token
+from vdit_quant.kernels import dispatch, hadamard, int4_linear, int8_linear, pack, packed_decode, quant_token
 codes, scale = quant_token.quant_token(torch.randn(3, 32))
 y = int8_linear.int8_linear(codes, scale, codes, scale, None, torch.float32)
 assert y.shape == (3, 3)
@@ -183,7 +183,7 @@ assert dispatch.explain("int8_linear", "cuda").reason == "triton is not installe
 
 WITHOUT_RUNNING = """
 import sys
-from vdit_quant.kernels import dispatch, hadamard, int4_linear, int8_linear, pack, quant_token
+from vdit_quant.kernels import dispatch, hadamard, int4_linear, int8_linear, pack, packed_decode, quant_token
 assert not [name for name in sys.modules if name.startswith("vdit_quant.kernels._triton")]
 assert "diffusers" not in sys.modules and "scipy" not in sys.modules
 """

@@ -9,6 +9,8 @@ from vdit_quant.kernels.dispatch import TWINS
 from vdit_quant.kernels.hadamard import hadamard
 from vdit_quant.kernels.int4_linear import int4_linear, int4_to_int8, int4_weight_linear
 from vdit_quant.kernels.int8_linear import int8_linear, int8_weight_linear
+from vdit_quant.kernels.pack import pack_bits
+from vdit_quant.kernels.packed_decode import packed_to_int8
 from vdit_quant.kernels.quant_token import quant_token
 
 CASES: dict[str, tuple[Callable[..., object], Callable[..., list[tuple[object, ...]]]]] = {
@@ -29,6 +31,14 @@ CASES: dict[str, tuple[Callable[..., object], Callable[..., list[tuple[object, .
     "int4_weight_linear": (
         int4_weight_linear,
         lambda a: [(a.x, a.packed, a.weight_scale, a.group_scale, None)],
+    ),
+    "packed_to_int8": (
+        packed_to_int8,
+        lambda a: [
+            (pack_bits(a.weight % 4 - 2, 2), a.group_scale, 64, 2, True),
+            (pack_bits(a.weight % 8 - 4, 3), None, 64, 3, False),
+            (pack_bits(a.weight[:, :61] % 64 - 32, 6), None, 61, 6, False),
+        ],
     ),
     "hadamard": (
         hadamard,

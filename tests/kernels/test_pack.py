@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vdit_quant.kernels.pack import pack_int4, unpack_int4
+from vdit_quant.kernels.pack import WIDTHS, pack_bits, pack_int4, unpack_bits, unpack_int4
 
 
 @settings(deadline=None, max_examples=60)
@@ -36,3 +36,59 @@ def test_unpack_refuses_wrong_widths_and_dtypes() -> None:
         unpack_int4(torch.zeros(1, 2, dtype=torch.uint8), 5)
     with pytest.raises(ValueError, match="uint8"):
         unpack_int4(torch.zeros(1, 2, dtype=torch.int8), 4)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    bits=st.sampled_from(WIDTHS),
+    shape=st.lists(st.integers(0, 5), max_size=2),
+    k=st.integers(1, 70),
+    seed=st.integers(0, 2**31),
+)
+def test_unpack_bits_inverts_pack_bits(bits: int, shape: list[int], k: int, seed: int) -> None:
+    half = 1 << (bits - 1)
+    codes = torch.randint(-half, half, (*shape, k), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    packed = pack_bits(codes, bits)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (*shape, bits * ((k + 7) // 8))
+    unpacked = unpack_bits(packed, k, bits)
+    assert unpacked.dtype == torch.int8
+    assert unpacked.is_contiguous()
+    assert torch.equal(unpacked, codes)
+
+
+@settings(deadline=None, max_examples=40)
+@given(bits=st.sampled_from(WIDTHS), blocks=st.integers(1, 20), seed=st.integers(0, 2**31))
+def test_pack_bits_inverts_unpack_bits(bits: int, blocks: int, seed: int) -> None:
+    packed = torch.randint(
+        0, 256, (3, bits * blocks), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
+    assert torch.equal(pack_bits(unpack_bits(packed, 8 * blocks, bits), bits), packed)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_packed_codes_are_a_little_endian_stream(bits: int) -> None:
+    half = 1 << (bits - 1)
+    codes = [(5 * j + 1) % (2 * half) - half for j in range(8)]
+    word = sum((code % (2 * half)) << (j * bits) for j, code in enumerate(codes))
+    assert bytes(pack_bits(torch.tensor(codes), bits).tolist()) == word.to_bytes(bits, "little")
+    assert pack_bits(torch.tensor([-1]), bits).tolist() == [2 * half - 1] + [0] * (bits - 1)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_pack_bits_refuses_what_does_not_fit(bits: int) -> None:
+    half = 1 << (bits - 1)
+    for bad in (torch.tensor([half]), torch.tensor([-half - 1]), torch.tensor([0.5]), torch.tensor(1)):
+        with pytest.raises(ValueError, match="pack_bits"):
+            pack_bits(bad, bits)
+    with pytest.raises(ValueError, match=f"9 values need {2 * bits} bytes per row, found {bits}"):
+        unpack_bits(torch.zeros(1, bits, dtype=torch.uint8), 9, bits)
+    with pytest.raises(ValueError, match="uint8"):
+        unpack_bits(torch.zeros(1, bits, dtype=torch.int8), 8, bits)
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_other_widths_are_refused(bits: int) -> None:
+    for call in (lambda: pack_bits(torch.zeros(8, dtype=torch.int8), bits), lambda: unpack_bits(torch.zeros(8), 8, bits)):
+        with pytest.raises(ValueError, match=f"expected 2, 3, 6 bits, found {bits}"):
+            call()

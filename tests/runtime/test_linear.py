@@ -24,7 +24,8 @@ def _layer(spec: LayerSpec, tensors: dict[str, Tensor], bias: bool = True) -> Co
 
 
 def _same(got: dict[str, Tensor], want: dict[str, Tensor]) -> bool:
-    return got.keys() == want.keys() and all(t.dtype == want[k].dtype and torch.equal(t, want[k]) for k, t in got.items())
+    same = (t.dtype == want[k].dtype and torch.equal(t, want[k]) for k, t in got.items())
+    return got.keys() == want.keys() and all(same)
 
 
 def test_it_is_a_linear_built_from_a_spec_alone(spec: LayerSpec) -> None:

@@ -83,7 +83,7 @@ def test_round_trip_through_a_fresh_model(data: object, tmp_path: Path, sqnr: Ca
 
 
 def test_without_data_a_method_that_needs_statistics_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="Model.*needs statistics.*data="):
+    with pytest.raises(InputError, match=r"Model.*needs statistics.*data="):
         vdit_quant.compress(_model(), tmp_path / "out", recipe=Recipe.from_dict(OUTPUT_CLIP, "test"))
     assert not list(tmp_path.iterdir())
 

@@ -1,0 +1,90 @@
+"""Putting finished blocks and the tensors that stay as they are together into an artifact folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..quantize.errors import InputError
+from ..quantize.layer import layer_layout
+from ..runtime.artifact import DTYPES, make_config
+from ..runtime.source import Source
+from ..runtime.writer import Entry, copy_pipeline, staged, write_json, write_tensors
+from .model_source import ModelSource
+from .plan import Plan
+from .workspace import Workspace
+
+
+def block_part(number: int) -> str:
+    """Name of the workspace part that holds the compressed tensors of block `number`."""
+    return f"block-{number:04d}"
+
+
+def write_artifact(
+    source: Source | ModelSource,
+    plan: Plan,
+    workspace: Workspace,
+    provenance: dict[str, Any],
+    target: Path,
+    overwrite: bool = False,
+    plans: dict[str, Any] | None = None,
+) -> None:
+    """Writes the artifact folder `target`, whole or not at all."""
+    config = make_config(plan.specs(), [layer.name for layer in plan.layers], provenance, plans or {})
+    entries, origin = _entries(source, plan)
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+
+    def get(name: str) -> torch.Tensor:
+        part = origin.get(name)
+        if part is None:
+            return source.checkpoint.get(name).to(entries[name][1])
+        if part not in parts:
+            parts.clear()
+            parts[part] = workspace.load(part)
+        return parts[part][name].to(entries[name][1])
+
+    with staged(target, overwrite) as folder:
+        inner = folder / "transformer" if source.is_pipeline else folder
+        inner.mkdir(exist_ok=True)
+        if isinstance(source, Source) and source.is_pipeline:
+            copy_pipeline(source.root, folder)
+        elif isinstance(source, Source) and source.scheduler is not None:  # what the artifact is sampled with
+            copy_pipeline(source.scheduler, folder / "scheduler", skip="")
+        write_tensors(inner, entries, get)
+        write_json(inner / "config.json", {**source.config, "quantization_config": config.to_dict()})
+
+
+def _entries(source: Source | ModelSource, plan: Plan) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Every tensor of the artifact with shape and dtype, and the block part that each changed one is found in."""
+    entries: dict[str, Entry] = {}
+    origin: dict[str, str] = {}
+    fp32 = set(getattr(type(source.skeleton()), "_keep_in_fp32_modules", None) or ())
+    replaced = {f"{layer.name}.weight" for layer in plan.compressed}
+    for name, (shape, dtype) in source.checkpoint.headers.items():
+        if name not in replaced:
+            entries[name] = (shape, _kept_dtype(dtype, bool(fp32 & set(name.split(".")))))
+    for number, (_, layers) in enumerate(plan.units()):
+        part = block_part(number)
+        names = {layer.name for layer in layers}
+        for layer in layers:
+            assert layer.spec is not None
+            for key, layout in layer_layout(layer.n, layer.k, layer.spec).items():
+                entries[f"{layer.name}.{key}"] = (layout.shape, layout.dtype)
+                origin[f"{layer.name}.{key}"] = part
+        for producer in {fold.producer for fold in plan.folds if fold.consumers[0] in names}:
+            if (bias := f"{producer}.bias") in entries:
+                # (b + 1) s - 1 is a number near 0 beside 1: 16 bits would lose what the fold must not
+                entries[bias] = (entries[bias][0], torch.float32)
+                origin[bias] = part
+            if producer not in names:
+                origin[f"{producer}.weight"] = part
+    return entries, origin
+
+
+def _kept_dtype(stored: str, keep_fp32: bool) -> torch.dtype:
+    """Tensors that are not compressed keep 16-bit types; float32 becomes bfloat16 unless the model needs it."""
+    if stored not in DTYPES:
+        raise InputError(f"the checkpoint holds a tensor of type {stored}; expected one of {', '.join(DTYPES)}")
+    return torch.bfloat16 if stored == "F32" and not keep_fp32 else DTYPES[stored]

@@ -1,0 +1,194 @@
+"""How much each layer's compression costs at the model's output: the table that `quantize.allocate` decides from.
+
+Teacher-forced: the full-precision model runs on calls stored from real sampling runs (several timesteps and both
+guidance branches in one batch), one layer at a time is swapped for its compressed version, and the change of the
+model's output is the error of that (layer, candidate). Default error, over the batch rows b of weight v_b:
+
+    error = sum_b v_b |y_b - r_b|^2 / |r_b|^2  /  sum_b v_b        y: with the swapped layer, r: without
+
+Where the model's blocks run one after the other, the blocks before the changed one are not run again (see `Replay`).
+(ViDiT-Q, Zhao et al. 2024, arXiv 2406.02540, scores groups of layers by a metric of their own; `Scoring` takes any.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from ..quantize.allocate import QUALITY, Candidate, Choices
+from ..quantize.errors import InputError
+from ..quantize.format import Tensors
+from ..quantize.layer import check_shape, layer_bytes
+from ..quantize.spec import LayerSpec
+from ..runtime.attach import attach, detach
+from ..runtime.family import Family
+from .plan import LayerPlan
+from .probe import Call, Replay
+from .progress import Progress
+from .workspace import Workspace
+
+Metric = Callable[[Tensor, Tensor], float]
+Compress = Callable[[LayerPlan, LayerSpec], Tensors]
+Offers = Sequence[tuple[LayerPlan, Sequence[LayerSpec]]]
+
+# ViDiT-Q's groups: what cross-attention spoils is the agreement with the text, temporal attention the motion.
+VIDITQ_GROUPS = {
+    "alignment": ("*cross_attn*", "*attn2.*", "*add_[qkv]_proj*"),
+    "temporal": ("*attn_temp*", "*temporal*", "*temp_attn*"),
+}
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What an error is.
+
+    metrics          group -> metric(output, reference) of float32 [rows, ...] -> a finite number from 0, 0 when they
+                     are equal; a group without one has the default error
+    groups           group -> globs on layer names; the first group with a match has the layer, others are "quality"
+    timestep_weight  timestep -> weight of its rows in the default error; None: all the same
+    tie              layer name -> key of the layers that get one common spec, "" for none; see `tie_qkv`
+    """
+
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    timestep_weight: Callable[[float], float] | None = None
+    tie: Callable[[str], str] | None = None
+
+    def group_of(self, name: str) -> str:
+        return next((g for g, globs in self.groups.items() if any(fnmatchcase(name, p) for p in globs)), QUALITY)
+
+    def score(self, group: str, call: Call, output: Tensor, reference: Tensor) -> float:
+        metric = self.metrics.get(group)
+        if metric is not None:
+            return float(metric(output, reference))
+        return relative_error(output, reference, call.row_weights(self.timestep_weight))
+
+
+def relative_error(output: Tensor, reference: Tensor, weights: Tensor | None = None) -> float:
+    """Weighted mean over rows of |y - r|^2 / |r|^2; float [rows, ...] each, weights float [rows] or None."""
+    y, r = output.double().flatten(1), reference.double().flatten(1)
+    rows = (y - r).square().sum(1) / r.square().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
+    if weights is None:
+        return float(rows.mean())
+    weights = weights.to(rows)
+    return float((rows * weights).sum() / weights.sum())
+
+
+def tie_qkv(name: str) -> str:
+    """Ties the query, key and value projections of one attention, which kernels like to run as one."""
+    head, _, last = name.rpartition(".")
+    return f"{head}.qkv" if last in ("to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj") else ""
+
+
+def offers(layers: Sequence[LayerPlan], specs: Sequence[LayerSpec]) -> list[tuple[LayerPlan, list[LayerSpec]]]:
+    """Each layer with those specs that its shape can hold. Raises InputError when there is none."""
+    out = []
+    for layer in layers:
+        fitting, reason = [], ""
+        for spec in specs:
+            try:
+                check_shape(layer.n, layer.k, spec, layer.name)
+                fitting.append(spec)
+            except InputError as error:
+                reason = str(error)
+        if not fitting:
+            raise InputError(f"layer {layer.name}: none of the candidates fits; {reason or 'none was given'}")
+        out.append((layer, fitting))
+    return out
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    family: Family,
+    calls: Sequence[Call],
+    offered: Offers,
+    compress: Compress,
+    scoring: Scoring | None = None,
+    workspace: Workspace | None = None,
+    progress: Progress | None = None,
+) -> list[Choices]:
+    """The table for `allocate`: every offered layer with its candidates' bytes and errors, in the order given.
+
+    calls      stored calls of `model`, from `probe.capture`
+    offered    layers with the specs each may get
+    compress   (layer, spec) -> the tensors of `layer_layout`, on any device
+    workspace  where finished blocks are kept; a run with the same workspace goes on after them
+    The model is left as it was. Raises InputError for a metric that gives no finite number from 0.
+    """
+    scoring, progress = scoring or Scoring(), progress or Progress()
+    blocks: dict[str, list[tuple[LayerPlan, Sequence[LayerSpec]]]] = {}
+    for layer, specs in offered:
+        blocks.setdefault(layer.block or "", []).append((layer, specs))
+    total, done = sum(len(specs) for _, specs in offered), 0
+    progress.stage("measuring sensitivities", total)
+    errors: dict[str, dict[str, float]] = {}
+    replay = Replay(model, family, calls)
+    replay = Replay(model, family, calls)
+    for block in ["", *replay.order]:
+        rows = blocks.pop(block, [])
+        part = f"sensitivity-{block or 'outside'}"
+        found = _restore(rows, workspace, part)
+        if found is None:
+            replay.seek(block)
+            found = {}
+            for layer, specs in rows:
+                progress.advance(done + sum(map(len, found.values())), layer.name)
+                found[layer.name] = {s.name: _error(replay, layer, s, compress(layer, s), scoring) for s in specs}
+            if workspace is not None and rows:
+                workspace.save(part, _pack(found))
+        errors.update(found)
+        done += sum(map(len, found.values()))
+    assert not blocks, f"layers of blocks that the family does not list: {sorted(blocks)}"
+    if replay.broken is not None:
+        progress.note(f"from {replay.broken} on, whole runs of the model were needed: its blocks are not a plain chain")
+    progress.advance(done, "all candidates")
+    return [_choices(layer, specs, errors[layer.name], scoring) for layer, specs in offered]
+
+
+def _error(replay: Replay, layer: LayerPlan, spec: LayerSpec, tensors: Tensors, scoring: Scoring) -> float:
+    """The error of one candidate, mean over the calls by their number of rows."""
+    group = scoring.group_of(layer.name)
+    originals = attach(replay.model, {layer.name: spec}, {layer.name: tensors})
+    try:
+        scores = [
+            (scoring.score(group, call, output, reference), len(output)) for call, output, reference in replay.outputs()
+        ]
+    finally:
+        detach(replay.model, originals)
+    error = sum(score * rows for score, rows in scores) / sum(rows for _, rows in scores)
+    if not (math.isfinite(error) and error >= 0):
+        raise InputError(
+            f"layer {layer.name} as {spec.name}: the metric of group '{group}' gave {error}; "
+            "expected a finite number from 0, larger for worse"
+        )
+    return error
+
+
+def _choices(layer: LayerPlan, specs: Sequence[LayerSpec], errors: Mapping[str, float], scoring: Scoring) -> Choices:
+    candidates = tuple(Candidate(s.name, layer_bytes(layer.n, layer.k, s), errors[s.name]) for s in specs)
+    tie = scoring.tie(layer.name) if scoring.tie is not None else ""
+    return Choices(layer.name, layer.n * layer.k, candidates, scoring.group_of(layer.name), tie)
+
+
+def _pack(found: Mapping[str, Mapping[str, float]]) -> dict[str, Tensor]:
+    return {
+        f"{layer}|{spec}": torch.tensor([error], dtype=torch.float64)
+        for layer, errors in found.items()
+        for spec, error in errors.items()
+    }
+
+
+def _restore(rows: Offers, workspace: Workspace | None, part: str) -> dict[str, dict[str, float]] | None:
+    """What a finished part holds for these layers and candidates; None when it is not there, or lacks some."""
+    if workspace is None or not rows or not workspace.has(part):
+        return {} if not rows else None
+    kept = workspace.load(part)
+    if any(f"{layer.name}|{s.name}" not in kept for layer, specs in rows for s in specs):
+        return None
+    return {layer.name: {s.name: float(kept[f"{layer.name}|{s.name}"]) for s in specs} for layer, specs in rows}

@@ -1,0 +1,132 @@
+"""Gathering the statistics that methods ask for: as few sampling runs as the memory limit allows, one file a block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..evaluate.sampling import Workload, make_sampler
+from ..quantize.errors import InputError
+from ..quantize.stats import LayerStats
+from ..runtime.family import find_family
+from ..runtime.load import default_dtype
+from ..runtime.source import Source
+from .model_source import ModelSource
+from .plan import LayerPlan, Plan
+from .progress import Progress
+from .record import BINS, Recorder
+from .workspace import Workspace
+
+Unit = tuple[str, list[LayerPlan]]
+
+
+def gather(
+    source: Source | ModelSource,
+    plan: Plan,
+    workload: Workload,
+    device: torch.device,
+    workspace: Workspace,
+    progress: Progress,
+    memory: float,
+) -> None:
+    """Stores, for every block that has none yet, the statistics its layers' methods ask for.
+
+    memory  bytes that statistics may take at a time; the model is run once for each batch of blocks that fits
+    """
+    missing = [
+        (number, unit)
+        for number, unit in enumerate(plan.units())
+        if any(layer.needs() for layer in unit[1]) and not workspace.has(part_name(number))
+    ]
+    if not missing:
+        return
+    passes = _passes(missing, memory)
+    total = sum(unit_bytes(unit) for _, unit in missing)
+    progress.note(f"statistics of {len(missing)} blocks take {total / 1e6:,.0f} MB: {len(passes)} sampling run(s)")
+    run = _Runner(source, workload, device, progress)
+    for number, batch in enumerate(passes):
+        needs = {layer.name: layer.needs() for _, unit in batch for layer in unit[1] if layer.needs()}
+        recorded = run(needs, f"recording activations, run {number + 1} of {len(passes)}")
+        for index, unit in batch:
+            names = [layer.name for layer in unit[1] if layer.name in recorded]
+            save(workspace, index, {name: recorded[name] for name in names})
+
+
+class _Runner:
+    """Runs the model once with a recorder on the given layers; the model is loaded on the first run and kept."""
+
+    def __init__(
+        self, source: Source | ModelSource, workload: Workload, device: torch.device, progress: Progress
+    ) -> None:
+        self.workload, self.progress, self.source = workload, progress, source
+        if isinstance(source, ModelSource):
+            if source.data is None:
+                raise InputError(f"{source.label}: the method needs statistics; pass data= (what to call it with)")
+        else:
+            self.sampler = make_sampler(source, default_dtype(device), device)
+
+    def __call__(self, needs: Mapping[str, frozenset[str]], title: str) -> dict[str, LayerStats]:
+        workload = self.workload
+        if isinstance(self.source, ModelSource):
+            self.progress.stage(title, 1)
+            model = self.source.model
+            with Recorder(model, find_family(model), needs, workload.steps) as recorder:
+                self.source.run()
+            return recorder.result()
+        calls = len(list(self.sampler.batches(workload))) * workload.steps
+        self.progress.stage(title, calls)
+        with Recorder(self.sampler.denoiser, self.sampler.family, needs, workload.steps) as recorder:
+            self.sampler.run(workload, lambda done, _: self.progress.advance(done, f"sampler call {done}"))
+        return recorder.result()
+
+
+def _passes(units: list[tuple[int, Unit]], memory: float) -> list[list[tuple[int, Unit]]]:
+    """Batches of consecutive blocks whose statistics fit into `memory` together; a larger block goes alone."""
+    out: list[list[tuple[int, Unit]]] = [[]]
+    filled = 0.0
+    for number, unit in units:
+        size = unit_bytes(unit)
+        if out[-1] and filled + size > memory:
+            out.append([])
+            filled = 0.0
+        out[-1].append((number, unit))
+        filled += size
+    return out
+
+
+def unit_bytes(unit: Unit) -> int:
+    """Upper bound of the bytes of a block's statistics (q, k and v share theirs at run time)."""
+    total = 0
+    for layer in unit[1]:
+        if needs := layer.needs():
+            total += 4 * layer.k * (BINS * 2 + 1) + (4 * layer.k**2 if "gram" in needs else 0)
+    return total
+
+
+def part_name(number: int) -> str:
+    return f"stats-{number:04d}"
+
+
+def save(workspace: Workspace, number: int, stats: Mapping[str, LayerStats]) -> None:
+    """Stores one block's statistics; layers that share them are noted, not stored again."""
+    owners: dict[int, str] = {}
+    tensors, notes = {}, {}
+    for name, value in stats.items():
+        owner = owners.setdefault(id(value), name)
+        notes[name] = owner
+        if owner == name:
+            tensors.update({f"{name}|{key}": t for key, t in value.to_tensors().items()})
+    workspace.save(part_name(number), tensors, notes)
+
+
+def load(workspace: Workspace, number: int, device: torch.device) -> dict[str, LayerStats]:
+    """One block's statistics by layer name, on `device`; empty when its methods need none."""
+    if not workspace.has(part_name(number)):
+        return {}
+    tensors, notes = workspace.load(part_name(number)), workspace.notes(part_name(number))
+    owned = {}
+    for owner in set(notes.values()):
+        own = {key.split("|", 1)[1]: t.to(device) for key, t in tensors.items() if key.startswith(f"{owner}|")}
+        owned[owner] = LayerStats.from_tensors(own)
+    return {name: owned[owner] for name, owner in notes.items()}

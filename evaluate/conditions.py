@@ -1,0 +1,157 @@
+"""What samples are asked to show: conditions from a file, or random ones where the family knows how to draw them.
+
+A conditions file is safetensors. For every call argument of the denoiser but the latents and the timestep it holds
+
+    NAME            [count, ...]       one condition a row
+    uncond.NAME     [1 or count, ...]  the same for the unguided branch; an argument without one is given its NAME
+    latents_shape   int64 [dimensions] shape of one latent, for models whose configuration does not say it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..quantize.errors import InputError, unknown
+from ..runtime.family import Family
+from ..runtime.step import TIMESTEP_NAMES
+
+UNGUIDED = "uncond."
+LATENTS_SHAPE = "latents_shape"
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Call arguments of the denoiser, [samples, ...] each. `unguided` None: there is no unguided branch."""
+
+    guided: dict[str, Tensor]
+    unguided: dict[str, Tensor] | None
+    latent_shape: tuple[int, ...]
+
+
+def read_conditions(path: str | Path, model: nn.Module, family: Family, count: int, seed: int) -> Conditions:
+    """`count` conditions of the file in an order drawn from `seed`, each used once before any is used again.
+
+    Raises InputError, naming file and tensor, for whatever the model could not be called with.
+    """
+    tensors = _load(path)
+    shape = _latent_shape(path, tensors.pop(LATENTS_SHAPE, None), model, family)
+    free = {n.removeprefix(UNGUIDED): t for n, t in tensors.items() if n.startswith(UNGUIDED)}
+    guided = {name: t for name, t in tensors.items() if not name.startswith(UNGUIDED)}
+    _check_names(path, guided, model, family)
+    held = _check_shapes(path, guided, family.condition_shapes(model))
+    _check_unguided(path, free, guided)
+    order = torch.randperm(held, generator=torch.Generator().manual_seed(seed))
+    chosen = order[torch.arange(count) % held]
+    guided = {name: t[chosen] for name, t in guided.items()}
+    if not free:
+        return Conditions(guided, _unguided(model, family, guided), shape)
+    unguided = {n: t.expand(count, *t.shape[1:]) if len(t) == 1 else t[chosen] for n, t in free.items()}
+    return Conditions(guided, {**guided, **unguided}, shape)
+
+
+def random_conditions(model: nn.Module, family: Family, count: int, seed: int) -> Conditions:
+    """The family's own conditions. Raises InputError when it knows none."""
+    try:
+        guided = family.conditions(model, count, torch.Generator().manual_seed(seed))
+        return Conditions(guided, family.unconditional(model, guided), family.latent_shape(model))
+    except NotImplementedError:
+        raise InputError(
+            f"{type(model).__name__}: the family '{family.name}' does not know how to call it without data; name a "
+            "whole pipeline folder, give --conditions FILE (safetensors), or pass data= from Python"
+        ) from None
+
+
+def fingerprint(path: str | Path) -> str:
+    """A name for the file's contents. Raises InputError when it cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise InputError(f"{path}: conditions cannot be read ({error.strerror})") from None
+
+
+def _load(path: str | Path) -> dict[str, Tensor]:
+    fingerprint(path)  # its error is clearer than the loader's
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: expected conditions as safetensors ({error})") from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(f"{path}: {name} holds NaN or infinity")
+    return tensors
+
+
+def _latent_shape(path: str | Path, given: Tensor | None, model: nn.Module, family: Family) -> tuple[int, ...]:
+    if given is None:
+        try:
+            return family.latent_shape(model)
+        except NotImplementedError:
+            raise InputError(
+                f"{path}: no {LATENTS_SHAPE} (int64, such as [channels, frames, height, width]), and the configuration "
+                f"of {type(model).__name__} does not say it"
+            ) from None
+    if given.dim() != 1 or given.is_floating_point() or not len(given) or int(given.min()) < 1:
+        raise InputError(f"{path}: {LATENTS_SHAPE}: expected a list of sizes, found {given.dtype} {given.tolist()}")
+    return tuple(given.tolist())
+
+
+def _check_names(path: str | Path, guided: dict[str, Tensor], model: nn.Module, family: Family) -> None:
+    parameters = dict(list(inspect.signature(model.forward).parameters.items())[1:])  # the latents come first
+    plain = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    accepted = set(plain) - set(TIMESTEP_NAMES)
+    if len(plain) == len(parameters):  # no **kwargs
+        for name in sorted(set(guided) - accepted):
+            raise unknown("condition", name, accepted, str(path))
+    required = {n for n in accepted if plain[n].default is inspect.Parameter.empty} | set(
+        family.condition_shapes(model)
+    )
+    if missing := sorted(required - set(guided)):
+        raise InputError(
+            f"{path}: no tensor '{missing[0]}', which {type(model).__name__} must be called with "
+            f"(the file holds: {', '.join(sorted(guided)) or 'no condition'})"
+        )
+    if not guided:
+        raise InputError(f"{path}: holds no condition; expected some of {', '.join(sorted(accepted))}")
+
+
+def _check_shapes(path: str | Path, guided: dict[str, Tensor], wanted: dict[str, tuple[int | None, ...]]) -> int:
+    """How many conditions there are."""
+    first = next(iter(guided))
+    for name, tensor in guided.items():
+        rest = wanted.get(name, tensor.shape[1:])
+        fits = tensor.dim() == len(rest) + 1 and all(
+            w in (None, s) for w, s in zip(rest, tensor.shape[1:], strict=True)
+        )
+        if not fits or not len(tensor):
+            expected = ", ".join(["count", *("any" if w is None else str(w) for w in rest)])
+            raise InputError(f"{path}: {name}: expected [{expected}], found {list(tensor.shape)}")
+        if len(tensor) != len(guided[first]):
+            raise InputError(f"{path}: {first} holds {len(guided[first])} conditions, but {name} holds {len(tensor)}")
+    return len(guided[first])
+
+
+def _check_unguided(path: str | Path, free: dict[str, Tensor], guided: dict[str, Tensor]) -> None:
+    for name, tensor in free.items():
+        if name not in guided:
+            raise InputError(f"{path}: {UNGUIDED}{name} without {name}")
+        full = guided[name]
+        if tensor.dim() != full.dim() or tensor.shape[1:] != full.shape[1:] or len(tensor) not in (1, len(full)):
+            rest = "".join(f", {size}" for size in full.shape[1:])
+            raise InputError(
+                f"{path}: {UNGUIDED}{name}: expected [1{rest}] or [{len(full)}{rest}], found {list(tensor.shape)}"
+            )
+
+
+def _unguided(model: nn.Module, family: Family, guided: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    try:
+        return family.unconditional(model, guided)
+    except NotImplementedError:
+        return None

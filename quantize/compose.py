@@ -1,0 +1,168 @@
+"""The steps that methods are made of, in the one order a layer runs them: scale, rotate, split off low rank, round.
+
+Everything after the scale happens in the space the codes live in: the weight is `(W / s) R` and the Gram matrix of the
+input `R^T diag(s) G diag(s) R`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+from .errors import InputError
+from .format import ScalarFormat, Tensors
+from .gptq import DAMP, gptq, refine
+from .layer import LOW_RANK_DTYPE
+from .low_rank import weighted_low_rank
+from .method import FloatLayer
+from .rotate import make_signs, rotate_gram, rotate_rows, unrotate_rows
+from .scale import search_clip
+from .smooth import aggregate_absmax, channel_scale, search_scale
+from .spec import LayerSpec
+from .stats import LayerStats
+
+CHOICES = {"smooth": ("none", "fixed", "search"), "rounding": ("rtn", "gptq"), "clip": ("none", "weight", "output")}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a method decides; a method's parameters are a subset of these fields.
+
+    smooth     input scale: none, fixed (at `alpha`), or search (alpha by quantised-output error)
+    alpha      exponent of the fixed scale
+    aggregate  how the recorded maxima are reduced over time: max, mean, first
+    fold       fold the scale into the producing layer where the model's family knows how (free at run time)
+    rounding   rtn, or gptq
+    damp, act_order, sweeps   GPTQ's damping and column order; extra sweeps of coordinate descent after it
+    clip       search the covered range: none, weight (plain error), output (weighted by the inputs)
+    rounds     alternations of quantising and splitting off the low-rank branch
+    """
+
+    smooth: str = "none"
+    alpha: float = 0.5
+    aggregate: str = "max"
+    fold: bool = True
+    rounding: str = "gptq"
+    damp: float = DAMP
+    act_order: bool = True
+    sweeps: int = 0
+    clip: str = "none"
+    rounds: int = 4
+
+    @classmethod
+    def of(cls, params: dict[str, Any]) -> Choices:
+        """Picks the choices among a method's parameters. Raises InputError for a value that is not one of a kind."""
+        known = {f.name for f in fields(cls)}
+        chosen = cls(**{key: value for key, value in params.items() if key in known})
+        for key, options in CHOICES.items():
+            if getattr(chosen, key) not in options:
+                raise InputError(f"{key} is '{getattr(chosen, key)}', expected one of {', '.join(options)}")
+        return chosen
+
+    def needs(self, rank: int = 0) -> frozenset[str]:
+        """The statistics these choices are made from."""
+        found = set()
+        if self.smooth != "none":
+            found |= {"absmax"} | ({"rows"} if self.smooth == "search" else set())
+        if self.rounding == "gptq" or self.clip == "output" or rank:
+            found.add("gram")
+        return frozenset(found)
+
+
+def choose_scale(layers: list[FloatLayer], stats: LayerStats, specs: list[LayerSpec], choices: Choices) -> Tensor:
+    """float32 [K]: the input scale of layers that read one input."""
+    weights = [layer.weight for layer in layers]
+    if choices.smooth == "search":
+        return search_scale(weights, stats, specs, choices.aggregate, layers[0].name)[0]
+    return channel_scale(aggregate_absmax(stats, choices.aggregate), weights, choices.alpha)
+
+
+def compress_linear(layer: FloatLayer, stats: LayerStats | None, spec: LayerSpec, choices: Choices) -> Tensors:
+    """All tensors of `layer_layout(n, k, spec)` for one layer."""
+    tensors: Tensors = {}
+    weight = layer.weight
+    gram = None if stats is None or stats.gram is None else stats.gram / max(1, stats.count)
+    if spec.pre_scale:
+        assert stats is not None
+        scale = choose_scale([layer], stats, [spec], choices)
+        tensors["pre_quant_scale"] = scale
+        weight = weight / scale
+        gram = None if gram is None else gram * scale * scale[:, None]
+    if spec.hadamard is not None:
+        signs = make_signs(weight.shape[1], layer.name).to(weight.device)
+        tensors["hadamard_signs"] = signs
+        weight = rotate_rows(weight, signs, spec.hadamard)
+        gram = None if gram is None else rotate_gram(gram, signs, spec.hadamard)
+    if spec.rank:
+        branch = split_low_rank(weight, gram, spec, choices, tensors.get("hadamard_signs"))
+        tensors.update(branch)
+        weight = weight - _branch_weight(branch, spec, tensors.get("hadamard_signs"))
+    return {**tensors, **round_weight(weight, gram, spec, choices)}
+
+
+def round_weight(weight: Tensor, gram: Tensor | None, spec: LayerSpec, choices: Choices) -> Tensors:
+    """The format's tensors of a weight [N, K] that is already scaled and rotated, as `gram` is."""
+    fmt = spec.weight.resolve()
+    if not isinstance(fmt, ScalarFormat):
+        return fmt.encode(weight, spec.weight)
+    if choices.clip == "none":
+        scales = fmt.fit(weight, spec.weight)
+    else:
+        importance = gram.diagonal() if choices.clip == "output" and gram is not None else None
+        scales, _ = search_clip(weight, fmt, spec.weight, importance)
+    if choices.rounding == "rtn" or gram is None:
+        return fmt.store(fmt.quantize(weight, scales, spec.weight), scales)
+    codes = gptq(weight, gram, scales, spec.weight, choices.damp, choices.act_order)
+    if choices.sweeps:
+        codes = refine(codes, weight, gram, scales, spec.weight, choices.sweeps)
+    return fmt.store(codes, scales)
+
+
+def split_low_rank(
+    weight: Tensor, gram: Tensor | None, spec: LayerSpec, choices: Choices, signs: Tensor | None
+) -> Tensors:
+    """The branch `U D` that absorbs what rounding loses: alternates rounding `W - U D` with the best rank-r fit of what
+    is left of W, both as the inputs see it (the alternation of DiTAS and LoftQ, Li et al. 2023, arXiv 2310.08659).
+
+    weight, gram  in the space the codes live in; the branch itself reads the unrotated input
+    """
+    fmt = spec.weight.resolve()
+    branch: Tensors = {}
+    for _ in range(max(1, choices.rounds)):
+        rest = weight - _branch_weight(branch, spec, signs) if branch else weight
+        stored = round_weight(rest, gram, spec, choices)
+        error = weight - fmt.decode(stored, weight.shape[1], spec.weight)
+        up, down = weighted_low_rank(error, gram, spec.rank)
+        if spec.hadamard is not None:
+            assert signs is not None
+            down = unrotate_rows(down, signs, spec.hadamard)
+        branch = {"proj_up": up.to(LOW_RANK_DTYPE), "proj_down": down.to(LOW_RANK_DTYPE)}
+    return branch
+
+
+def _branch_weight(branch: Tensors, spec: LayerSpec, signs: Tensor | None) -> Tensor:
+    """float32 [N, K]: the branch as a dense weight in the space the codes live in."""
+    down = branch["proj_down"].float()
+    if spec.hadamard is not None:
+        assert signs is not None
+        down = rotate_rows(down, signs, spec.hadamard)
+    return branch["proj_up"].float() @ down
+
+
+def scaled_stats(stats: LayerStats, scale: Tensor) -> LayerStats:
+    """The statistics of the input `x * scale`."""
+    return LayerStats(
+        absmax=stats.absmax * scale,
+        second_moment=stats.second_moment * scale.square(),
+        gram=None if stats.gram is None else stats.gram * scale * scale[:, None],
+        rows=None if stats.rows is None else stats.rows * scale,
+        count=stats.count,
+    )
+
+
+def pick(*names: str, **changed: Any) -> dict[str, Any]:
+    """Parameters of a method: the named choices at their defaults, and `changed` ones at others."""
+    values = {f.name: getattr(Choices(), f.name) for f in fields(Choices)}
+    return {**{name: values[name] for name in names}, **changed}

@@ -1,0 +1,47 @@
+"""ViDiT-Q (Zhao et al. 2025, arXiv 2406.02540): dynamic per-token activations and static-dynamic channel balancing.
+
+    x' = (x * s) R,   W' = (W / s) R,   y = Q_token(x') Q(W')^T
+
+The static part is a per-channel scale `s` from calibration (SmoothQuant's formula), the dynamic part a block Hadamard
+`R`, which evens out whatever the scale cannot follow as the imbalance changes with the timestep. Weights are rounded
+with GPTQ on the statistics of every timestep and both guidance branches (`rounding = "rtn"` gives the paper's own).
+Mixed precision (ViDiT-Q-MP) is a plan over such layers: see `quantize.allocate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ..compose import Choices, compress_linear, pick
+from ..format import Tensors
+from ..method import FloatLayer, Method
+from ..rotate import default_block
+from ..spec import HadamardSpec, LayerSpec
+from ..stats import LayerStats
+
+
+class ViditQ(Method):
+    """`hadamard` is the largest block to use, 0 for no rotation; `kind` is sylvester or regular."""
+
+    defaults = pick(
+        "smooth", "alpha", "aggregate", "fold", "rounding", "damp", "act_order", "sweeps", "clip", hadamard=64,
+        kind="sylvester",
+    )  # fmt: skip
+
+    def complete(self, spec: LayerSpec, n: int, k: int, params: dict[str, Any], foldable: bool = False) -> LayerSpec:
+        choices = Choices.of(params)
+        if params["hadamard"] and spec.hadamard is None:
+            block = default_block(k, params["kind"], params["hadamard"])
+            spec = dataclasses.replace(spec, hadamard=HadamardSpec(block, params["kind"]))
+        online = choices.smooth != "none" and not (choices.fold and foldable)
+        return dataclasses.replace(spec, pre_scale=spec.pre_scale or online)
+
+    def needs(self, params: dict[str, Any]) -> frozenset[str]:
+        return Choices.of(params).needs()
+
+    def compress(self, layer: FloatLayer, stats: LayerStats | None, spec: LayerSpec, **params: Any) -> Tensors:
+        return compress_linear(layer, stats, spec, Choices.of(params))
+
+
+METHOD = ViditQ()

@@ -1,0 +1,107 @@
+"""From a checkpoint to an artifact, end to end, through the Python interface."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import vdit_quant
+from vdit_quant.calibrate.progress import Progress
+from vdit_quant.quantize.errors import InputError
+from vdit_quant.quantize.layer import dense_weight
+from vdit_quant.quantize.recipe import Recipe, shipped
+from vdit_quant.runtime.artifact import read_config
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+OUTPUT = {"step": [{"method": "rtn", "spec": "w4g64-a8tok", "roles": ["attention"], "params": {"clip": "output"}}]}
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / WEIGHTS)
+
+
+@pytest.mark.parametrize("bits", shipped())
+def test_every_shipped_recipe_runs_on_the_demo(bits: str, demo: Path, demo_artifact: Callable[..., Path]) -> None:
+    folder = demo_artifact(bits) / "transformer"
+    source, stored = _weights(demo / "transformer"), _weights(folder)
+    config = read_config(folder)
+    specs = config.resolve(name.removesuffix(".weight") for name in source if name.endswith(".weight"))
+    assert len(specs) == 56
+    for name, tensor in source.items():
+        layer = name.removesuffix(".weight")
+        if layer not in specs or not name.endswith(".weight"):
+            assert torch.equal(stored[name], tensor), f"{name} is not compressed and must stay as it is"
+            continue
+        parts = {k.rpartition(".")[2]: t for k, t in stored.items() if k.rpartition(".")[0] == layer}
+        dense = dense_weight({k: t for k, t in parts.items() if k != "bias"}, tensor.shape[1], specs[layer])
+        error = float((dense - tensor.float()).norm() / tensor.float().norm())
+        assert error < (0.02 if specs[layer].weight.format == "int8" else 0.2), layer
+
+
+def test_provenance_says_what_was_done(demo_artifact: Callable[..., Path]) -> None:
+    found = read_config(demo_artifact("w4a8") / "transformer").provenance
+    assert found["source"] == "demo"
+    assert found["recipe"]["name"] == "w4a8"
+    assert found["workload"]["seed"] == 0
+    assert found["tool"].startswith("vdit-quant ")
+    assert len(found["source_fingerprint"]) == 32
+
+
+def test_the_config_of_the_source_is_kept(demo: Path, demo_artifact: Callable[..., Path]) -> None:
+    before, after = (
+        json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+        for folder in (demo, demo_artifact("w4a8"))
+    )
+    assert after.pop("quantization_config")["quant_method"] == "vdit_quant"
+    assert after == before
+
+
+@pytest.mark.parametrize("clip", ["none", "output"])
+def test_statistics_change_the_scales_only_where_asked(clip: str, tiny_folder: Path, tmp_path: Path) -> None:
+    step = {**OUTPUT["step"][0], "params": {"clip": clip}}
+    recipe = Recipe.from_dict({"step": [step]}, "mine")
+    plain = vdit_quant.compress(tiny_folder, tmp_path / "a", recipe=recipe, steps=2, samples=2, seed=0)
+    other = vdit_quant.compress(tiny_folder, tmp_path / "b", recipe=recipe, steps=2, samples=2, seed=1)
+    differ = [name for name, t in _weights(plain).items() if not torch.equal(t, _weights(other)[name])]
+    assert bool(differ) == (clip == "output")
+
+
+def test_progress_is_reported_stage_by_stage(tiny_folder: Path, tmp_path: Path) -> None:
+    class Listener(Progress):
+        def __init__(self) -> None:
+            self.stages: list[tuple[str, int]] = []
+            self.done: list[int] = []
+
+        def stage(self, name: str, total: int) -> None:
+            self.stages.append((name, total))
+            self.done.append(0)
+
+        def advance(self, done: int, detail: str = "") -> None:
+            assert self.done[-1] <= done <= self.stages[-1][1], "progress went back, or past its end"
+            self.done[-1] = done
+
+    listener = Listener()
+    recipe = Recipe.from_dict(OUTPUT, "mine")
+    vdit_quant.compress(tiny_folder, tmp_path / "out", progress=listener, recipe=recipe, steps=3, samples=20)
+    assert [name for name, _ in listener.stages][-1] == "compressing"
+    assert listener.done[-2:] == [total for _, total in listener.stages[-2:]], "a stage did not reach its end"
+
+
+def test_a_model_with_nan_activations_names_the_layer(
+    tiny_dit: Callable[..., Any], dit_inputs: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = tiny_dit()
+    model.get_submodule("transformer_blocks.0.norm1.linear").bias.data[0] = float("nan")
+    with pytest.raises(InputError, match=r"transformer_blocks\.0\.attn1\.to_q.*NaN or infinity"):
+        vdit_quant.compress(model, tmp_path / "out", data=[dit_inputs(model)], recipe=Recipe.from_dict(OUTPUT, "mine"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_option_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="bit"):
+        vdit_quant.compress(None, tmp_path / "out", bit="w4a8")

@@ -1,0 +1,165 @@
+"""A run that dies at any moment leaves nothing that loads, and resumes to the very bytes of an undisturbed run."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+
+RECIPE = """
+[[step]]
+method = "rtn"
+spec = "w4g64-a8tok"
+roles = ["attention", "feed_forward"]
+params = {clip = "output"}
+
+[[step]]
+method = "rtn"
+spec = "w8"
+roles = ["modulation"]
+"""
+
+# A wrapper that dies where it is told: at the nth call of a function, before it or right after it.
+PROGRAM = """
+import os, signal, sys
+import vdit_quant.calibrate.record, vdit_quant.calibrate.workspace, vdit_quant.runtime.writer
+from vdit_quant.cli.main import main
+
+place, name, count, when = sys.argv[1:5]
+owner = sys.modules[place]
+*path, name = name.split(".")
+for part in path:
+    owner = getattr(owner, part)
+original, calls = getattr(owner, name), 0
+
+def dying(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == int(count):
+        if when == "after":
+            original(*args, **kwargs)
+        if when == "halfway":
+            args[-1].write_bytes(b"half a file")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+
+setattr(owner, name, dying)
+sys.argv = ["vdit-quant", *sys.argv[5:]]
+main()
+"""
+
+POINTS = {
+    "while recording": ("vdit_quant.calibrate.record", "Recorder._add", "12", "before"),
+    "statistics half written": ("vdit_quant.calibrate.workspace", "save_file", "1", "halfway"),
+    "statistics recorded": ("vdit_quant.calibrate.workspace", "Workspace.save", "1", "after"),
+    "second block half written": ("vdit_quant.calibrate.workspace", "save_file", "3", "halfway"),
+    "artifact half written": ("vdit_quant.runtime.writer", "save_file", "1", "halfway"),
+    "artifact not yet renamed": ("vdit_quant.runtime.writer", "write_json", "1", "after"),
+}
+
+
+def _arguments(model: Path, recipe: Path) -> list[str]:
+    return ["calibrate", str(model), "-o", "out", "--recipe", str(recipe), "--steps", "4", "--samples", "3"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "clipped.toml"
+    path.write_text(RECIPE, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tiny_folder: Path, recipe: Path, tmp_path_factory: pytest.TempPathFactory, python: Callable[..., Any]
+) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    program = "from vdit_quant.cli.main import main; main()"
+    done = python("-c", program, *_arguments(tiny_folder, recipe), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "out"
+
+
+def _assert_same_files(got: Path, want: Path) -> None:
+    def names(folder: Path) -> set[Path]:
+        return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+
+    assert names(got) == names(want)
+    for name in names(want):
+        assert (got / name).read_bytes() == (want / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_killed_run_resumes_to_the_same_bytes(
+    point: str, tiny_folder: Path, recipe: Path, undisturbed: Path, python: Callable[..., Any], cli: Callable[..., Any]
+) -> None:
+    arguments = _arguments(tiny_folder, recipe)
+    done = python("-c", PROGRAM, *POINTS[point], *arguments, cwd=Path.cwd())
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not Path("out").exists(), "something is there before it is complete"
+    finished = sorted(path.name for path in Path(".out.partial").glob("*.safetensors"))
+    result = cli(*arguments, "--resume")
+    assert result.code == 0, result.err
+    assert "resuming" in result.out
+    assert ("recording" in result.out) == ("statistics.safetensors" not in finished), "finished work was done again"
+    _assert_same_files(Path("out"), undisturbed)
+    assert [path.name for path in Path().iterdir()] == ["out"]
+
+
+def test_without_resume_a_killed_run_starts_anew(
+    tiny_folder: Path, recipe: Path, undisturbed: Path, python: Callable[..., Any], cli: Callable[..., Any]
+) -> None:
+    arguments = _arguments(tiny_folder, recipe)
+    python("-c", PROGRAM, *POINTS["artifact half written"], *arguments, cwd=Path.cwd())
+    partial = Path("partial-copy")
+    shutil.copytree(".out.partial", partial)
+    for options, changed in (
+        (("--seed", "1"), "workload"),
+        (("--steps", "5"), "workload"),
+        (("--keep", "*.to_q"), "recipe"),
+        (("--group-size", "32"), "recipe"),
+    ):
+        result = cli(*arguments, *options, "--resume")
+        assert result.code == 2
+        assert "other settings" in result.err
+        assert changed in result.err
+        assert not Path("out").exists()
+        _assert_same_files(Path(".out.partial"), partial)
+    result = cli(*arguments)
+    assert result.code == 0, result.err
+    assert "resuming" not in result.out
+    _assert_same_files(Path("out"), undisturbed)
+    assert not Path(".out.partial").exists()
+
+
+def test_resume_with_nothing_to_resume_just_runs(
+    tiny_folder: Path, recipe: Path, undisturbed: Path, cli: Callable[..., Any]
+) -> None:
+    assert cli(*_arguments(tiny_folder, recipe), "--resume").code == 0
+    _assert_same_files(Path("out"), undisturbed)
+
+
+@pytest.mark.slow
+def test_a_real_kill_of_the_real_command(
+    demo_artifact: Callable[..., Path], environment: dict[str, str], cli: Callable[..., Any]
+) -> None:
+    program = "from vdit_quant.cli.main import main; main()"
+    command = [sys.executable, "-c", program, "calibrate", "-o", "demo-w4a8"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not Path(".demo-w4a8.partial/block-0001.safetensors").exists() and time.monotonic() < deadline:
+            if process.poll() is not None:
+                break
+            time.sleep(0.005)
+        process.kill()
+    if not Path("demo-w4a8").exists():
+        result = cli("calibrate", "-o", "demo-w4a8", "--resume")
+        assert result.code == 0, result.err
+    _assert_same_files(Path("demo-w4a8"), demo_artifact("w4a8"))

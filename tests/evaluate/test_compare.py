@@ -1,0 +1,90 @@
+"""An artifact against full precision: the same conditions and noise, so that the difference is compression alone."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import vdit_quant
+from vdit_quant.evaluate.compare import Comparison
+from vdit_quant.evaluate.sampling import Workload, make_sampler
+from vdit_quant.quantize.errors import InputError
+from vdit_quant.runtime.source import find_source
+
+WORKLOAD = Workload(samples=4, steps=8, guidance_scale=1.5)
+
+
+@pytest.fixture(scope="module")
+def compared(demo_artifact: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Comparison]:
+    folder = tmp_path_factory.mktemp("compared")
+    return {
+        bits: vdit_quant.compare(
+            demo_artifact(bits), "demo", WORKLOAD, seeds=(0, 1), device="cpu", picture=folder / f"{bits}.png"
+        )
+        for bits in ("w8a8", "w4a8")
+    }
+
+
+def test_eight_bits_are_close_and_closer_than_four(compared: dict[str, Comparison]) -> None:
+    assert compared["w8a8"].psnr > 40
+    assert compared["w8a8"].psnr > compared["w4a8"].psnr + 5
+    assert 15 < compared["w4a8"].psnr < 40
+    assert compared["w8a8"].ssim > compared["w4a8"].ssim > 0.5
+
+
+def test_the_error_starts_at_zero_and_grows(compared: dict[str, Comparison]) -> None:
+    for seed in compared["w4a8"].seeds:
+        assert len(seed.step_error) == WORKLOAD.steps
+        assert seed.step_error[0] == 0, "the two runs did not begin with the same noise"
+        assert 0 < seed.step_error[1] < seed.step_error[-1]
+
+
+def test_sizes_and_summary_are_stated(compared: dict[str, Comparison], demo: Path) -> None:
+    result = compared["w4a8"]
+    assert result.bytes_baseline == pytest.approx(
+        (demo / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size, rel=0.01
+    )
+    assert result.bytes_artifact < 0.65 * result.bytes_baseline
+    assert result.psnr == pytest.approx(sum(s.psnr for s in result.seeds) / 2)
+    assert result.psnr_spread > 0
+    assert result.sampler == "DDIMScheduler"
+
+
+def test_the_result_is_json_and_the_picture_a_png(compared: dict[str, Comparison]) -> None:
+    for result in compared.values():
+        data = json.loads(json.dumps(result.to_dict()))
+        assert data["psnr"] == pytest.approx(result.psnr)
+        assert len(data["seeds"]) == 2
+        assert result.picture is not None
+        assert Path(result.picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_bare_transformer_is_compared_on_latents(tiny_artifact: Path, tiny_folder: Path) -> None:
+    result = vdit_quant.compare(tiny_artifact, tiny_folder, Workload(samples=3, steps=3), seeds=(0,), device="cpu")
+    assert 10 < result.psnr < 90
+    assert len(result.seeds[0].step_error) == 3
+
+
+def test_the_samples_do_not_depend_on_the_batch_size(demo: Path, sqnr: Callable[..., float]) -> None:
+    sampler = make_sampler(find_source(demo), torch.float32, "cpu")
+    runs = [sampler.run(Workload(samples=3, steps=3, seed=4, batch_size=size), keep_trajectory=True) for size in (1, 3)]
+    assert sqnr(runs[0].images, runs[1].images) > 60
+    assert torch.equal(runs[0].trajectory[0], runs[1].trajectory[0])
+    assert len(runs[0].trajectory) == 3
+    other = sampler.run(Workload(samples=3, steps=3, seed=5))
+    assert sqnr(other.images, runs[0].images) < 20
+
+
+def test_another_architecture_is_refused(
+    tiny_artifact: Path, demo: Path, demo_artifact: Callable[..., Path], tiny_folder: Path
+) -> None:
+    for artifact, baseline in ((tiny_artifact, demo), (demo_artifact("w4a8"), tiny_folder)):
+        with pytest.raises(InputError, match=r"not the same architecture.*num_layers"):
+            vdit_quant.compare(artifact, baseline, WORKLOAD)
+
+
+def test_a_plain_checkpoint_is_no_artifact(demo: Path) -> None:
+    with pytest.raises(InputError, match="not a vdit-quant artifact"):
+        vdit_quant.compare(demo, demo, WORKLOAD)

@@ -1,0 +1,155 @@
+"""The contract of every compression method, found by file name: a new one is tested without touching this file."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vdit_quant.quantize import methods, registry
+from vdit_quant.quantize.errors import InputError
+from vdit_quant.quantize.format import Tensors
+from vdit_quant.quantize.layer import layer_layout, run_layer
+from vdit_quant.quantize.method import FloatLayer, resolve_method
+from vdit_quant.quantize.spec import LayerSpec
+from vdit_quant.quantize.stats import KINDS, LayerStats
+
+N, K = 48, 128
+SPECS = ("w4g64-a8tok", "w4g32", "w8-a8tok")
+NAMES = registry.names(methods)
+
+
+def _inputs(rows: int, seed: int) -> Tensor:
+    """Correlated rows with a few large channels, as the inputs of a DiT's layers have them."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(K, K, generator=torch.Generator().manual_seed(99)) / K**0.5
+    x = torch.randn(rows, K, generator=generator) @ (torch.eye(K) + mix)
+    x[:, [3, 50, 101]] *= 12
+    return x
+
+
+def _layer() -> FloatLayer:
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(N, K, generator=generator) * 0.05
+    weight[7, 20] = 1.0
+    return FloatLayer("blocks.0.attn.to_q", weight, torch.randn(N, generator=generator))
+
+
+def _stats(needs: frozenset[str]) -> LayerStats | None:
+    if not needs:
+        return None
+    stats = LayerStats.empty(K, needs, bins=4)
+    for step in range(4):
+        for branch in range(2):
+            stats.update(_inputs(64, 2 * step + branch), step, branch, keep=16 if "rows" in needs else 0)
+    return stats.finish()
+
+
+def _compress(name: str, spec_name: str, **given: Any) -> tuple[LayerSpec, Tensors]:
+    method, params = resolve_method(name, given)
+    spec = method.complete(LayerSpec.parse(spec_name), N, K, params)
+    with torch.no_grad():
+        return spec, method.compress(_layer(), _stats(method.needs(params)), spec, **params)
+
+
+def _error(spec: LayerSpec, tensors: Tensors) -> float:
+    """Relative error of the layer's output on inputs that the statistics have not seen."""
+    x, layer = _inputs(256, 1000), _layer()
+    want = x @ layer.weight.T
+    return float((run_layer(x, tensors, spec, None) - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("spec_name", SPECS)
+def test_the_output_is_what_the_spec_says(name: str, spec_name: str) -> None:
+    spec, tensors = _compress(name, spec_name)
+    expected = {key: (layout.shape, layout.dtype) for key, layout in layer_layout(N, K, spec).items()}
+    assert {key: (tuple(t.shape), t.dtype) for key, t in tensors.items()} == expected
+    assert all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point())
+    assert LayerSpec.parse(spec.name) == spec
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("spec_name", SPECS)
+def test_the_output_is_deterministic(name: str, spec_name: str) -> None:
+    (_, first), (_, second) = _compress(name, spec_name), _compress(name, spec_name)
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("spec_name", SPECS)
+def test_it_is_no_worse_than_rounding_to_nearest(name: str, spec_name: str) -> None:
+    assert _error(*_compress(name, spec_name)) < 1.1 * _error(*_compress("rtn", spec_name)) + 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_callers_tensors_are_not_changed(name: str) -> None:
+    method, params = resolve_method(name, {})
+    spec = method.complete(LayerSpec.parse("w4g64-a8tok"), N, K, params)
+    layer, stats = _layer(), _stats(method.needs(params))
+    before = {} if stats is None else {key: t.clone() for key, t in stats.to_tensors().items()}
+    with torch.no_grad():
+        method.compress(layer, stats, spec, **params)
+    assert torch.equal(layer.weight, _layer().weight)
+    assert all(torch.equal(t, before[key]) for key, t in ({} if stats is None else stats.to_tensors()).items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_method_needs_is_something_calibration_records(name: str) -> None:
+    method, params = resolve_method(name, {})
+    assert method.needs(params) <= set(KINDS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_zero_weight_stays_zero(name: str) -> None:
+    method, params = resolve_method(name, {})
+    spec = method.complete(LayerSpec.parse("w4g64-a8tok"), N, K, params)
+    with torch.no_grad():
+        tensors = method.compress(FloatLayer("x", torch.zeros(N, K)), _stats(method.needs(params)), spec, **params)
+        y = run_layer(_inputs(8, 3), tensors, spec, None)
+    assert torch.isfinite(y).all()
+    assert float(y.abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dead_input_channel_does_no_harm(name: str) -> None:
+    method, params = resolve_method(name, {})
+    needs = method.needs(params)
+    spec = method.complete(LayerSpec.parse("w4g64-a8tok"), N, K, params)
+    stats = _stats(needs)
+    if stats is not None:
+        x = _inputs(64, 0)
+        x[:, 10:20] = 0
+        stats = LayerStats.empty(K, needs)
+        stats.update(x, 0, 0, keep=16 if "rows" in needs else 0)
+        stats.finish()
+    with torch.no_grad():
+        tensors = method.compress(_layer(), stats, spec, **params)
+    assert all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point())
+    assert _error(spec, tensors) < 0.5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unknown_parameter_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"parameter of {name} 'no_such_parameter'"):
+        resolve_method(name, {"no_such_parameter": 1})
+
+
+def test_an_unknown_method_suggests_the_nearest() -> None:
+    with pytest.raises(InputError, match="'rtm'.*did you mean 'rtn'"):
+        resolve_method("rtm", {})
+
+
+@pytest.mark.parametrize("clip", ["weight", "output"])
+@pytest.mark.parametrize("spec_name", ["w4g64", "w4", "w8"])
+def test_clipping_lowers_the_error_it_is_searched_for(clip: str, spec_name: str) -> None:
+    importance = torch.ones(K) if clip == "weight" else _inputs(512, 4).square().mean(0)
+
+    def loss(**params: Any) -> float:
+        spec, tensors = _compress("rtn", spec_name, **params)
+        decoded = spec.weight.resolve().decode(tensors, K, spec.weight)
+        return float(((decoded - _layer().weight).square() * importance).sum())
+
+    assert loss(clip=clip) <= loss() * (1 if clip == "weight" else 1.02)
+    if spec_name == "w4":
+        assert loss(clip=clip) < 0.95 * loss()
