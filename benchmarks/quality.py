@@ -43,12 +43,13 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", nargs="?", default="demo", help="pipeline folder, transformer folder, hub id, or demo")
-    add("--variant", action="append", help="BITS or BITS:METHOD; may be given again. Default: w8a8, w4a8")
+    add("--variant", action="append", help="BITS[:METHOD[:KEY=VALUE,...]]; may be given again. Default: w8a8, w4a8")
     add("--samples", type=int, default=20, help="samples a seed")
-    add("--seed", type=int, action="append", help="may be given again. Default: 1, 2, 3 (calibration uses 0)")
+    add("--seed", type=int, action="append", help="may be given again. Default: 1, 2, 3 (calibration draws others)")
     add("--steps", type=int, default=20)
     add("--guidance", type=float, help="default: the pipeline's own")
     add("--batch-size", type=int, default=16)
+    add("--dtype", help="compute dtype of both. Default: bfloat16 on a GPU, float32 on a CPU")
     add("--device", help="cpu, cuda, ... Default: the GPU if there is one")
     add("--name", default="demo", help="name of the marked region")
     add("--json", type=Path, required=True, help="where the figures are written")
@@ -60,7 +61,7 @@ def arguments() -> argparse.ArgumentParser:
 def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     """Measures every variant; the result is plain JSON."""
     seeds = tuple(options.seed or (1, 2, 3))
-    workload = Workload(options.samples, options.steps, 0, options.guidance, options.batch_size)
+    workload = Workload(options.samples, options.steps, 0, options.guidance, options.batch_size, dtype=options.dtype)
     baseline = sample_seeds(options.model, workload, seeds, options.device, "baseline")
     rows = [measure_variant(variant, options, baseline) for variant in options.variant or ["w8a8", "w4a8"]]
     return {
@@ -77,9 +78,8 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_variant(variant: str, options: argparse.Namespace, baseline: Run) -> dict[str, Any]:
-    bits, _, method = variant.partition(":")
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"bits": bits, "method": method or None, "guidance": options.guidance, "device": options.device}
+        settings = settings_of(variant, options)
         start = time.perf_counter()
         artifact = vdit_quant.compress(options.model, Path(folder) / "artifact", **settings)
         seconds = time.perf_counter() - start
@@ -88,7 +88,8 @@ def measure_variant(variant: str, options: argparse.Namespace, baseline: Run) ->
         run = sample_seeds(artifact, baseline.workload, baseline.seeds, options.device, variant)
     result = compare_runs(run, baseline)
     row = {
-        "bits": bits,
+        "variant": variant,
+        "bits": variant.partition(":")[0],
         "methods": methods(inside["provenance"]["recipe"]),
         "psnr": result.psnr,
         "psnr_spread": result.psnr_spread,
@@ -101,6 +102,19 @@ def measure_variant(variant: str, options: argparse.Namespace, baseline: Run) ->
     }
     print(f"{variant}: {row['psnr']:.2f} dB, {row['ratio']:.3f}x, calibrated in {seconds:.1f} s", flush=True)
     return row
+
+
+def settings_of(variant: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `vdit_quant.compress` for BITS[:METHOD[:KEY=VALUE,...]]."""
+    bits, method, params = (*variant.split(":", 2), "", "")[:3]
+    return {
+        "bits": bits,
+        "method": method or None,
+        "params": tuple(params.split(",")) if params else (),
+        "guidance": options.guidance,
+        "dtype": options.dtype,
+        "device": options.device,
+    }
 
 
 def methods(recipe: dict[str, Any]) -> str:
@@ -117,8 +131,6 @@ def machine(device: str) -> str:
 
 def render(found: dict[str, Any]) -> str:
     """The table, with the settings that its figures depend on."""
-    w, shown = found["workload"], ", ".join(map(str, found["seeds"]))
-    guidance = "the pipeline's default" if w["guidance_scale"] is None else w["guidance_scale"]
     rows = [
         "| `--bits` | method | PSNR, dB | SSIM | compressed layers | denoiser | calibrated in |",
         "|---|---|---:|---:|---:|---:|---:|",
@@ -129,15 +141,18 @@ def render(found: dict[str, Any]) -> str:
             f"| {row['ratio']:.3f}x | {row['bytes'] / found['baseline_bytes']:.2f}x "
             f"| {row['calibration_seconds']:.1f} s |"
         )
+    return "\n".join([caption(found), "", *rows])
+
+
+def caption(found: dict[str, Any]) -> str:
+    """One paragraph: what the figures were measured on and with."""
+    w, shown = found["workload"], ", ".join(map(str, found["seeds"]))
+    guidance = "the pipeline's default" if w["guidance_scale"] is None else w["guidance_scale"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return "\n".join(
-        [
-            f"Model `{found['model']}`. {w['samples']} samples a seed, seeds {shown} (mean ± sample "
-            f"standard deviation over the seeds), {w['steps']} steps, {found['sampler']}, guidance {guidance}, "
-            f"{found['dtype']}. {found['machine']}; {versions}.",
-            "",
-            *rows,
-        ]
+    return (
+        f"Model `{found['model']}`. {w['samples']} samples a seed, seeds {shown} (mean ± sample "
+        f"standard deviation over the seeds), {w['steps']} steps, {found['sampler']}, guidance {guidance}, "
+        f"{found['dtype']}. {found['machine']}; {versions}."
     )
 
 

@@ -43,6 +43,7 @@ class Options:
     keep        globs of layers that keep their precision
     steps, samples, seed, guidance   the sampling run that statistics are taken from
     conditions  a conditions file for that run, for a bare transformer (see `evaluate/conditions.py`)
+    device, dtype   where, and in which compute dtype, the model runs
     stats_gb    memory that statistics may take at a time; more blocks than fit mean more sampling runs
     resume      go on where an interrupted run of the same settings stopped
     overwrite   replace an existing output
@@ -60,6 +61,7 @@ class Options:
     guidance: float | None = None
     conditions: str | None = None
     device: str | None = None
+    dtype: str | None = None
     stats_gb: float = 8.0
     resume: bool = False
     overwrite: bool = False
@@ -75,7 +77,8 @@ class Options:
         return recipe.with_keep(self.keep)
 
     def workload(self) -> Workload:
-        return Workload(self.samples, self.steps, CALIBRATION_SEEDS + self.seed, self.guidance)
+        seed = CALIBRATION_SEEDS + self.seed
+        return Workload(self.samples, self.steps, seed, self.guidance, conditions=self.conditions, dtype=self.dtype)
 
 
 def compress(

@@ -20,7 +20,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from ..quantize.allocate import QUALITY, Candidate, Choices
+from ..quantize.allocate import QUALITY, Candidate, LayerCandidates
 from ..quantize.errors import InputError
 from ..quantize.format import Tensors
 from ..quantize.layer import check_shape, layer_bytes
@@ -112,7 +112,7 @@ def measure(
     scoring: Scoring | None = None,
     workspace: Workspace | None = None,
     progress: Progress | None = None,
-) -> list[Choices]:
+) -> list[LayerCandidates]:
     """The table for `allocate`: every offered layer with its candidates' bytes and errors, in the order given.
 
     calls      stored calls of `model`, from `probe.capture`
@@ -170,10 +170,12 @@ def _error(replay: Replay, layer: LayerPlan, spec: LayerSpec, tensors: Tensors, 
     return error
 
 
-def _choices(layer: LayerPlan, specs: Sequence[LayerSpec], errors: Mapping[str, float], scoring: Scoring) -> Choices:
+def _choices(
+    layer: LayerPlan, specs: Sequence[LayerSpec], errors: Mapping[str, float], scoring: Scoring
+) -> LayerCandidates:
     candidates = tuple(Candidate(s.name, layer_bytes(layer.n, layer.k, s), errors[s.name]) for s in specs)
     tie = scoring.tie(layer.name) if scoring.tie is not None else ""
-    return Choices(layer.name, layer.n * layer.k, candidates, scoring.group_of(layer.name), tie)
+    return LayerCandidates(layer.name, layer.n * layer.k, candidates, scoring.group_of(layer.name), tie)
 
 
 def _pack(found: Mapping[str, Mapping[str, float]]) -> dict[str, Tensor]:

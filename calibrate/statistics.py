@@ -10,7 +10,7 @@ from ..evaluate.sampling import Workload, make_sampler
 from ..quantize.errors import InputError
 from ..quantize.stats import LayerStats
 from ..runtime.family import find_family
-from ..runtime.load import default_dtype
+from ..runtime.load import pick_dtype
 from ..runtime.source import Source
 from .model_source import ModelSource
 from .plan import LayerPlan, Plan
@@ -64,7 +64,7 @@ class _Runner:
             if source.data is None:
                 raise InputError(f"{source.label}: the method needs statistics; pass data= (what to call it with)")
         else:
-            self.sampler = make_sampler(source, default_dtype(device), device)
+            self.sampler = make_sampler(source, pick_dtype(workload.dtype, device), device)
 
     def __call__(self, needs: Mapping[str, frozenset[str]], title: str) -> dict[str, LayerStats]:
         workload = self.workload

@@ -46,8 +46,8 @@ def main() -> None:
 
 
 def _is_input_error(error: Exception) -> bool:
-    errors = sys.modules.get("vdit_quant.quantize.errors")
-    return errors is not None and isinstance(error, errors.InputError)
+    places = (("vdit_quant.quantize.errors", "InputError"), ("vdit_quant.kernels.dispatch", "SettingError"))
+    return any(place in sys.modules and isinstance(error, getattr(sys.modules[place], name)) for place, name in places)
 
 
 def _escape(text: str) -> str:

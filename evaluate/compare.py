@@ -14,7 +14,7 @@ from torch import nn
 
 from ..quantize.errors import InputError
 from ..runtime.artifact import read_config
-from ..runtime.load import check_artifact, default_dtype, pick_device
+from ..runtime.load import check_artifact, pick_device, pick_dtype
 from ..runtime.source import Source, find_source
 from .metrics import mean_psnr, relative_error, ssim
 from .picture import save_pairs
@@ -89,7 +89,7 @@ def compare(
     artifact: str | Path,
     baseline: str | Path,
     workload: Workload | None = None,
-    seeds: tuple[int, ...] = (0, 1),
+    seeds: tuple[int, ...] = (1, 2),
     device: str | None = None,
     picture: Path | None = None,
     progress: Progress | None = None,
@@ -123,7 +123,7 @@ def sample_seeds(
 ) -> Run:
     """Samples the workload once for each seed, keeping every step's latents. `role` names it to `progress`."""
     place = pick_device(device)
-    dtype = default_dtype(place)
+    dtype = pick_dtype(workload.dtype, place)
     sampler = make_sampler(find_source(model), dtype, place)
     start = time.perf_counter()
     samples = tuple(_run(sampler, workload, seed, role, progress) for seed in seeds)

@@ -48,13 +48,17 @@ def read_conditions(path: str | Path, model: nn.Module, family: Family, count: i
     _check_names(path, guided, model, family)
     held = _check_shapes(path, guided, family.condition_shapes(model))
     _check_unguided(path, free, guided)
-    order = torch.randperm(held, generator=torch.Generator().manual_seed(seed))
-    chosen = order[torch.arange(count) % held]
+    chosen = condition_order(held, count, seed)
     guided = {name: t[chosen] for name, t in guided.items()}
     if not free:
         return Conditions(guided, _unguided(model, family, guided), shape)
     unguided = {n: t.expand(count, *t.shape[1:]) if len(t) == 1 else t[chosen] for n, t in free.items()}
     return Conditions(guided, {**guided, **unguided}, shape)
+
+
+def condition_order(held: int, count: int, seed: int) -> Tensor:
+    """int64 [count]: which of the `held` conditions each sample is given."""
+    return torch.randperm(held, generator=torch.Generator().manual_seed(seed))[torch.arange(count) % held]
 
 
 def random_conditions(model: nn.Module, family: Family, count: int, seed: int) -> Conditions:

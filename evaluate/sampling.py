@@ -27,6 +27,7 @@ class Workload:
 
     guidance_scale  None: the pipeline's own default
     conditions      a conditions file (see `conditions.py`), for a bare transformer; None: the family's random ones
+    dtype           name of the compute dtype; None: bfloat16 on an accelerator, float32 on a CPU
     """
 
     samples: int = 8
@@ -35,6 +36,7 @@ class Workload:
     guidance_scale: float | None = None
     batch_size: int = 16
     conditions: str | None = None
+    dtype: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The settings for a record; the conditions file by its contents, wherever it lies."""

@@ -37,6 +37,10 @@ TWINS = {
 """Op name -> file in `_triton/`."""
 
 
+class SettingError(ValueError):
+    """A kernel setting, perhaps from the environment, has no such value."""
+
+
 class KernelUnavailable(RuntimeError):
     """The Triton twin of an op cannot run and falling back was refused."""
 
@@ -53,7 +57,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ValueError(f"kernel mode must be one of {', '.join(MODES)}, found {self.mode!r}")
+            raise SettingError(f"kernel mode (VDIT_KERNELS) must be one of {', '.join(MODES)}, found {self.mode!r}")
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Choice:
 
 @dataclass
 class _Process:
-    settings: Settings
+    settings: Settings | None = None
     fallbacks: dict[str, set[str]] = field(default_factory=dict)
     broken: dict[tuple[str, torch.device], str] = field(default_factory=dict)
 
@@ -77,12 +81,14 @@ def _from_environment() -> Settings:
     return Settings(os.environ.get("VDIT_KERNELS", "").strip().lower() or "auto", strict)
 
 
-_process = _Process(_from_environment())
+_process = _Process()
 _override: ContextVar[Settings | None] = ContextVar("vdit_quant_kernel_settings", default=None)
 
 
 def settings() -> Settings:
     """The settings in force here: those of the innermost `use`, else the process-wide ones."""
+    if _process.settings is None:
+        _process.settings = _from_environment()
     return _override.get() or _process.settings
 
 
@@ -94,7 +100,7 @@ def _changed(base: Settings, mode: str | None, strict: bool | None) -> Settings:
 
 def configure(mode: str | None = None, strict: bool | None = None) -> Settings:
     """Change the process-wide settings; what is None stays."""
-    _process.settings = _changed(_process.settings, mode, strict)
+    _process.settings = _changed(_process.settings or _from_environment(), mode, strict)
     return _process.settings
 
 

@@ -43,7 +43,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Choices:
+class LayerCandidates:
     """A layer of `weights` elements and its candidates. Layers with the same non-empty `tie` get one common spec."""
 
     layer: str
@@ -76,7 +76,7 @@ class Budget:
             return cls(amount * _UNITS[unit], "bytes", shown)
         return cls(amount, "bits" if unit.startswith("bit") else unit, shown)
 
-    def limit(self, table: Sequence[Choices]) -> int:
+    def limit(self, table: Sequence[LayerCandidates]) -> int:
         """The largest total cost allowed, in whole bytes or nanoseconds."""
         if self.unit == "ms":
             return math.floor(self.amount * _NANOSECONDS)
@@ -95,7 +95,7 @@ class Budget:
             )
         return math.ceil(candidate.ms * _NANOSECONDS)
 
-    def show(self, cost: int, table: Sequence[Choices]) -> str:
+    def show(self, cost: int, table: Sequence[LayerCandidates]) -> str:
         """A cost in the budget's own unit, rounded up, so that what is shown can be asked for."""
         if self.unit == "ms":
             return f"{math.ceil(cost / _NANOSECONDS * 1e4) / 1e4:g}ms"
@@ -108,7 +108,7 @@ class Budget:
 
 
 def allocate(
-    table: Sequence[Choices], budget: Budget | str | float, weights: Mapping[str, float] | None = None
+    table: Sequence[LayerCandidates], budget: Budget | str | float, weights: Mapping[str, float] | None = None
 ) -> BitPlan:
     """The plan of least error within the budget. weights: group -> how much it counts (default 1).
 
@@ -130,7 +130,7 @@ def allocate(
 
 
 def greedy(
-    table: Sequence[Choices], budget: Budget | str | float, weights: Mapping[str, float] | None = None
+    table: Sequence[LayerCandidates], budget: Budget | str | float, weights: Mapping[str, float] | None = None
 ) -> BitPlan:
     """A plan by upgrading the cheapest one, always by the change with the best error reduction a byte that fits.
     Raises InputError as `allocate` does."""
@@ -139,7 +139,7 @@ def greedy(
 
 
 def uniform(
-    table: Sequence[Choices], budget: Budget | str | float, weights: Mapping[str, float] | None = None
+    table: Sequence[LayerCandidates], budget: Budget | str | float, weights: Mapping[str, float] | None = None
 ) -> BitPlan:
     """The best plan with one spec for all layers of a kind; of a kind are layers offered the same specs. With the same
     candidates everywhere: the best single candidate that fits. Raises InputError as `allocate` does."""
@@ -149,13 +149,13 @@ def uniform(
 
 
 def _problem(
-    table: Sequence[Choices], budget: Budget | str | float, weights: Mapping[str, float] | None
+    table: Sequence[LayerCandidates], budget: Budget | str | float, weights: Mapping[str, float] | None
 ) -> tuple[Budget, list[Unit], int]:
     """The budget read, the units to choose for, and the limit in whole bytes or nanoseconds."""
     budget = budget if isinstance(budget, Budget) else Budget.parse(budget)
     _check(table)
     shares = _shares(table, budget, weights or {})
-    members: dict[str, list[Choices]] = {}
+    members: dict[str, list[LayerCandidates]] = {}
     for number, row in enumerate(table):
         members.setdefault(f"tie {row.tie}" if row.tie else f"layer {number}", []).append(row)
     units = [_unit(rows, budget, shares) for rows in members.values()]
@@ -168,7 +168,7 @@ def _problem(
     return budget, units, limit
 
 
-def _check(table: Sequence[Choices]) -> None:
+def _check(table: Sequence[LayerCandidates]) -> None:
     if not table:
         raise InputError("bit plan: there are no layers to allocate")
     if len({row.layer for row in table}) < len(table):
@@ -184,7 +184,7 @@ def _check(table: Sequence[Choices]) -> None:
                 )
 
 
-def _shares(table: Sequence[Choices], budget: Budget, weights: Mapping[str, float]) -> dict[str, float]:
+def _shares(table: Sequence[LayerCandidates], budget: Budget, weights: Mapping[str, float]) -> dict[str, float]:
     """group -> what its errors are multiplied by: its weight over its error at the cheapest candidates."""
     totals: dict[str, float] = {}
     for row in table:
@@ -198,7 +198,7 @@ def _shares(table: Sequence[Choices], budget: Budget, weights: Mapping[str, floa
     return {group: weights.get(group, 1.0) / (total or 1.0) for group, total in totals.items()}
 
 
-def _unit(rows: Sequence[Choices], budget: Budget, shares: Mapping[str, float]) -> Unit:
+def _unit(rows: Sequence[LayerCandidates], budget: Budget, shares: Mapping[str, float]) -> Unit:
     """The rows as one unit, offered the specs that they all are offered. Raises InputError when there is none."""
     held = [{c.spec: c for c in row.candidates} for row in rows]
     names = [name for name in held[0] if all(name in other for other in held)]
@@ -215,7 +215,7 @@ def _unit(rows: Sequence[Choices], budget: Budget, shares: Mapping[str, float]) 
     return Unit(tuple(row.layer for row in rows), options)
 
 
-def _plan(table: Sequence[Choices], units: Sequence[Unit], chosen: Sequence[int], budget: Budget) -> BitPlan:
+def _plan(table: Sequence[LayerCandidates], units: Sequence[Unit], chosen: Sequence[int], budget: Budget) -> BitPlan:
     picked = {layer: u.options[i].spec for u, i in zip(units, chosen, strict=True) for layer in u.layers}
     used = {row.layer: next(c for c in row.candidates if c.spec == picked[row.layer]) for row in table}
     errors: dict[str, float] = {}

@@ -44,6 +44,7 @@ class GroupedInteger(ScalarFormat):
     """
 
     group_sizes = (None, 16, 32, 64, 128)
+    largest = 255  # the group scale of the largest step of a row, before it is held to 8 bits
 
     def __init__(self, bits: int, odd: bool = False, clip: Mapping[int | None, float] | None = None) -> None:
         self.bits = bits
@@ -76,7 +77,7 @@ class GroupedInteger(ScalarFormat):
         if spec.group_size is None:
             row = step[:, 0].clamp_min(TINY)
             return {"weight_scale": row if empty is None else row.masked_fill(empty[:, 0], 0)}
-        row = (step.amax(1) / (255 / self.one)).clamp_min(TINY)
+        row = (step.amax(1) / (self.largest / self.one)).clamp_min(TINY)
         relative = (step / row[:, None] * self.one).round().clamp(1, 255)
         relative = relative if empty is None else relative.masked_fill(empty, 0)
         return {"weight_scale": row, "weight_group_scale": relative.to(torch.uint8)}
@@ -88,9 +89,7 @@ class GroupedInteger(ScalarFormat):
         if ratio == 1.0:
             return 1.0
         target = groups / step[..., None]
-        covered, clipped = (
-            (self._value(self._code(target / r)) * r - target).square().sum(-1) for r in (1.0, ratio)
-        )
+        covered, clipped = ((self._value(self._code(target / r)) * r - target).square().sum(-1) for r in (1.0, ratio))
         squares = target.square()
         keep = (covered <= clipped) | (squares.amax(-1) > LONE * squares.sum(-1))
         return torch.where(keep, 1.0, ratio)
@@ -152,6 +151,11 @@ class GroupedInteger(ScalarFormat):
 class PackedInteger(GroupedInteger):
     """Codes packed without gaps, eight in `bits` bytes (`kernels/pack.py`); a layer decodes them to int8 once and runs
     the int8 product."""
+
+    def __init__(self, bits: int, odd: bool = False, clip: Mapping[int | None, float] | None = None) -> None:
+        super().__init__(bits, odd, clip)
+        # the extreme code of the largest step then decodes without rounding: -127, or 3 * 32 on the odd 2-bit grid
+        self.largest = 256 if odd else 254
 
     def width(self, k: int) -> int:
         return (k + 7) // 8 * self.bits

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..quantize.errors import InputError
+from ..quantize.errors import InputError, unknown
 from ..quantize.spec import LayerSpec
 from .artifact import check_tensors, read_config
 from .attach import attach, linear_layers
@@ -44,6 +44,16 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 def default_dtype(device: torch.device | str) -> torch.dtype:
     """bfloat16 on an accelerator; float32 on a CPU, where bfloat16 is slower and less exact."""
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
+def pick_dtype(name: str | None, device: torch.device | str) -> torch.dtype:
+    """The compute dtype called `name`, the device's default for None. Raises InputError for another name."""
+    if name is None:
+        return default_dtype(device)
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise unknown("dtype", name, known)
+    return known[name]
 
 
 def load(path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Any:

@@ -32,6 +32,8 @@ def run(
         Path | None, typer.Option(help="Conditions file (safetensors) for a bare transformer's calibration run.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: the GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Compute dtype of the run. Default: bfloat16 on a GPU.")] = None,
+    stats_gb: Annotated[float, typer.Option(help="Memory that statistics may take at a time, in GB.")] = 8.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; touch no weights.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
@@ -54,6 +56,8 @@ def run(
         guidance=guidance,
         conditions=None if conditions is None else str(conditions),
         device=device,
+        dtype=dtype,
+        stats_gb=stats_gb,
         resume=resume,
         overwrite=overwrite,
     )

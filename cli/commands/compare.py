@@ -15,13 +15,14 @@ def run(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples a seed.")] = 20,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
-    seed: Annotated[list[int] | None, typer.Option(help="Seed; may be given again. Default: 0 and 1.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seed; may be given again. Default: 1 and 2.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's own.")] = None,
     conditions: Annotated[
         Path | None, typer.Option(help="Conditions file (safetensors) for a bare transformer.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples run at a time.")] = 16,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Compute dtype of both. Default: bfloat16 on a GPU.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Make a kernel fallback an error.")] = False,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for comparison.json and samples.png.")
@@ -41,8 +42,8 @@ def run(
         result = compare(
             artifact,
             against,
-            Workload(samples, steps, 0, guidance, batch_size, None if conditions is None else str(conditions)),
-            tuple(seed or (0, 1)),
+            Workload(samples, steps, 0, guidance, batch_size, conditions and str(conditions), dtype),
+            tuple(seed or (1, 2)),
             device,
             folder / "samples.png",
             reporter.task,

@@ -58,7 +58,7 @@ def supports(op: str, weight: Tensor, *_: Any) -> str | None:
 
 def launch_options(k: int) -> dict[str, int]:
     """R rows x B columns a program."""
-    return {"R": 8, "B": 128 if k <= 256 else 512, "num_warps": 4}
+    return {"R": 4, "B": 128 if k <= 256 else 512, "num_warps": 4}
 
 
 def run(op: str, weight: Tensor, group_scale: Tensor | None, k: int, bits: int, odd: bool) -> Tensor:

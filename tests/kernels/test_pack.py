@@ -60,9 +60,7 @@ def test_unpack_bits_inverts_pack_bits(bits: int, shape: list[int], k: int, seed
 @settings(deadline=None, max_examples=40)
 @given(bits=st.sampled_from(WIDTHS), blocks=st.integers(1, 20), seed=st.integers(0, 2**31))
 def test_pack_bits_inverts_unpack_bits(bits: int, blocks: int, seed: int) -> None:
-    packed = torch.randint(
-        0, 256, (3, bits * blocks), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
-    )
+    packed = torch.randint(0, 256, (3, bits * blocks), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     assert torch.equal(pack_bits(unpack_bits(packed, 8 * blocks, bits), bits), packed)
 
 
@@ -89,6 +87,9 @@ def test_pack_bits_refuses_what_does_not_fit(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [1, 4, 8])
 def test_other_widths_are_refused(bits: int) -> None:
-    for call in (lambda: pack_bits(torch.zeros(8, dtype=torch.int8), bits), lambda: unpack_bits(torch.zeros(8), 8, bits)):
+    for call in (
+        lambda: pack_bits(torch.zeros(8, dtype=torch.int8), bits),
+        lambda: unpack_bits(torch.zeros(8), 8, bits),
+    ):
         with pytest.raises(ValueError, match=f"expected 2, 3, 6 bits, found {bits}"):
             call()

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from vdit_quant.quantize import allocate as allocation
-from vdit_quant.quantize.allocate import Budget, Candidate, Choices, allocate, greedy, uniform
+from vdit_quant.quantize.allocate import Budget, Candidate, LayerCandidates, allocate, greedy, uniform
 from vdit_quant.quantize.bit_plan import BitPlan
 from vdit_quant.quantize.errors import InputError
 
@@ -17,7 +17,9 @@ NAMES = ("w4", "w4g64", "w8", "w16")
 BITS = (4.0, 4.25, 8.25, 16.0)
 
 
-def random_table(seed: int, layers: int = 5, options: int = 4, groups: tuple[str, ...] = ("quality",)) -> list[Choices]:
+def random_table(
+    seed: int, layers: int = 5, options: int = 4, groups: tuple[str, ...] = ("quality",)
+) -> list[LayerCandidates]:
     """Layers whose candidates cost more and mostly err less, with the odd one that is worse than a cheaper one."""
     draw = random.Random(seed)
     rows = []
@@ -28,27 +30,27 @@ def random_table(seed: int, layers: int = 5, options: int = 4, groups: tuple[str
             Candidate(name, int(weights * bits / 8), sensitivity * 4.0**-bits * 256 * draw.uniform(0.3, 3))
             for name, bits in zip(NAMES[:options], BITS, strict=False)
         )
-        rows.append(Choices(f"layer.{number}", weights, candidates, draw.choice(groups)))
+        rows.append(LayerCandidates(f"layer.{number}", weights, candidates, draw.choice(groups)))
     return rows
 
 
-def cost(table: list[Choices], names: tuple[str, ...]) -> int:
+def cost(table: list[LayerCandidates], names: tuple[str, ...]) -> int:
     return sum(c.bytes for row, name in zip(table, names, strict=True) for c in row.candidates if c.spec == name)
 
 
-def error(table: list[Choices], names: tuple[str, ...], shares: dict[str, float]) -> float:
+def error(table: list[LayerCandidates], names: tuple[str, ...], shares: dict[str, float]) -> float:
     pairs = zip(table, names, strict=True)
     return sum(shares[row.group] * c.error for row, name in pairs for c in row.candidates if c.spec == name)
 
 
-def shares(table: list[Choices], weights: dict[str, float]) -> dict[str, float]:
+def shares(table: list[LayerCandidates], weights: dict[str, float]) -> dict[str, float]:
     total = {group: 0.0 for group in {row.group for row in table}}
     for row in table:
         total[row.group] += min(row.candidates, key=lambda c: (c.bytes, c.error)).error
     return {group: weights.get(group, 1.0) / value for group, value in total.items()}
 
 
-def best_error(table: list[Choices], limit: int, scale: dict[str, float]) -> float:
+def best_error(table: list[LayerCandidates], limit: int, scale: dict[str, float]) -> float:
     """Exhaustive search."""
     plans = itertools.product(*([c.spec for c in row.candidates] for row in table))
     return min(error(table, names, scale) for names in plans if cost(table, names) <= limit)
@@ -101,7 +103,7 @@ def test_a_budget_below_the_cheapest_plan_names_one_that_works() -> None:
 
 def test_tied_layers_get_one_spec_and_the_plan_is_the_best_of_those() -> None:
     table = random_table(3, layers=6)
-    table = [Choices(r.layer, r.weights, r.candidates, tie="qkv" if i < 3 else "") for i, r in enumerate(table)]
+    table = [LayerCandidates(r.layer, r.weights, r.candidates, tie="qkv" if i < 3 else "") for i, r in enumerate(table)]
     limit, scale = Budget.parse("5.5bits").limit(table), shares(table, {})
     plans = itertools.product(NAMES, repeat=4)
     tied = [(head, head, head, *rest) for head, *rest in plans]
@@ -112,10 +114,10 @@ def test_tied_layers_get_one_spec_and_the_plan_is_the_best_of_those() -> None:
 
 
 def test_tied_layers_may_differ_in_what_they_are_offered_but_need_something_in_common() -> None:
-    a = Choices("a", 64, (Candidate("w4", 32, 1.0), Candidate("w8", 64, 0.1)), tie="t")
-    b = Choices("b", 64, (Candidate("w8", 64, 0.2), Candidate("w16", 128, 0.0)), tie="t")
+    a = LayerCandidates("a", 64, (Candidate("w4", 32, 1.0), Candidate("w8", 64, 0.1)), tie="t")
+    b = LayerCandidates("b", 64, (Candidate("w8", 64, 0.2), Candidate("w16", 128, 0.0)), tie="t")
     assert allocate([a, b], "16bits").layers == {"a": "w8", "b": "w8"}
-    c = Choices("c", 64, (Candidate("w16", 128, 0.0),), tie="t")
+    c = LayerCandidates("c", 64, (Candidate("w16", 128, 0.0),), tie="t")
     with pytest.raises(InputError, match="no candidate in common"):
         allocate([a, b, c], "16bits")
 
@@ -126,13 +128,13 @@ def test_the_uniform_plan_is_the_best_single_spec_that_fits() -> None:
     fitting = [n for n in NAMES if cost(table, (n,) * len(table)) <= Budget.parse("9bits").limit(table)]
     best = min(fitting, key=lambda n: error(table, (n,) * len(table), shares(table, {})))
     assert set(plan.layers.values()) == {best}
-    weight_only = Choices("norm", 64, (Candidate("w8", 64, 0.0),))
+    weight_only = LayerCandidates("norm", 64, (Candidate("w8", 64, 0.0),))
     assert set(uniform([*table, weight_only], "9bits").layers.values()) == {best, "w8"}
 
 
 def test_groups_of_other_units_count_by_their_weight_and_not_by_their_unit() -> None:
-    def row(name: str, group: str, unit: float) -> Choices:
-        return Choices(name, 64, (Candidate("w4", 32, unit), Candidate("w8", 64, unit / 10)), group)
+    def row(name: str, group: str, unit: float) -> LayerCandidates:
+        return LayerCandidates(name, 64, (Candidate("w4", 32, unit), Candidate("w8", 64, unit / 10)), group)
 
     table = [row("a", "quality", 1e-6), row("b", "alignment", 1e3)]
     assert allocate(table, "6bits", {"quality": 2.0}).layers == {"a": "w8", "b": "w4"}
@@ -145,7 +147,7 @@ def test_groups_of_other_units_count_by_their_weight_and_not_by_their_unit() -> 
 
 
 def test_a_time_budget_needs_measured_times() -> None:
-    table = [Choices("a", 64, (Candidate("w4", 32, 1.0, 0.5), Candidate("w8", 64, 0.1, 0.25)))]
+    table = [LayerCandidates("a", 64, (Candidate("w4", 32, 1.0, 0.5), Candidate("w8", 64, 0.1, 0.25)))]
     plan = allocate(table, "0.4ms")
     assert (plan.layers, plan.ms) == ({"a": "w8"}, 0.25)
     with pytest.raises(InputError, match=r"come to 0\.25ms"):
@@ -183,12 +185,16 @@ def test_a_budget_that_cannot_be_read_shows_ones_that_can(text: str) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 def test_an_error_that_is_no_error_is_refused_with_the_layer(value: float) -> None:
     with pytest.raises(InputError, match="layer a as w4: expected an error"):
-        allocate([Choices("a", 64, (Candidate("w4", 32, value),))], "8bits")
+        allocate([LayerCandidates("a", 64, (Candidate("w4", 32, value),))], "8bits")
 
 
 def test_a_table_that_is_no_table_is_refused() -> None:
-    one = Choices("a", 64, (Candidate("w4", 32, 1.0),))
-    for table, message in (([], "no layers"), ([one, one], "twice"), ([Choices("a", 64, ())], "has no candidate")):
+    one = LayerCandidates("a", 64, (Candidate("w4", 32, 1.0),))
+    for table, message in (
+        ([], "no layers"),
+        ([one, one], "twice"),
+        ([LayerCandidates("a", 64, ())], "has no candidate"),
+    ):
         with pytest.raises(InputError, match=message):
             allocate(table, "8bits")
 
@@ -214,7 +220,7 @@ def test_a_solver_that_fails_leaves_the_greedy_plan(
 
 
 def test_layers_without_any_error_cost_as_little_as_they_can() -> None:
-    table = [Choices("a", 64, (Candidate("w8", 64, 0.0), Candidate("w4", 32, 0.0)))]
+    table = [LayerCandidates("a", 64, (Candidate("w8", 64, 0.0), Candidate("w4", 32, 0.0)))]
     plan = allocate(table, "16bits")
     assert (plan.layers, plan.error, plan.gap) == ({"a": "w4"}, 0.0, 0.0)
 
