@@ -26,7 +26,7 @@ from vdit_quant.calibrate.probe import Call, capture, probe_steps
 from vdit_quant.calibrate.progress import Progress
 from vdit_quant.calibrate.record import Recorder
 from vdit_quant.calibrate.sensitivity import Scoring, measure, offers, relative_error, tie_qkv
-from vdit_quant.evaluate.metrics import mean_psnr, pooled_psnr
+from vdit_quant.evaluate.metrics import mean_psnr
 from vdit_quant.evaluate.plan_plot import ALLOCATORS, plot_curves, plot_plan
 from vdit_quant.evaluate.sampling import Sampler, Workload, make_sampler
 from vdit_quant.quantize.allocate import LayerCandidates
@@ -117,7 +117,6 @@ class Measured:
     layers' own)."""
 
     psnr: float
-    pooled_psnr: float
     probe_error: float
     by_seed: list[float] = field(default_factory=list)
 
@@ -132,6 +131,7 @@ class Benchmark:
         self.model, self.family = self.sampler.denoiser, self.sampler.family
         self.blocks, self.roles = self.family.block_names(self.model), self.family.linears(self.model)
         self.shapes = linear_shapes(self.model)
+        self.stats: dict[str, LayerStats] = {}
         self.stored: dict[tuple[str, str], Tensors] = {}
         self.results: dict[tuple[tuple[str, str], ...], Measured] = {}
         self.seeds = tuple(options.seed or (1,))
@@ -145,13 +145,12 @@ class Benchmark:
     def run(self) -> dict[str, Any]:
         note(f"{self.label} on {self.device}, method {self.options.method}")
         offered = self.offered()
-        stats, calls = self.calibrate([layer.name for layer, _ in offered])
-        self.compress_all(offered, stats)
-        stats.clear()
+        self.stats, calls = self.calibrate([layer.name for layer, _ in offered])
         scoring = Scoring(tie=tie_qkv) if self.options.tie_qkv else Scoring()
         start = time.perf_counter()
         table = measure(self.model, self.family, calls, offered, self.tensors_of, scoring=scoring, progress=Notes())
         seconds = time.perf_counter() - start
+        self.stats.clear()
         baseline = self.sample_seeds()
         note("full precision sampled")
         rows = [
@@ -208,21 +207,14 @@ class Benchmark:
         note(f"probe: {len(calls)} call(s) of {[len(c.run(self.model)) for c in calls]} rows")
         return stats, calls
 
-    @torch.no_grad()
-    def compress_all(self, offered: list[tuple[LayerPlan, list[LayerSpec]]], stats: dict[str, LayerStats]) -> None:
-        """Compresses every layer in every candidate and keeps the tensors: a layer in a plan is the layer measured."""
-        progress, done = Notes(), 0
-        progress.stage("compressing", sum(len(specs) for _, specs in offered))
-        for layer, specs in offered:
-            for spec in specs:
-                floats = FloatLayer(layer.name, self.weights[layer.name])
-                tensors = self.method.compress(floats, stats.get(layer.name), spec, **self.params)
-                self.stored[layer.name, spec.name] = {key: t.contiguous() for key, t in tensors.items()}
-                done += 1
-            progress.advance(done, layer.name)
-
     def tensors_of(self, layer: LayerPlan, spec: LayerSpec) -> Tensors:
-        return self.stored[layer.name, spec.name]
+        """Compressed once and kept: a layer in a plan is the very layer that was measured."""
+        key = (layer.name, spec.name)
+        if key not in self.stored:
+            floats = FloatLayer(layer.name, self.weights[layer.name])
+            tensors = self.method.compress(floats, self.stats.get(layer.name), spec, **self.params)
+            self.stored[key] = {name: t.contiguous() for name, t in tensors.items()}
+        return self.stored[key]
 
     def sample_seeds(self) -> list[torch.Tensor]:
         return [self.sampler.run(self.workload(seed)).images for seed in self.seeds]
@@ -258,9 +250,7 @@ class Benchmark:
             if key not in self.results:
                 self.results[key] = self.measure_plan(plan, baseline, calls)
             got = self.results[key]
-            note(
-                f"{name} {allocator}: {plan.bits:.3f} bits, {got.psnr:.2f} dB, predicted {sum(plan.errors.values()):.3g}"
-            )
+            note(f"{name} {allocator}: {plan.bits:.3f} bits, {got.psnr:.2f} dB, error {got.probe_error:.3g}")
             rows.append({"budget": name, "allocator": allocator, "plan": plan.to_dict(), **asdict(got)})
         return rows
 
@@ -276,9 +266,8 @@ class Benchmark:
             finally:
                 detach(self.model, originals)
         scores = [mean_psnr(got, want) for got, want in zip(images, baseline, strict=True)]
-        pooled = [pooled_psnr(got, want) for got, want in zip(images, baseline, strict=True)]
         rows = sum(map(len, references))
-        return Measured(sum(scores) / len(scores), sum(pooled) / len(pooled), error / rows, scores)
+        return Measured(sum(scores) / len(scores), error / rows, scores)
 
 
 def render(found: dict[str, Any]) -> str:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..evaluate.sampling import Workload
+from ..evaluate.sampling import Workload, load_scheduler
 from ..quantize.errors import InputError, OutputError
 from ..quantize.recipe import Recipe, load_shipped
 from ..runtime.artifact import is_artifact
 from ..runtime.demo import DEMO
 from ..runtime.family import find_family
 from ..runtime.load import pick_device
+from ..runtime.schedule import plan_steps
 from ..runtime.source import Source, find_source
 from ..runtime.writer import check_output
 from . import statistics
@@ -40,11 +41,13 @@ class Options:
     method      method for the attention and feed-forward layers, in the place of the recipe's
     group_size  weight group size, in the place of the recipe's
     params      "key=value" settings of that method
+    full_steps  how many first and last sampling steps run with activations in the compute dtype
     keep        globs of layers that keep their precision
     steps, samples, seed, guidance   the sampling run that statistics are taken from
     conditions  a conditions file for that run, for a bare transformer (see `evaluate/conditions.py`)
     device, dtype   where, and in which compute dtype, the model runs
-    stats_gb    memory that statistics may take at a time; more blocks than fit mean more sampling runs
+    stats_gb    memory that statistics may take at a time; more blocks than fit mean more sampling runs.
+                Default: half of what the model's weights take, at least 0.5 GB
     resume      go on where an interrupted run of the same settings stopped
     overwrite   replace an existing output
     """
@@ -54,15 +57,16 @@ class Options:
     method: str | None = None
     group_size: int | None = None
     params: tuple[str, ...] = ()
+    full_steps: tuple[int, int] = (0, 0)
     keep: tuple[str, ...] = ()
     steps: int = 20
-    samples: int = 16
+    samples: int = 32
     seed: int = 0
     guidance: float | None = None
     conditions: str | None = None
     device: str | None = None
     dtype: str | None = None
-    stats_gb: float = 8.0
+    stats_gb: float | None = None
     resume: bool = False
     overwrite: bool = False
 
@@ -104,12 +108,13 @@ def compress(
     target = Path(output) if output is not None else default_output(source.label, recipe)
     check_output(target, settings.overwrite)
     plan = plan_source(source, recipe)
+    plans = run_time_plans(source, settings)
     workspace = Workspace(target)
     provenance = describe(source, recipe, settings)
     if workspace.open(provenance, settings.resume):
         progress.note("resuming: finished parts of the interrupted run are used")
     try:
-        memory = settings.stats_gb * 1e9
+        memory = statistics.default_memory(source) if settings.stats_gb is None else settings.stats_gb * 1e9
         device = pick_device(settings.device)
         statistics.gather(source, plan, settings.workload(), device, workspace, progress, memory)
         compress_blocks(source, plan, settings, workspace, progress)
@@ -118,7 +123,7 @@ def compress(
     except InputError:  # the input must change first, and then nothing finished here is of use
         workspace.remove()
         raise
-    write_artifact(source, plan, workspace, provenance, target, settings.overwrite)
+    write_artifact(source, plan, workspace, provenance, target, settings.overwrite, plans)
     workspace.remove()
     return target
 
@@ -153,6 +158,25 @@ def plan_source(source: Source | ModelSource, recipe: Recipe) -> Plan:
     return plan
 
 
+def parse_full_steps(text: str) -> tuple[int, int]:
+    """"FIRST,LAST" -> two counts. Raises InputError for anything else."""
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+        raise InputError(f"--full-steps '{text}': expected FIRST,LAST, such as 2,1")
+    return int(parts[0]), int(parts[1])
+
+
+def run_time_plans(source: Source | ModelSource, settings: Options) -> dict[str, Any]:
+    """The decisions that act at run time, by kind, as they are stored in the artifact."""
+    if settings.full_steps == (0, 0):
+        return {}
+    if isinstance(source, ModelSource):
+        raise InputError("full_steps needs the model's sampler; name a model folder instead of a model object")
+    scheduler = load_scheduler(source)
+    scheduler.set_timesteps(settings.steps)
+    return {"steps": plan_steps([float(t) for t in scheduler.timesteps], *settings.full_steps).to_dict()}
+
+
 def describe(source: Source | ModelSource, recipe: Recipe, settings: Options) -> dict[str, Any]:
     """Everything the artifact's numbers follow from; also what a resumed run must have in common with the first."""
     from .. import __version__
@@ -164,6 +188,7 @@ def describe(source: Source | ModelSource, recipe: Recipe, settings: Options) ->
         "source_fingerprint": source.fingerprint(),
         "recipe": recipe.to_dict(),
         "workload": settings.workload().to_dict(),
+        "full_steps": list(settings.full_steps),
     }
 
 

@@ -12,6 +12,7 @@ from ..quantize.stats import LayerStats
 from ..runtime.family import find_family
 from ..runtime.load import pick_dtype
 from ..runtime.source import Source
+from .compress import read_layer
 from .model_source import ModelSource
 from .plan import LayerPlan, Plan
 from .progress import Progress
@@ -41,6 +42,8 @@ def gather(
     ]
     if not missing:
         return
+    for layer in plan.compressed:  # a NaN weight would come up as a NaN input of another layer, after the whole run
+        read_layer(layer.name, source.checkpoint, device)
     passes = _passes(missing, memory)
     total = sum(unit_bytes(unit) for _, unit in missing)
     progress.note(f"statistics of {len(missing)} blocks take {total / 1e6:,.0f} MB: {len(passes)} sampling run(s)")
@@ -79,6 +82,12 @@ class _Runner:
         with Recorder(self.sampler.denoiser, self.sampler.family, needs, workload.steps) as recorder:
             self.sampler.run(workload, lambda done, _: self.progress.advance(done, f"sampler call {done}"))
         return recorder.result()
+
+
+def default_memory(source: Source | ModelSource) -> float:
+    """Bytes that statistics may take unless told: half of the model's own at 16 bits, and at least 0.5 GB."""
+    weights = sum(2 * torch.Size(shape).numel() for shape, _ in source.checkpoint.headers.values())
+    return max(0.5e9, 0.5 * weights)
 
 
 def _passes(units: list[tuple[int, Unit]], memory: float) -> list[list[tuple[int, Unit]]]:

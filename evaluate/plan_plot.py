@@ -37,7 +37,7 @@ def error_curves(
 
 
 def plot_curves(curves: Mapping[str, Curve], path: Path, label: str = "predicted error", log: bool = True) -> None:
-    """Writes a PNG of one line for each entry: bits a weight across, `label` up. Raises InputError without matplotlib."""
+    """Writes a PNG, one line an entry: bits a weight across, `label` up. Raises InputError without matplotlib."""
     figure, axes = _figure(1, (6.4, 4.0))
     for name, points in curves.items():
         if points:

@@ -207,10 +207,11 @@ def make_sampler(source: Source, dtype: torch.dtype, device: torch.device | str)
     in or next to its folder (a linear-beta DDIM when there is none)."""
     if source.is_pipeline:
         return PipelineSampler(load_pipeline(source, dtype, device))
-    return DenoiserSampler(load_transformer(source, dtype, device), _scheduler(source))
+    return DenoiserSampler(load_transformer(source, dtype, device), load_scheduler(source))
 
 
-def _scheduler(source: Source) -> Any:
+def load_scheduler(source: Source) -> Any:
+    """The diffusers scheduler that a source is sampled with. Raises InputError when its class is unknown."""
     import diffusers
 
     folder = source.scheduler

@@ -166,7 +166,7 @@ def _blocker(op: str, device: torch.device) -> str | None:
 def explain(op: str, device: torch.device | str, **facts: Any) -> Choice:
     """Say what would run, without running it.
 
-    `facts` are the ones a kernel may refuse: `dtype` (of the activation), `k`, `group` (int4, packed), `block_size` (hadamard).
+    `facts` are the ones a kernel may refuse: `dtype` (of the activation), `k`, `group` (int4), `block_size` (hadamard).
     """
     if op not in TWINS:
         raise ValueError(f"unknown op {op!r}; the ops are {', '.join(sorted(TWINS))}")

@@ -86,8 +86,13 @@ class ScalarFormat(Format):
     """
 
     def fit(self, weight: Tensor, spec: FormatSpec, clip: Tensor | float = 1.0) -> Tensors:
-        """The scale tensors of `weight` [N, K]. `clip` scales the covered range: a number, or [N, groups]."""
+        """The scale tensors of `weight` [N, K]. `clip` scales the covered range: a number, or [N, groups]. A format
+        may have another default, which it then also gives as `own_clip`."""
         raise NotImplementedError
+
+    def own_clip(self, weight: Tensor, spec: FormatSpec) -> Tensor | float:
+        """What `fit` clips by when not told: a number, or float32 [N, groups], at most 1."""
+        return 1.0
 
     def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
         """weight: float [N, C], the given `columns` of the matrix -> codes int8 [N, C], nearest on the grid."""

@@ -67,13 +67,10 @@ class GroupedInteger(ScalarFormat):
         return out
 
     def fit(self, weight: Tensor, spec: FormatSpec, clip: Tensor | float | None = None) -> Tensors:
-        """`clip` None: the format's own ratio, or 1 in the groups where that would do harm."""
-        groups = weight.float().reshape(len(weight), group_count(weight.shape[1], spec), -1)
-        top, bottom = groups.amax(-1), groups.amin(-1)
-        # the ends of the grid may differ: the smallest step that covers both
-        step = torch.maximum(top / self._value(self.high), bottom / self._value(self.low)).clamp_min(TINY)
-        step = step * (self._own_clip(groups, step, spec) if clip is None else clip)
-        empty = (top == 0) & (bottom == 0) if self.odd else None  # without a code for zero its scale has to be zero
+        """As in `ScalarFormat`; `clip` None: `own_clip`."""
+        groups = self._groups(weight, spec)
+        step = self._covering(groups) * (self.own_clip(weight, spec) if clip is None else clip)
+        empty = (groups == 0).all(-1) if self.odd else None  # without a code for zero its scale has to be zero
         if spec.group_size is None:
             row = step[:, 0].clamp_min(TINY)
             return {"weight_scale": row if empty is None else row.masked_fill(empty[:, 0], 0)}
@@ -82,13 +79,14 @@ class GroupedInteger(ScalarFormat):
         relative = relative if empty is None else relative.masked_fill(empty, 0)
         return {"weight_scale": row, "weight_group_scale": relative.to(torch.uint8)}
 
-    def _own_clip(self, groups: Tensor, step: Tensor, spec: FormatSpec) -> Tensor | float:
-        """[N, groups]: the constant ratio, or 1 where covering the range has the lower squared error (values that lie
-        on the grid already) and where one element is nearly all there is."""
+    def own_clip(self, weight: Tensor, spec: FormatSpec) -> Tensor | float:
+        """The constant `clip` ratio, but 1 where covering the range has the lower squared error (values that lie on the
+        grid already) and where one element is nearly all that a group holds."""
         ratio = self.clip.get(spec.group_size, 1.0)
         if ratio == 1.0:
             return 1.0
-        target = groups / step[..., None]
+        groups = self._groups(weight, spec)
+        target = groups / self._covering(groups)[..., None]
         covered, clipped = ((self._value(self._code(target / r)) * r - target).square().sum(-1) for r in (1.0, ratio))
         squares = target.square()
         keep = (covered <= clipped) | (squares.amax(-1) > LONE * squares.sum(-1))
@@ -128,6 +126,15 @@ class GroupedInteger(ScalarFormat):
 
     def index_of(self, codes: Tensor) -> Tensor:
         return codes.long() - self.low
+
+    def _groups(self, weight: Tensor, spec: FormatSpec) -> Tensor:
+        """float32 [N, groups, group_size]."""
+        return weight.float().reshape(len(weight), group_count(weight.shape[1], spec), -1)
+
+    def _covering(self, groups: Tensor) -> Tensor:
+        """[N, groups]: the smallest step whose grid covers both ends, which may reach differently far."""
+        ends = torch.maximum(groups.amax(-1) / self._value(self.high), groups.amin(-1) / self._value(self.low))
+        return ends.clamp_min(TINY)
 
     def _relative(self, scales: Tensors, spec: FormatSpec, columns: slice) -> Tensor:
         """float32 [N, C]: the group scale of every element of the given columns."""

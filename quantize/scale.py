@@ -29,14 +29,15 @@ def search_clip(
         error = fmt.dequantize(fmt.quantize(weight, scales, spec), scales, spec) - weight
         return (error.square() * cost).reshape(n, groups, -1).sum(-1)
 
-    unclipped = best = loss_of(1.0)
-    ratios = torch.ones_like(best)
-    for ratio in CLIP_GRID[1:]:
+    own = fmt.own_clip(weight, spec)
+    before = best = loss_of(own)
+    start = ratios = torch.ones_like(best) * own
+    for ratio in CLIP_GRID:
         loss = loss_of(ratio)
         better = loss < best
         best = torch.where(better, loss, best)
         ratios = torch.where(better, ratio, ratios)
     # the groups of a row may share a scale, so ratios found one by one can be worse together: such a row stays as it is
-    worse = loss_of(ratios).sum(1) > unclipped.sum(1)
-    ratios[worse] = 1.0
+    worse = loss_of(ratios).sum(1) > before.sum(1)
+    ratios = torch.where(worse[:, None], start, ratios)
     return fmt.fit(weight, spec, ratios), ratios

@@ -16,6 +16,7 @@ from ..quantize.errors import InputError
 from .artifact import QUANT_METHOD, ArtifactConfig
 from .attach import attach, linear_layers
 from .linear import CompressedLinear
+from .schedule import apply_plans
 
 
 class _Method(StrEnum):
@@ -60,6 +61,7 @@ class VditQuantizer(DiffusersQuantizer):
         for name, tensor in model.state_dict().items():
             if tensor.device.type == "meta":
                 raise InputError(f"artifact: config and tensors disagree: {name} {list(tensor.shape)} is in no file")
+        apply_plans(model, self.quantization_config.artifact.plans)
         return model
 
     def check_if_quantized_param(

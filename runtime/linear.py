@@ -30,6 +30,7 @@ class CompressedLinear(nn.Linear):
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        self.active_spec = spec  # what runs now: a step plan may lift the activation quantiser for a while
         for name, layout in layer_layout(out_features, in_features, spec).items():
             self.register_buffer(name, torch.empty(layout.shape, dtype=layout.dtype, device=device))
         if bias:
@@ -54,7 +55,7 @@ class CompressedLinear(nn.Linear):
         return dense_weight(self.tensors(), self.in_features, self.spec)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = run_layer(x.reshape(-1, self.in_features), self.tensors(), self.spec, self.bias)
+        y = run_layer(x.reshape(-1, self.in_features), self.tensors(), self.active_spec, self.bias)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompressedLinear:

@@ -15,6 +15,7 @@ from .artifact import check_tensors, read_config
 from .attach import attach, linear_layers
 from .checkpoint import Checkpoint
 from .linear import CompressedLinear
+from .schedule import apply_plans
 from .source import Source, find_source, load_pipeline, load_transformer
 
 
@@ -102,6 +103,7 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
         else:
             rest[name] = tensor
     model.load_state_dict(rest, strict=False)
+    apply_plans(model, config.plans)
     return model.eval()
 
 

@@ -48,8 +48,7 @@ class StepTracker:
         self._handle.remove()
 
     def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = self._signature.bind_partial(*args, **kwargs).arguments
-        call = {**call, **call.pop("kwargs", {})} if isinstance(call.get("kwargs"), dict) else call
+        call = bind_call(self._signature, args, kwargs)
         self.latents = next((v for v in call.values() if isinstance(v, Tensor)), None)
         timestep = _first_value(next((call[name] for name in TIMESTEP_NAMES if name in call), None))
         if timestep is not None and timestep == self.timestep:
@@ -60,6 +59,19 @@ class StepTracker:
             self.repeat, self.timestep = 0, timestep
         batch = 1 if self.latents is None else len(self.latents)
         self.branches = self.family.branches(call, batch, self.repeat)
+
+
+def bind_call(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A denoiser's call arguments by name, those it takes as **kwargs included."""
+    call = dict(signature.bind_partial(*args, **kwargs).arguments)
+    extra = call.pop("kwargs", None)
+    return {**call, **extra} if isinstance(extra, dict) else call
+
+
+def timestep_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+    """The timestep that a denoiser is being called with: the first of the batch, None where there is none."""
+    call = bind_call(inspect.signature(module.forward), args, kwargs)
+    return _first_value(next((call[name] for name in TIMESTEP_NAMES if name in call), None))
 
 
 def _first_value(timestep: Any) -> float | None:

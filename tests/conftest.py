@@ -15,6 +15,9 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)  # the models here are tiny: more threads only get in each other's way
+# a calibration run long enough for every method; what a command needs to repeat `demo_artifact` follows from it
+QUICK = {"steps": 5, "samples": 4}
 LAYERS = ("kernels", "quantize", "runtime", "evaluate", "calibrate", "prune", "cli")
 
 
@@ -61,7 +64,13 @@ def environment() -> dict[str, str]:
     dropped = ("TRITON_INTERPRET", "VDIT_KERNELS", "VDIT_STRICT")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     path = [str(ROOT / "src"), *filter(None, [kept.get("PYTHONPATH")])]
-    return {**kept, "PYTHONPATH": os.pathsep.join(path), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    return {
+        **kept,
+        "PYTHONPATH": os.pathsep.join(path),
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +132,7 @@ def demo_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
 
         if bits not in made:
             target = tmp_path_factory.mktemp("demo") / f"demo-{bits}"
-            made[bits] = compress(None, target, bits=bits)
+            made[bits] = compress(None, target, bits=bits, **QUICK)
         return made[bits]
 
     return make
@@ -152,6 +161,25 @@ def tiny_dit() -> Callable[..., Any]:
     return _tiny_dit
 
 
+def _plain_recipe(spec: str) -> Any:
+    """Rounding to nearest, without statistics: `spec` for attention and feed-forward layers, w8 for modulation."""
+    from vdit_quant.quantize.recipe import Recipe
+
+    core = {"method": "rtn", "spec": spec, "roles": ["attention", "feed_forward"]}
+    return Recipe.from_dict({"step": [core, {"method": "rtn", "spec": "w8", "roles": ["modulation"]}]}, "plain")
+
+
+@pytest.fixture(scope="session")
+def plain_recipe() -> Callable[[str], Any]:
+    return _plain_recipe
+
+
+@pytest.fixture(scope="session")
+def quick() -> dict[str, int]:
+    """The settings that `demo_artifact` is made with."""
+    return QUICK
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny DiT as a bare transformer folder: read it, do not write it."""
@@ -165,7 +193,7 @@ def tiny_artifact(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -
     """The tiny DiT compressed as w4a8: read it, do not write it."""
     from vdit_quant.calibrate.pipeline import compress
 
-    return compress(tiny_folder, tmp_path_factory.mktemp("tiny") / "tiny-w4a8", bits="w4a8")
+    return compress(tiny_folder, tmp_path_factory.mktemp("tiny") / "tiny-w4a8", recipe=_plain_recipe("w4g64-a8tok"))
 
 
 @pytest.fixture

@@ -28,6 +28,11 @@ def _lines(function: Function) -> int:
     return (function.end_lineno or 0) - (first.end_lineno or 0) + first.lineno - function.lineno
 
 
+def _options(path: Path, function: Function) -> int:
+    """Lines of the option list of a command, which is documentation for its users."""
+    return function.body[0].lineno - function.lineno if path.as_posix().startswith("cli/commands/") else 0
+
+
 def _parameters(function: Function) -> int:
     names = [a.arg for a in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
     return len([name for name in names if name not in ("self", "cls")])
@@ -91,7 +96,7 @@ def test_functions_are_short(package_sources: Sources) -> None:
         f"{path}:{function.name}": _lines(function)
         for path, tree in package_sources.items()
         for function in _functions(tree)
-        if not _is_kernel(function) and _lines(function) > MAX_FUNCTION
+        if not _is_kernel(function) and _lines(function) - _options(path, function) > MAX_FUNCTION
     }
     assert not long
 

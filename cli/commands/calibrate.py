@@ -21,11 +21,14 @@ def run(
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe file (TOML), in the place of --bits.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weight group size, in the place of the recipe's.")] = None,
+    full_steps: Annotated[
+        str, typer.Option(help="FIRST,LAST: sampling steps that run with activations in the compute dtype.")
+    ] = "0,0",
     keep: Annotated[
         list[str] | None, typer.Option(help="Glob of layers that keep their precision; may be given again.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps of the calibration run.")] = 20,
-    samples: Annotated[int, typer.Option(min=1, help="Samples of the calibration run.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of the calibration run.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of the calibration run.")] = 0,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of the calibration run.")] = None,
     conditions: Annotated[
@@ -33,13 +36,15 @@ def run(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: the GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Compute dtype of the run. Default: bfloat16 on a GPU.")] = None,
-    stats_gb: Annotated[float, typer.Option(help="Memory that statistics may take at a time, in GB.")] = 8.0,
+    stats_gb: Annotated[
+        float | None, typer.Option(help="Memory that statistics may take at a time, in GB. Default: half the model's.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; touch no weights.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
 ) -> None:
     """Calibrate a Diffusion Transformer and write a compressed artifact."""
-    from ...calibrate.pipeline import Options, compress, default_output, open_source, plan_source
+    from ...calibrate.pipeline import Options, compress, default_output, open_source, parse_full_steps, plan_source
     from ..console import console, reporting
     from ..plan_table import print_plan
 
@@ -50,6 +55,7 @@ def run(
         group_size=group_size,
         params=tuple(set_ or ()),
         keep=tuple(keep or ()),
+        full_steps=parse_full_steps(full_steps),
         steps=steps,
         samples=samples,
         seed=seed,

@@ -25,8 +25,8 @@ class ViditQ(Method):
     """`hadamard` is the largest block to use, 0 for no rotation; `kind` is sylvester or regular."""
 
     defaults = pick(
-        "smooth", "alpha", "aggregate", "fold", "rounding", "damp", "act_order", "sweeps", "clip", hadamard=64,
-        kind="sylvester",
+        "alpha", "aggregate", "fold", "rounding", "damp", "act_order", "sweeps", "clip", hadamard=64,
+        kind="sylvester", smooth="search",
     )  # fmt: skip
 
     def complete(self, spec: LayerSpec, n: int, k: int, params: dict[str, Any], foldable: bool = False) -> LayerSpec:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import vdit_quant
+from vdit_quant.calibrate.pipeline import CALIBRATION_SEEDS
 from vdit_quant.calibrate.progress import Progress
 from vdit_quant.quantize.errors import InputError
 from vdit_quant.quantize.layer import dense_weight
@@ -47,7 +48,7 @@ def test_provenance_says_what_was_done(demo_artifact: Callable[..., Path]) -> No
     found = read_config(demo_artifact("w4a8") / "transformer").provenance
     assert found["source"] == "demo"
     assert found["recipe"]["name"] == "w4a8"
-    assert found["workload"]["seed"] == 0
+    assert found["workload"]["seed"] == CALIBRATION_SEEDS  # seed 0 of calibration is no seed of a comparison
     assert found["tool"].startswith("vdit-quant ")
     assert len(found["source_fingerprint"]) == 32
 

@@ -33,7 +33,8 @@ def test_the_plan_needs_no_weights(tiny_dit: Dit) -> None:
 
 
 def test_bytes_count_every_scale(tiny_dit: Dit) -> None:
-    plan = _plan(tiny_dit(), load_shipped("w4a8"))
+    step = {"method": "rtn", "spec": "w4g64-a8tok", "roles": ["attention"]}
+    plan = _plan(tiny_dit(), Recipe.from_dict({"step": [step]}, "mine"))
     layer = next(layer for layer in plan.layers if layer.name.endswith("0.attn1.to_q"))
     assert (layer.n, layer.k, layer.bytes_before) == (64, 64, 2 * 64 * 64)
     assert layer.bytes_after == 64 * 64 // 2 + 4 * 64 + 64  # codes, a row scale, one group of 64 a row

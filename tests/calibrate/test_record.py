@@ -32,7 +32,7 @@ def _observe(
     recorder = Recorder(model, find_family(model), dict.fromkeys(names, NEEDS), steps=len(TIMES), bins=2, rows=3)
     with recorder:
         for run in range(runs):
-            for step, time in enumerate(TIMES):  # noqa: B007 (the hooks read it)
+            for step, time in enumerate(TIMES):  # the hooks read step
                 model(**{**inputs(model, batch=4, seed=10 * run + step), "timestep": torch.full((4,), time)})
     for handle in handles:
         handle.remove()

@@ -34,7 +34,7 @@ def test_while_the_artifact_is_written(cli: Cli, tiny_folder: Path, monkeypatch:
         _check(cli("calibrate", tiny_folder, "-o", "out"))
     assert Path(".out.partial").is_dir(), "the finished blocks are lost"
     with monkeypatch.context() as patch:
-        patch.setattr("vdit_quant.calibrate.pipeline.compress_layer", _no_space)  # nothing is compressed again
+        patch.setattr("vdit_quant.calibrate.pipeline.compress_unit", _no_space)  # nothing is compressed again
         result = cli("calibrate", tiny_folder, "-o", "out", "--resume")
     assert result.code == 0, result.err
     assert [p.name for p in Path().iterdir()] == ["out"]

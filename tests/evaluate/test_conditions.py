@@ -1,5 +1,6 @@
-"""Conditions from a file: which sample gets which, one clear error for each way a file can be wrong, a bare video model."""
+"""Conditions from a file: which sample gets which, one clear error for each way a file can be wrong, a video model."""
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -159,7 +160,7 @@ def test_guidance_follows_its_definition(video: Path, file: Callable[..., str]) 
     text = GOOD["encoder_hidden_states"][condition_order(COUNT, 1, 0)]
     x = torch.randn(4, 2, 8, 8, generator=workload.generators(0, 1)[0])[None]
     sigmas = sampler.scheduler.sigmas.tolist()
-    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, following in itertools.pairwise(sigmas):
         time = torch.tensor([1000 * sigma])
         free, cond = (
             sampler.denoiser(x, timestep=time, encoder_hidden_states=t, return_dict=False)[0]

@@ -1,4 +1,4 @@
-"""The integer formats with two-level scales: their decoding, levels, clipping, products, and error-feedback rounding."""
+"""The integer formats with two-level scales: decoding, levels, clipping, products, and error-feedback rounding."""
 
 import hashlib
 from collections.abc import Callable

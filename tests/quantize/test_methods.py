@@ -136,7 +136,7 @@ def test_an_unknown_parameter_is_refused(name: str) -> None:
 
 
 def test_an_unknown_method_suggests_the_nearest() -> None:
-    with pytest.raises(InputError, match="'rtm'.*did you mean 'rtn'"):
+    with pytest.raises(InputError, match=r"'rtm'.*did you mean 'rtn'"):
         resolve_method("rtm", {})
 
 

@@ -133,10 +133,10 @@ def test_a_bare_transformer_artifact_loads_as_a_transformer(
 
 
 def test_a_sharded_artifact_loads_the_same(
-    demo: Path, demo_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    demo: Path, demo_artifact: Artifact, quick: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "SHARD_BYTES", 700_000)
-    folder = compress(demo, tmp_path / "sharded", bits="w4a8")
+    folder = compress(demo, tmp_path / "sharded", bits="w4a8", **quick)
     shards = sorted((folder / "transformer").glob("*.safetensors"))
     assert len(shards) > 3
     assert all(path.stat().st_size < 700_000 + 20_000 for path in shards[1:-1])
@@ -171,8 +171,8 @@ def test_the_pipeline_folder_is_complete_and_holds_nothing_executable(demo: Path
     assert (folder / "vae" / WEIGHTS).read_bytes() == (demo / "vae" / WEIGHTS).read_bytes()
 
 
-def test_equal_runs_give_equal_bytes(demo_artifact: Artifact, demo: Path, tmp_path: Path) -> None:
-    again = compress(None, tmp_path / "again", bits="w4a8")
+def test_equal_runs_give_equal_bytes(demo_artifact: Artifact, quick: dict[str, int], tmp_path: Path) -> None:
+    again = compress(None, tmp_path / "again", bits="w4a8", **quick)
     for path in sorted(p for p in again.rglob("*") if p.is_file()):
         assert path.read_bytes() == (demo_artifact("w4a8") / path.relative_to(again)).read_bytes(), path
 

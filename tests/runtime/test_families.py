@@ -128,12 +128,12 @@ def test_every_layer_in_a_block_has_a_role_and_the_others_stay(case: Any) -> Non
 
 @torch.no_grad()
 def test_a_random_model_survives_compression_and_plain_from_pretrained(
-    case: Any, tmp_path: Path, sqnr: Callable[..., float]
+    case: Any, tmp_path: Path, plain_recipe: Callable[[str], Any], sqnr: Callable[..., float]
 ) -> None:
     model, prefixes, arguments, layers = case
     inputs = arguments()
     want = model(**inputs).sample
-    folder = compress(model, tmp_path / "out", bits="w8a8")
+    folder = compress(model, tmp_path / "out", recipe=plain_recipe("w8-a8tok"))
     loaded = type(model).from_pretrained(folder)
     compressed = {name for name, m in loaded.named_modules() if isinstance(m, CompressedLinear)}
     assert compressed == {name for name in linear_layers(model) if name.startswith(prefixes)}
@@ -142,9 +142,11 @@ def test_a_random_model_survives_compression_and_plain_from_pretrained(
     assert sqnr(loaded(**inputs).sample, want) > 25
 
 
-def test_four_bits_with_small_groups_fit_every_block_layer(case: Any, tmp_path: Path) -> None:
+def test_four_bits_with_small_groups_fit_every_block_layer(
+    case: Any, tmp_path: Path, plain_recipe: Callable[[str], Any]
+) -> None:
     model, prefixes, _, _ = case
-    folder = compress(model, tmp_path / "out", bits="w4a8", group_size=16)
+    folder = compress(model, tmp_path / "out", recipe=plain_recipe("w4g64-a8tok"), group_size=16)
     specs = read_config(folder).resolve(linear_layers(model))
     assert {spec.name for spec in specs.values()} <= {"w4g16-a8tok", "w8"}
     assert all(name.startswith(prefixes) for name in specs)

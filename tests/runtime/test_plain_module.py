@@ -18,6 +18,7 @@ OUTPUT_CLIP = {
         {"method": "rtn", "spec": "w4g16-a8tok", "roles": ["attention", "feed_forward"], "params": {"clip": "output"}}
     ]
 }
+W8A8 = Recipe.from_dict({"step": [{"method": "rtn", "spec": "w8-a8tok", "roles": ["attention", "feed_forward"]}]}, "w8")
 
 
 class Block(nn.Module):
@@ -89,11 +90,11 @@ def test_without_data_a_method_that_needs_statistics_is_refused(tmp_path: Path) 
 
 
 def test_a_method_without_statistics_needs_no_data(tmp_path: Path) -> None:
-    assert vdit_quant.compress(_model(), tmp_path / "out", bits="w8a8").is_dir()
+    assert vdit_quant.compress(_model(), tmp_path / "out", recipe=W8A8).is_dir()
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
-    folder = vdit_quant.compress(_model(), tmp_path / "out", bits="w8a8")
+    folder = vdit_quant.compress(_model(), tmp_path / "out", recipe=W8A8)
     with pytest.raises(InputError, match="config and tensors disagree"):
         vdit_quant.load_into(Model(width=48), folder)
     with pytest.raises(InputError, match="selects no layer"):
@@ -102,7 +103,7 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["missing", "extra", "shape"])
 def test_what_stays_uncompressed_is_checked_too(damage: str, tmp_path: Path) -> None:
-    folder = vdit_quant.compress(_model(), tmp_path / "out", bits="w8a8")
+    folder = vdit_quant.compress(_model(), tmp_path / "out", recipe=W8A8)
     file = folder / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     if damage == "missing":
@@ -121,7 +122,7 @@ def test_tied_weights_are_stored_and_loaded(tmp_path: Path, sqnr: Callable[..., 
     model, x = _model(dtype=torch.bfloat16), torch.randn(3, 6, 8, dtype=torch.bfloat16)
     model.table = model.blocks[0].norm.weight.detach().expand(4, -1).contiguous()
     model.blocks[1].norm.weight = model.blocks[0].norm.weight
-    folder = vdit_quant.compress(model, tmp_path / "out", bits="w8a8")
+    folder = vdit_quant.compress(model, tmp_path / "out", recipe=W8A8)
     fresh = vdit_quant.load_into(_model(seed=7, dtype=torch.bfloat16), folder)
     assert sqnr(fresh(x), model(x)) > 25
 
@@ -130,5 +131,5 @@ def test_a_nan_weight_names_the_layer(tmp_path: Path) -> None:
     model = _model()
     model.blocks[1].to_out.weight.data[0, 0] = float("nan")
     with pytest.raises(InputError, match=r"blocks\.1\.to_out.*NaN"):
-        vdit_quant.compress(model, tmp_path / "out", bits="w8a8")
+        vdit_quant.compress(model, tmp_path / "out", recipe=W8A8)
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,84 @@
+"""Executing a step plan: at some timesteps the same integer weights run with activations in the compute dtype.
+
+The first and last denoising steps decide most of the quality, and cost only their own share of the time. The plan is
+data in the artifact, `plans["steps"]`:
+
+    {"full_activation": [[low, high], ...]}     timesteps t with low <= t <= high
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..quantize.errors import InputError, unknown
+from .linear import CompressedLinear
+from .step import timestep_of
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Timestep intervals, both ends included, where activations are not quantised."""
+
+    full_activation: tuple[tuple[float, float], ...]
+
+    def is_full(self, timestep: float) -> bool:
+        return any(low <= timestep <= high for low, high in self.full_activation)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"full_activation": [list(pair) for pair in self.full_activation]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "plans.steps") -> StepPlan:
+        """Raises InputError for an unknown key or an interval that is not two rising numbers."""
+        for key in data:
+            if key != "full_activation":
+                raise unknown("key", key, ["full_activation"], where)
+        pairs = data.get("full_activation", [])
+        for pair in pairs:
+            if len(pair) != 2 or not pair[0] <= pair[1]:
+                raise InputError(f"{where}: expected [low, high] timesteps, found {pair}")
+        return cls(tuple((float(low), float(high)) for low, high in pairs))
+
+
+def plan_steps(timesteps: Sequence[float], first: int, last: int) -> StepPlan:
+    """The plan that spares the `first` and `last` steps of a sampler that visits `timesteps` in this order.
+
+    The bounds lie half way to the next step, so that a sampler with a few more or fewer steps is served as well.
+    Raises InputError when there are fewer steps than that.
+    """
+    if first < 0 or last < 0 or first + last > len(timesteps):
+        raise InputError(f"--full-steps {first},{last}: expected two counts that fit into {len(timesteps)} steps")
+    values = [float(t) for t in timesteps]
+    top, bottom = max(values), min(values)
+    edges = [(a + b) / 2 for a, b in zip(values, values[1:], strict=False)]
+    pairs = []
+    if first:
+        pairs.append((edges[first - 1] if first <= len(edges) else bottom, max(top, 1000.0)))
+    if last:
+        pairs.append((min(bottom, 0.0), edges[-last] if last <= len(edges) else top))
+    return StepPlan(tuple(pairs))
+
+
+def apply_step_plan(model: nn.Module, plan: StepPlan) -> Any:
+    """Makes `model` follow the plan from its next call on; returns a handle whose `remove` ends that."""
+    layers = [m for m in model.modules() if isinstance(m, CompressedLinear) and m.spec.activation is not None]
+    plain = {spec: dataclasses.replace(spec, activation=None) for spec in {m.spec for m in layers}}
+
+    def follow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timestep = timestep_of(module, args, kwargs)
+        full = timestep is not None and plan.is_full(timestep)
+        for layer in layers:
+            layer.active_spec = plain[layer.spec] if full else layer.spec
+
+    return model.register_forward_pre_hook(follow, with_kwargs=True)
+
+
+def apply_plans(model: nn.Module, plans: Mapping[str, Any]) -> None:
+    """Puts into effect every plan of an artifact that acts at run time."""
+    if "steps" in plans:
+        apply_step_plan(model, StepPlan.from_dict(plans["steps"]))
