@@ -15,6 +15,7 @@ import argparse
 import json
 import time
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from vdit_quant.calibrate.plan import LayerPlan
 from vdit_quant.calibrate.probe import Call, capture, probe_steps
 from vdit_quant.calibrate.progress import Progress
 from vdit_quant.calibrate.record import Recorder
-from vdit_quant.calibrate.sensitivity import Scoring, measure, offers, relative_error, tie_qkv
+from vdit_quant.calibrate.sensitivity import Scoring, measure, measure_samples, offers, relative_error, tie_qkv
 from vdit_quant.evaluate.metrics import mean_psnr
 from vdit_quant.evaluate.plan_plot import ALLOCATORS, plot_curves, plot_plan
 from vdit_quant.evaluate.sampling import Sampler, Workload, make_sampler
@@ -33,7 +34,6 @@ from vdit_quant.quantize.allocate import LayerCandidates
 from vdit_quant.quantize.bit_plan import BitPlan
 from vdit_quant.quantize.errors import InputError
 from vdit_quant.quantize.format import Tensors
-from vdit_quant.quantize.layer import layer_bytes
 from vdit_quant.quantize.method import FloatLayer, resolve_method
 from vdit_quant.quantize.spec import LayerSpec
 from vdit_quant.quantize.stats import LayerStats
@@ -74,6 +74,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--candidates", default=CANDIDATES, help="specs of attention and feed-forward layers")
     add("--modulation", default="w4g64,w8", help="specs of modulation layers; one: fixed")
     add("--method", default="gptq", help="gptq, viditq, rtn, ...")
+    add("--sensitivity", choices=("teacher", "samples"), default="teacher", help="teacher-forced, or on samples")
     add("--tie-qkv", action="store_true", help="one spec for the query, key and value of an attention")
     add("--no-match", action="store_true", help="leave out the plans at the bytes of single-candidate plans")
     add("--samples", type=int, default=200, help="samples a seed")
@@ -96,8 +97,7 @@ def note(message: str) -> None:
 class Notes(Progress):
     """Prints what happens, at most a line every few seconds."""
 
-    def __init__(self) -> None:
-        self.name, self.total, self.last = "", 0, 0.0
+    name, total, last = "", 0, 0.0
 
     def stage(self, name: str, total: int) -> None:
         self.name, self.total = name, total
@@ -113,8 +113,7 @@ class Notes(Progress):
 
 @dataclass
 class Measured:
-    """What a plan gave: mean over the seeds, and the whole plan's error on the probe (its prediction is the sum of the
-    layers' own)."""
+    """What a plan gave: PSNR over the seeds, and the whole plan's error on the probe, which its sum predicts."""
 
     psnr: float
     probe_error: float
@@ -135,11 +134,10 @@ class Benchmark:
         self.stored: dict[tuple[str, str], Tensors] = {}
         self.results: dict[tuple[tuple[str, str], ...], Measured] = {}
         self.seeds = tuple(options.seed or (1,))
-        method, self.params = resolve_method(options.method, {})
+        self.method, params = resolve_method(options.method, {})
         # a folded scale changes two layers at once; alone, a layer keeps its own
-        self.params = {**self.params, **({"fold": False} if "fold" in self.params else {})}
-        self.needs = method.needs(self.params)
-        self.method = method
+        self.params = {**params, **({"fold": False} if "fold" in params else {})}
+        self.needs = self.method.needs(self.params)
         self.weights = {name: m.weight.detach().float() for name, m in linear_layers(self.model).items()}
 
     def run(self) -> dict[str, Any]:
@@ -148,14 +146,16 @@ class Benchmark:
         self.stats, calls = self.calibrate([layer.name for layer, _ in offered])
         scoring = Scoring(tie=tie_qkv) if self.options.tie_qkv else Scoring()
         start = time.perf_counter()
-        table = measure(self.model, self.family, calls, offered, self.tensors_of, scoring=scoring, progress=Notes())
+        if self.options.sensitivity == "samples":
+            probe = replace(self.workload(CALIBRATION_SEED + 1), samples=self.options.probe_samples)
+            table = measure_samples(self.sampler, probe, offered, self.tensors_of, scoring, progress=Notes())
+        else:
+            table = measure(self.model, self.family, calls, offered, self.tensors_of, scoring=scoring, progress=Notes())
         seconds = time.perf_counter() - start
         self.stats.clear()
         baseline = self.sample_seeds()
         note("full precision sampled")
-        rows = [
-            row for name, budget in self.budgets(table) for row in self.rows_of(name, budget, table, baseline, calls)
-        ]
+        rows = [row for item in self.budgets(table) for row in self.rows_of(item, table, baseline, calls)]
         return {
             "model": self.label,
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU",
@@ -188,8 +188,6 @@ class Benchmark:
             if role in CORE:
                 specs = [self.method.complete(spec, n, k, self.params) for spec in specs]
             out += offers([layer], specs)
-        if not out:
-            raise InputError(f"{self.label}: no attention, feed-forward or modulation layer was found")
         return out
 
     def calibrate(self, names: list[str]) -> tuple[dict[str, LayerStats], list[Call]]:
@@ -224,22 +222,20 @@ class Benchmark:
         out = [(text, text) for text in self.options.budgets.split(",") if text]
         if self.options.no_match:
             return out
-        for core in self.options.candidates.split(","):
-            for modulation in self.options.modulation.split(","):
-                size = 0
-                for row in table:
-                    specs = [LayerSpec.parse(c.spec) for c in row.candidates]
-                    wanted = LayerSpec.parse(core if self.roles[row.layer] in CORE else modulation)
-                    same = next((s for s in specs if s.weight == wanted.weight), specs[0])
-                    size += layer_bytes(*self.shapes[row.layer], same)
-                out.append((f"= {core} + {modulation}", f"{size / 1e3}kB"))
+        for core, modulation in product(self.options.candidates.split(","), self.options.modulation.split(",")):
+            size = 0
+            for row in table:
+                wanted = LayerSpec.parse(core if self.roles[row.layer] in CORE else modulation).weight
+                same = [c for c in row.candidates if LayerSpec.parse(c.spec).weight == wanted]
+                size += (same or row.candidates)[0].bytes
+            out.append((f"= {core} + {modulation}", f"{size / 1e3}kB"))
         return out
 
     def rows_of(
-        self, name: str, budget: str, table: list[LayerCandidates], baseline: list[torch.Tensor], calls: list[Call]
+        self, item: tuple[str, str], table: list[LayerCandidates], baseline: list[torch.Tensor], calls: list[Call]
     ) -> list[dict[str, Any]]:
-        """The measured plans of all allocators at one budget; none where it cannot be met."""
-        rows = []
+        """The measured plans of all allocators at one (name, budget); none where it cannot be met."""
+        (name, budget), rows = item, []
         for allocator, solve in ALLOCATORS.items():
             try:
                 plan = solve(table, budget)

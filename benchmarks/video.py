@@ -15,10 +15,10 @@ in the direction, a video x shows the one that explains it best,
 
     argmin_c sum_s || v(x_s, 1000 s, c) - (n - x) ||^2,   x_s = (1 - s) x + s n,
 
-over a few noise levels s, with one noise n a video and level for all candidates. "Right" is what was asked for; "kept" is
-what the judge sees in the full-precision video of the same noise, so that an exact model keeps everything. The first row
-of the table is the judge's own accuracy, on the full-precision videos: nothing smaller than its error can be read from
-the "right" columns. (A digit that starts at the edge turns round at once, and some digits are drawn badly.)
+over a few noise levels s, with one noise n a video and level for all candidates. "Right" is what was asked for; "kept"
+is what the judge sees in the full-precision video of the same noise, so that an exact model keeps everything. The first
+row of the table is the judge's own accuracy, on the full-precision videos: nothing smaller than its error can be read
+from the "right" columns. (A digit that starts at the edge turns round at once, and some digits are drawn badly.)
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ Report = Callable[[LayerPlan, int], None]
 class FloatTensors(Protocol):
     """Where the float tensors of the model come from: a checkpoint on disk or a model in memory."""
 
-    headers: Mapping[str, object]
+    @property
+    def headers(self) -> Mapping[str, object]: ...
 
     def get(self, name: str) -> Tensor: ...
 

@@ -20,6 +20,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from ..evaluate.sampling import Sampler, Workload
 from ..quantize.allocate import QUALITY, Candidate, LayerCandidates
 from ..quantize.errors import InputError
 from ..quantize.format import Tensors
@@ -129,7 +130,6 @@ def measure(
     progress.stage("measuring sensitivities", total)
     errors: dict[str, dict[str, float]] = {}
     replay = Replay(model, family, calls)
-    replay = Replay(model, family, calls)
     for block in ["", *replay.order]:
         rows = blocks.pop(block, [])
         part = f"sensitivity-{block or 'outside'}"
@@ -151,6 +151,46 @@ def measure(
     return [_choices(layer, specs, errors[layer.name], scoring) for layer, specs in offered]
 
 
+@torch.no_grad()
+def measure_samples(
+    sampler: Sampler,
+    workload: Workload,
+    offered: Offers,
+    compress: Compress,
+    scoring: Scoring | None = None,
+    workspace: Workspace | None = None,
+    progress: Progress | None = None,
+) -> list[LayerCandidates]:
+    """The same table from whole sampling runs with one layer compressed at a time: what ViDiT-Q scores.
+
+    Errors are those of the finished samples, so they count what the sampler makes of an early or a late mistake, and
+    any metric on images serves. It costs a sampling run of `workload` for each (layer, candidate).
+    """
+    scoring, progress = scoring or Scoring(), progress or Progress()
+    model, reference = sampler.denoiser, sampler.run(workload).images
+    progress.stage("measuring sensitivities on samples", sum(len(specs) for _, specs in offered))
+    errors: dict[str, dict[str, float]] = {}
+    for layer, specs in offered:
+        part = f"sampled-{layer.name}"
+        found = _restore([(layer, specs)], workspace, part)
+        if found is None:
+            progress.advance(sum(map(len, errors.values())), layer.name)
+            group = scoring.group_of(layer.name)
+            metric = scoring.metrics.get(group, relative_error)
+            row = {}
+            for spec in specs:
+                originals = attach(model, {layer.name: spec}, {layer.name: compress(layer, spec)})
+                try:
+                    row[spec.name] = _checked(metric(sampler.run(workload).images, reference), layer, spec, group)
+                finally:
+                    detach(model, originals)
+            found = {layer.name: row}
+            if workspace is not None:
+                workspace.save(part, _pack(found))
+        errors.update(found)
+    return [_choices(layer, specs, errors[layer.name], scoring) for layer, specs in offered]
+
+
 def _error(replay: Replay, layer: LayerPlan, spec: LayerSpec, tensors: Tensors, scoring: Scoring) -> float:
     """The error of one candidate, mean over the calls by their number of rows."""
     group = scoring.group_of(layer.name)
@@ -162,6 +202,10 @@ def _error(replay: Replay, layer: LayerPlan, spec: LayerSpec, tensors: Tensors, 
     finally:
         detach(replay.model, originals)
     error = sum(score * rows for score, rows in scores) / sum(rows for _, rows in scores)
+    return _checked(error, layer, spec, group)
+
+
+def _checked(error: float, layer: LayerPlan, spec: LayerSpec, group: str) -> float:
     if not (math.isfinite(error) and error >= 0):
         raise InputError(
             f"layer {layer.name} as {spec.name}: the metric of group '{group}' gave {error}; "

@@ -54,6 +54,7 @@ def gather(
         for index, unit in batch:
             names = [layer.name for layer in unit[1] if layer.name in recorded]
             save(workspace, index, {name: recorded[name] for name in names})
+        del recorded  # before the next run gathers as much again
 
 
 class _Runner:

@@ -24,6 +24,7 @@ from .stats import LayerStats
 AGGREGATES = ("max", "mean", "first")
 ALPHA_GRID = tuple(i / 20 for i in range(21))
 _FLOOR = 1e-4
+_DEAD = 1e-3
 
 
 def aggregate_absmax(stats: LayerStats, how: str) -> Tensor:
@@ -37,7 +38,8 @@ def aggregate_absmax(stats: LayerStats, how: str) -> Tensor:
         raise unknown("aggregate", how, AGGREGATES)
     by_bin = stats.absmax.amax(1)
     reduced = {"max": by_bin.amax(0), "mean": by_bin.mean(0), "first": by_bin[0]}[how]
-    return reduced.clamp_min(_FLOOR)
+    # a channel that never spoke says nothing about its size: it gets the average, not an extreme scale
+    return torch.where(reduced < _DEAD * reduced.mean(), reduced.mean(), reduced).clamp_min(_FLOOR)
 
 
 def channel_scale(act_absmax: Tensor, weights: Sequence[Tensor], alpha: float) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+CHUNK = 4096  # rows accumulated at a time
 KINDS = ("absmax", "second_moment", "gram", "rows")
 
 
@@ -40,15 +41,16 @@ class LayerStats:
 
     def update(self, x: Tensor, bin_index: int, branch: int, keep: int = 0) -> None:
         """Adds rows `x` float [rows, K] seen at timestep bin `bin_index` in `branch`; keeps `keep` of them."""
-        x = x.detach().float()
         place = self.absmax[bin_index, branch]
-        torch.maximum(place, x.abs().amax(0), out=place)
-        self.second_moment += x.square().sum(0)
-        if self.gram is not None:
-            self.gram.addmm_(x.T, x)
+        for part in x.detach().split(CHUNK):  # a float32 copy of everything would double the run's memory
+            rows = part.float()
+            torch.maximum(place, rows.abs().amax(0), out=place)
+            self.second_moment += rows.square().sum(0)
+            if self.gram is not None:
+                self.gram.addmm_(rows.T, rows)
         if keep:
             stride = max(1, len(x) // keep)
-            self._kept.append(x[::stride][:keep].clone())
+            self._kept.append(x.detach()[::stride][:keep].float().clone())
         self.count += len(x)
 
     def finish(self) -> LayerStats:

@@ -164,6 +164,5 @@ def check_tensors(config: ArtifactConfig, shapes: Mapping[str, tuple[int, int]],
                 raise InputError(f"{checkpoint.folder}: config and tensors disagree: expected {expected}, found none")
             shape, dtype = found
             if shape != layout.shape or DTYPES.get(dtype) != layout.dtype:
-                raise InputError(
-                    f"{checkpoint.folder}: config and tensors disagree: expected {expected}, found {dtype} {list(shape)}"
-                )
+                found_text = f"found {dtype} {list(shape)}"
+                raise InputError(f"{checkpoint.folder}: config and tensors disagree: expected {expected}, {found_text}")

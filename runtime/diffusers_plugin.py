@@ -1,4 +1,4 @@
-"""The diffusers quantizer behind `quant_method: "vdit_quant"`. `register` makes plain `from_pretrained` understand it."""
+"""The diffusers quantizer behind `quant_method: "vdit_quant"`. `register` teaches it to plain `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ class VditQuantizer(DiffusersQuantizer):
         for name, tensor in model.state_dict().items():
             if tensor.device.type == "meta":
                 raise InputError(f"artifact: config and tensors disagree: {name} {list(tensor.shape)} is in no file")
+        assert isinstance(self.quantization_config, VditQuantConfig)
         apply_plans(model, self.quantization_config.artifact.plans)
         return model
 

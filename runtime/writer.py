@@ -55,7 +55,9 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise InputError(f"{output} exists; name another output, or pass --overwrite")
     empty = output.is_dir() and not any(output.iterdir())
     if not empty and not is_artifact(output) and not is_artifact(output / "transformer"):
-        raise InputError(f"{output} exists and is no artifact; --overwrite replaces only artifacts. Name another output")
+        raise InputError(
+            f"{output} exists and is no artifact, and --overwrite replaces nothing else; name another output"
+        )
 
 
 def write_tensors(folder: Path, entries: Mapping[str, Entry], get: Callable[[str], Tensor]) -> int:

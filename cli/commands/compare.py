@@ -42,7 +42,7 @@ def run(
         result = compare(
             artifact,
             against,
-            Workload(samples, steps, 0, guidance, batch_size, conditions and str(conditions), dtype),
+            Workload(samples, steps, 0, guidance, batch_size, str(conditions) if conditions else None, dtype),
             tuple(seed or (1, 2)),
             device,
             folder / "samples.png",

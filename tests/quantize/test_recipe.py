@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
+from vdit_quant.quantize import methods, registry
 from vdit_quant.quantize.errors import InputError
+from vdit_quant.quantize.method import resolve_method
 from vdit_quant.quantize.recipe import Recipe, load_shipped, shipped
 from vdit_quant.quantize.spec import LayerSpec
 
@@ -67,13 +69,21 @@ def test_the_first_step_that_selects_a_layer_decides(tmp_path: Path) -> None:
     assert chosen == ["w8", "w4"]
 
 
-def test_another_method_leaves_modulation_layers_alone() -> None:
-    before, after = load_shipped("w4a8"), load_shipped("w4a8").with_method("rtn")
+@pytest.mark.parametrize("method", registry.names(methods))
+def test_another_method_keeps_every_spec(method: str) -> None:
+    before, after = load_shipped("w4a8"), load_shipped("w4a8").with_method(method)
+    found, params = resolve_method(method, {})
     for old, new in zip(before.steps, after.steps, strict=True):
+        assert (new.spec, new.roles) == (old.spec, old.roles)
         if {"attention", "feed_forward"} & set(old.roles):
-            assert (new.method, new.spec, new.params) == ("rtn", old.spec, {})
-        else:
+            assert (new.method, new.params) == (method, {})
+        elif found.needs(params):
             assert new == old
+        else:  # a run without data stays one
+            assert new.method == method
+
+
+def test_an_unknown_method_is_refused() -> None:
     with pytest.raises(InputError, match="nothing"):
         load_shipped("w4a8").with_method("nothing")
 
