@@ -1,4 +1,4 @@
-"""Stored calls of a denoiser from real sampling runs, and replaying them with a part of the model changed."""
+"""What a changed model is compared with: stored calls of the denoiser, replayed, or whole short sampling runs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..evaluate.sampling import Sampler, Workload
 from ..quantize.errors import InputError
 from ..runtime.family import Family
 from ..runtime.step import StepTracker
@@ -19,12 +20,13 @@ _TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the denoiser: its arguments, timesteps float32 [rows] (None: the model takes none), and the
-    channels of its latents, rows and channels in the first two dimensions."""
+    """One call of the denoiser: its arguments, timesteps float32 [rows] (None: the model takes none), guidance branches
+    int64 [rows] (0 conditional, 1 unconditional), and the channels of its latents [rows, channels, ...]."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     timesteps: Tensor | None
+    branches: Tensor
     channels: int | None
 
     def run(self, model: nn.Module) -> Tensor:
@@ -57,11 +59,11 @@ def capture(
     Raises InputError when `run` does not call the model.
     """
     tracker = StepTracker(model, family)
-    stored: list[tuple[Any, dict[str, Any]]] = []
+    stored: list[Call] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(stored) < limit and (steps is None or tracker.index in steps):
-            stored.append((_copy(args), _copy(kwargs)))
+            stored.append(_call(model, _copy(args), _copy(kwargs), tracker.branches))
 
     with tracker, torch.no_grad():
         handle = model.register_forward_pre_hook(keep, with_kwargs=True)
@@ -73,7 +75,7 @@ def capture(
         raise InputError(
             f"{type(model).__name__} was not called by the sampling run, so there is nothing to measure on"
         )
-    return join([_call(model, args, kwargs) for args, kwargs in stored])
+    return join(stored)
 
 
 def join(calls: Sequence[Call]) -> list[Call]:
@@ -92,7 +94,29 @@ def join(calls: Sequence[Call]) -> list[Call]:
     except _Apart:
         return list(calls)
     steps = [c.timesteps for c in calls if c.timesteps is not None]
-    return [Call(args, kwargs, torch.cat(steps) if len(steps) == len(calls) else None, first.channels)]
+    timesteps = torch.cat(steps) if len(steps) == len(calls) else None
+    return [Call(args, kwargs, timesteps, torch.cat([c.branches for c in calls]), first.channels)]
+
+
+class Rollout:
+    """Samples a short workload anew for every change, decoded, with the change at every step of it.
+
+    One run costs `workload.steps` calls where a `Replay` costs one, and sees what a replay cannot: errors that point the
+    same way at every step add up over a sampling run, others cancel.
+    """
+
+    def __init__(self, sampler: Sampler, workload: Workload) -> None:
+        self.sampler, self.workload, self.model = sampler, workload, sampler.denoiser
+        self.order = sampler.family.block_names(sampler.denoiser)
+        self.broken: str | None = None
+        self.reference = sampler.run(workload).images
+
+    def seek(self, block: str) -> None:
+        """The next `outputs` have their change in `block`; every run is a whole one."""
+
+    def outputs(self) -> Iterator[tuple[Call | None, Tensor, Tensor]]:
+        """(None, samples now, full-precision samples of the same noise), float32 [samples, ...]."""
+        yield None, self.sampler.run(self.workload).images, self.reference
 
 
 class Replay:
@@ -104,6 +128,7 @@ class Replay:
     Of each list of blocks one output is held for each call.
     """
 
+    @torch.no_grad()
     def __init__(self, model: nn.Module, family: Family, calls: Sequence[Call]) -> None:
         self.model, self.calls = model, list(calls)
         self.order = family.block_names(model)
@@ -127,7 +152,7 @@ class Replay:
             self._check()
         self._skips = 0 < self._start == target and self.broken is None
 
-    def outputs(self) -> Iterator[tuple[Call, Tensor, Tensor]]:
+    def outputs(self) -> Iterator[tuple[Call | None, Tensor, Tensor]]:
         """(call, the model's output now, its full-precision output) for every call, float32 [rows, ...]."""
         for call, held, reference in zip(self.calls, self._held, self.references, strict=True):
             with _Stubs(self.model, self._stubs(held) if self._skips else {}):
@@ -188,7 +213,7 @@ class _Apart(Exception):
     """Calls that cannot be joined into one batch."""
 
 
-def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], branches: Tensor) -> Call:
     named = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     named = {**named, **named.pop("kwargs", {})} if isinstance(named.get("kwargs"), dict) else named
     latents = next((v for v in named.values() if isinstance(v, Tensor)), None)
@@ -199,7 +224,7 @@ def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ca
         steps = torch.as_tensor(timestep, dtype=torch.float32).flatten().cpu()
         steps = steps if len(steps) == rows else steps[:1].expand(rows)
     channels = latents.shape[1] if latents is not None and latents.dim() > 2 else None
-    return Call(args, kwargs, steps, channels)
+    return Call(args, kwargs, steps, branches.clone(), channels)
 
 
 def _rows(call: Call) -> int:

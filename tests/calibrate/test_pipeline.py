@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,21 +28,45 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("bits", shipped())
-def test_every_shipped_recipe_runs_on_the_demo(bits: str, demo: Path, demo_artifact: Callable[..., Path]) -> None:
-    folder = demo_artifact(bits) / "transformer"
-    source, stored = _weights(demo / "transformer"), _weights(folder)
-    config = read_config(folder)
-    specs = config.resolve(name.removesuffix(".weight") for name in source if name.endswith(".weight"))
-    assert len(specs) == 56
-    for name, tensor in source.items():
-        layer = name.removesuffix(".weight")
-        if layer not in specs or not name.endswith(".weight"):
-            assert torch.equal(stored[name], tensor), f"{name} is not compressed and must stay as it is"
-            continue
+@torch.no_grad()
+def test_every_shipped_recipe_runs_on_the_demo(
+    bits: str,
+    demo: Path,
+    demo_artifact: Callable[..., Path],
+    dit_inputs: Callable[..., Any],
+    sqnr: Callable[..., float],
+) -> None:
+    folder = demo_artifact(bits)
+    source, stored = _weights(demo / "transformer"), _weights(folder / "transformer")
+    assert len(read_config(folder / "transformer").resolve(_layers(source))) == 56
+    outside = [name for name in source if ".emb." in name or not name.startswith("transformer_blocks.")]
+    assert len(outside) > 8
+    assert all(torch.equal(stored[name], source[name]) for name in outside), "what is not compressed must stay"
+    exact = DiTTransformer2DModel.from_pretrained(demo / "transformer")
+    model = vdit_quant.load(folder, device="cpu", dtype=torch.float32).transformer
+    inputs = dit_inputs(exact, batch=4)
+    assert sqnr(model(**inputs).sample, exact(**inputs).sample) > (40 if "w8" in bits else 22)
+
+
+@pytest.mark.parametrize(("spec_name", "limit"), [("w8-a8tok", 0.02), ("w4g64-a8tok", 0.2)])
+def test_every_layer_stands_for_the_weight_it_was_made_from(
+    spec_name: str, limit: float, plain_recipe: Callable[[str], Recipe], tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = vdit_quant.compress(tiny_folder, tmp_path / "out", recipe=plain_recipe(spec_name))
+    source, stored = _weights(tiny_folder), _weights(folder)
+    specs = read_config(folder).resolve(_layers(source))
+    assert len(specs) == 14
+    for layer, layer_spec in specs.items():
+        weight = source[f"{layer}.weight"]
         parts = {k.rpartition(".")[2]: t for k, t in stored.items() if k.rpartition(".")[0] == layer}
-        dense = dense_weight({k: t for k, t in parts.items() if k != "bias"}, tensor.shape[1], specs[layer])
-        error = float((dense - tensor.float()).norm() / tensor.float().norm())
-        assert error < (0.02 if specs[layer].weight.format == "int8" else 0.2), layer
+        dense = dense_weight({k: t for k, t in parts.items() if k != "bias"}, weight.shape[1], layer_spec)
+        assert float((dense - weight).norm() / weight.norm()) < limit, layer
+    for name in source.keys() - {f"{layer}.weight" for layer in specs}:
+        assert torch.equal(stored[name], source[name].bfloat16()), f"{name} is not compressed and must stay as it is"
+
+
+def _layers(tensors: dict[str, Tensor]) -> list[str]:
+    return [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
 
 
 def test_provenance_says_what_was_done(demo_artifact: Callable[..., Path]) -> None:

@@ -66,6 +66,8 @@ def expected(demo: Path, demo_artifact: Artifact, dit_inputs: Callable[..., Any]
             if layer in specs and key != "bias":
                 tensors.setdefault(layer, {})[key] = tensor
         attach(model, specs, tensors)
+        rest = {name: t for name, t in file.items() if name.rpartition(".")[0] not in specs or name.endswith(".bias")}
+        model.load_state_dict(rest, strict=False)  # folding changes biases too
         inputs = dit_inputs(model, batch=4, dtype=dtype)
         return inputs, model(**inputs).sample, {f"{n}.{k}": t for n, ts in tensors.items() for k, t in ts.items()}
 
