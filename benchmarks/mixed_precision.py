@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 import vdit_quant
+from vdit_quant.calibrate.drift import Drift, drift_of
 from vdit_quant.calibrate.plan import LayerPlan
 from vdit_quant.calibrate.probe import Call, capture, probe_steps
 from vdit_quant.calibrate.progress import Progress
@@ -74,7 +75,12 @@ def arguments() -> argparse.ArgumentParser:
     add("--candidates", default=CANDIDATES, help="specs of attention and feed-forward layers")
     add("--modulation", default="w4g64,w8", help="specs of modulation layers; one: fixed")
     add("--method", default="gptq", help="gptq, viditq, rtn, ...")
-    add("--sensitivity", choices=("teacher", "samples"), default="teacher", help="teacher-forced, or on samples")
+    add(
+        "--sensitivity",
+        choices=("drift", "output", "samples"),
+        default="drift",
+        help="denoiser output errors added up over the steps, plain, or errors of finished samples",
+    )
     add("--tie-qkv", action="store_true", help="one spec for the query, key and value of an attention")
     add("--no-match", action="store_true", help="leave out the plans at the bytes of single-candidate plans")
     add("--samples", type=int, default=200, help="samples a seed")
@@ -150,6 +156,8 @@ class Benchmark:
             probe = replace(self.workload(CALIBRATION_SEED + 1), samples=self.options.probe_samples)
             table = measure_samples(self.sampler, probe, offered, self.tensors_of, scoring, progress=Notes())
         else:
+            if self.options.sensitivity == "drift":
+                scoring = replace(scoring, drift=self.drift(calls))
             table = measure(self.model, self.family, calls, offered, self.tensors_of, scoring=scoring, progress=Notes())
         seconds = time.perf_counter() - start
         self.stats.clear()
@@ -161,6 +169,7 @@ class Benchmark:
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU",
             "versions": {"vdit-quant": vdit_quant.__version__, "torch": torch.__version__},
             "method": self.options.method,
+            "sensitivity": self.options.sensitivity,
             "workload": asdict(self.workload(0)),
             "seeds": list(self.seeds),
             "sensitivity_seconds": seconds,
@@ -170,6 +179,11 @@ class Benchmark:
             "table": [asdict(row) for row in table],
             "rows": rows,
         }
+
+    def drift(self, calls: list[Call]) -> Drift:
+        scheduler = self.sampler.pipe.scheduler if hasattr(self.sampler, "pipe") else self.sampler.scheduler
+        steps = [float(t) for call in calls if call.timesteps is not None for t in call.timesteps]
+        return drift_of(scheduler, steps, self.options.guidance)
 
     def workload(self, seed: int) -> Workload:
         o = self.options
@@ -274,7 +288,7 @@ def render(found: dict[str, Any]) -> str:
         f"{', '.join(map(str, found['seeds']))}), {w['steps']} steps, guidance {w['guidance_scale']}, fp32 against the "
         f"full-precision model. {found['device']}, torch {found['versions']['torch']}. Sensitivities of "
         f"{sum(len(row['candidates']) for row in found['table'])} (layer, candidate) pairs in "
-        f"{found['sensitivity_seconds']:.0f} s.",
+        f"{found['sensitivity_seconds']:.0f} s ({found['sensitivity']}; compression included).",
         "",
         "| budget | plan | bits | ratio | PSNR, dB | predicted error | whole plan's error | specs |",
         "|---|---|---:|---:|---:|---:|---:|---|",

@@ -65,7 +65,7 @@ def drift_of(scheduler: Any, timesteps: Iterable[float], guidance: float = 1.0) 
 
     def place(step: float) -> float:
         """The integral of c up to this timestep."""
-        return step / train if flow else math.asinh(_sigma(table, step))
+        return step / train if table is None or flow else math.asinh(_sigma(table, step))
 
     ends = [*(place(t) for t in steps[1:]), 0.0]
     kind = "flow" if flow else config.get("prediction_type", "epsilon")

@@ -1,4 +1,4 @@
-"""What a changed model is compared with: stored calls of the denoiser, replayed, or whole short sampling runs."""
+"""Stored calls of a denoiser from real sampling runs, and replaying them with a part of the model changed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..evaluate.sampling import Sampler, Workload
 from ..quantize.errors import InputError
 from ..runtime.family import Family
 from ..runtime.step import StepTracker
@@ -98,27 +97,6 @@ def join(calls: Sequence[Call]) -> list[Call]:
     return [Call(args, kwargs, timesteps, torch.cat([c.branches for c in calls]), first.channels)]
 
 
-class Rollout:
-    """Samples a short workload anew for every change, decoded, with the change at every step of it.
-
-    One run costs `workload.steps` calls where a `Replay` costs one, and sees what a replay cannot: errors that point the
-    same way at every step add up over a sampling run, others cancel.
-    """
-
-    def __init__(self, sampler: Sampler, workload: Workload) -> None:
-        self.sampler, self.workload, self.model = sampler, workload, sampler.denoiser
-        self.order = sampler.family.block_names(sampler.denoiser)
-        self.broken: str | None = None
-        self.reference = sampler.run(workload).images
-
-    def seek(self, block: str) -> None:
-        """The next `outputs` have their change in `block`; every run is a whole one."""
-
-    def outputs(self) -> Iterator[tuple[Call | None, Tensor, Tensor]]:
-        """(None, samples now, full-precision samples of the same noise), float32 [samples, ...]."""
-        yield None, self.sampler.run(self.workload).images, self.reference
-
-
 class Replay:
     """Runs the stored calls from a block on: earlier blocks return what they returned without any change.
 
@@ -128,7 +106,6 @@ class Replay:
     Of each list of blocks one output is held for each call.
     """
 
-    @torch.no_grad()
     def __init__(self, model: nn.Module, family: Family, calls: Sequence[Call]) -> None:
         self.model, self.calls = model, list(calls)
         self.order = family.block_names(model)
@@ -152,7 +129,7 @@ class Replay:
             self._check()
         self._skips = 0 < self._start == target and self.broken is None
 
-    def outputs(self) -> Iterator[tuple[Call | None, Tensor, Tensor]]:
+    def outputs(self) -> Iterator[tuple[Call, Tensor, Tensor]]:
         """(call, the model's output now, its full-precision output) for every call, float32 [rows, ...]."""
         for call, held, reference in zip(self.calls, self._held, self.references, strict=True):
             with _Stubs(self.model, self._stubs(held) if self._skips else {}):

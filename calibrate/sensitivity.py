@@ -1,15 +1,13 @@
-"""How much each layer's compression costs: the table that `quantize.allocate` decides from.
+"""How much each layer's compression costs at the model's output: the table that `quantize.allocate` decides from.
 
-One layer at a time is swapped for its compressed version, everything else in full precision, and what comes out is
-compared with full precision's. What comes out is, as `probe` offers them,
+Teacher-forced: the full-precision model runs on calls stored from real sampling runs (several timesteps and both
+guidance branches in one batch), one layer at a time is swapped for its compressed version, and the change of the
+model's output is the error of that (layer, candidate). Default error, over the batch rows b of weight v_b:
 
-    Replay   the denoiser's output on calls stored from real sampling runs: several timesteps and both guidance branches
-             in one batch, the blocks before the changed one not run again. Cheap: one call for each candidate
-    Rollout  the decoded samples of a short sampling run with the layer changed throughout. Dearer by its number of
-             steps, and closer to what a plan costs in the end
+    error = sum_b v_b |y_b - r_b|^2 / |r_b|^2  /  sum_b v_b        y: with the swapped layer, r: without
 
-The error is, by default, relative: sum_b v_b |y_b - r_b|^2 / |r_b|^2 / sum_b v_b over the rows b, r in full precision.
-For a Replay `drift.Drift` is the better one: it adds a sample's errors up over its steps, as sampling does.
+Where the model's blocks run one after the other, the blocks before the changed one are not run again (see `Replay`).
+With `Scoring.drift` it is what these errors add up to over a sampling run (see `drift`), which ranks layers better.
 (ViDiT-Q, Zhao et al. 2024, arXiv 2406.02540, scores groups of layers by a metric of their own; `Scoring` takes any.)
 """
 
@@ -21,7 +19,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..evaluate.sampling import Sampler, Workload
 from ..quantize.allocate import QUALITY, Candidate, LayerCandidates
@@ -30,13 +28,13 @@ from ..quantize.format import Tensors
 from ..quantize.layer import check_shape, layer_bytes
 from ..quantize.spec import LayerSpec
 from ..runtime.attach import attach, detach
+from ..runtime.family import Family
 from .drift import Drift
 from .plan import LayerPlan
-from .probe import Call, Replay, Rollout
+from .probe import Call, Replay
 from .progress import Progress
 from .workspace import Workspace
 
-Output = tuple[Call | None, Tensor, Tensor]  # (call, output with a change, output in full precision)
 Metric = Callable[[Tensor, Tensor], float]
 Compress = Callable[[LayerPlan, LayerSpec], Tensors]
 Offers = Sequence[tuple[LayerPlan, Sequence[LayerSpec]]]
@@ -55,8 +53,8 @@ class Scoring:
     metrics          group -> metric(output, reference) of float32 [rows, ...] -> a finite number from 0, 0 when they
                      are equal; a group without one has the default error
     groups           group -> globs on layer names; the first group with a match has the layer, others are "quality"
-    drift            the default error of a replay, in the place of the relative one
-    timestep_weight  timestep -> weight of its rows in a replay's relative error; None: all the same
+    drift            the default error of `measure`, in the place of the relative one; needs calls with timesteps
+    timestep_weight  timestep -> weight of its rows in the relative error; None: all the same
     tie              layer name -> key of the layers that get one common spec, "" for none; see `tie_qkv`
     """
 
@@ -69,26 +67,25 @@ class Scoring:
     def group_of(self, name: str) -> str:
         return next((g for g, globs in self.groups.items() if any(fnmatchcase(name, p) for p in globs)), QUALITY)
 
-    def score(self, group: str, outputs: Sequence[Output]) -> float:
-        """The error of one change from everything it made the probe give."""
+    def score(self, group: str, outputs: Sequence[tuple[Call, Tensor, Tensor]]) -> float:
+        """The error of one change from (call, output, reference) of every call; means count rows."""
         metric = self.metrics.get(group)
-        if metric is None and self.drift is not None and (found := _trajectories(outputs)) is not None:
-            return self.drift.error(*found)
-        if metric is None:
-            scores = [relative_error(y, r, call and call.row_weights(self.timestep_weight)) for call, y, r in outputs]
+        if metric is None and self.drift is not None:
+            return self.drift.error(*_trajectories(outputs))
+        if metric is not None:
+            scores = [float(metric(output, reference)) for _, output, reference in outputs]
         else:
-            scores = [float(metric(y, r)) for _, y, r in outputs]
-        rows = [len(y) for _, y, _ in outputs]
+            scores = [relative_error(y, r, call.row_weights(self.timestep_weight)) for call, y, r in outputs]
+        rows = [len(output) for _, output, _ in outputs]
         return sum(score * n for score, n in zip(scores, rows, strict=True)) / sum(rows)
 
 
-def _trajectories(outputs: Sequence[Output]) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(differences, timesteps, branches) of all rows; None when these are no denoiser calls with timesteps."""
-    calls = [call for call, _, _ in outputs if call is not None]
-    steps = [call.timesteps for call in calls if call.timesteps is not None]
+def _trajectories(outputs: Sequence[tuple[Call, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """(differences, timesteps, branches) of the rows of all calls. Raises InputError for calls without timesteps."""
+    steps = [call.timesteps for call, _, _ in outputs if call.timesteps is not None]
     if len(steps) < len(outputs):
-        return None
-    return torch.cat([y - r for _, y, r in outputs]), torch.cat(steps), torch.cat([call.branches for call in calls])
+        raise InputError("drift: the model is called without timesteps; measure its output error, or samples")
+    return torch.cat([y - r for _, y, r in outputs]), torch.cat(steps), torch.cat([c.branches for c, _, _ in outputs])
 
 
 def relative_error(output: Tensor, reference: Tensor, weights: Tensor | None = None) -> float:
@@ -126,7 +123,9 @@ def offers(layers: Sequence[LayerPlan], specs: Sequence[LayerSpec]) -> list[tupl
 
 @torch.no_grad()
 def measure(
-    probe: Replay | Rollout,
+    model: nn.Module,
+    family: Family,
+    calls: Sequence[Call],
     offered: Offers,
     compress: Compress,
     scoring: Scoring | None = None,
@@ -135,7 +134,7 @@ def measure(
 ) -> list[LayerCandidates]:
     """The table for `allocate`: every offered layer with its candidates' bytes and errors, in the order given.
 
-    probe      what is run and compared; it holds the model
+    calls      stored calls of `model`, from `probe.capture`
     offered    layers with the specs each may get
     compress   (layer, spec) -> the tensors of `layer_layout`, on any device
     workspace  where finished blocks are kept; a run with the same workspace goes on after them
@@ -148,23 +147,24 @@ def measure(
     total, done = sum(len(specs) for _, specs in offered), 0
     progress.stage("measuring sensitivities", total)
     errors: dict[str, dict[str, float]] = {}
-    for block in ["", *probe.order]:
+    replay = Replay(model, family, calls)
+    for block in ["", *replay.order]:
         rows = blocks.pop(block, [])
         part = f"sensitivity-{block or 'outside'}"
         found = _restore(rows, workspace, part)
         if found is None:
-            probe.seek(block)
+            replay.seek(block)
             found = {}
             for layer, specs in rows:
                 progress.advance(done + sum(map(len, found.values())), layer.name)
-                found[layer.name] = {s.name: _error(probe, layer, s, compress(layer, s), scoring) for s in specs}
+                found[layer.name] = {s.name: _error(replay, layer, s, compress(layer, s), scoring) for s in specs}
             if workspace is not None and rows:
                 workspace.save(part, _pack(found))
         errors.update(found)
         done += sum(map(len, found.values()))
     assert not blocks, f"layers of blocks that the family does not list: {sorted(blocks)}"
-    if probe.broken is not None:
-        progress.note(f"from {probe.broken} on, whole runs of the model were needed: its blocks are not a plain chain")
+    if replay.broken is not None:
+        progress.note(f"from {replay.broken} on, whole runs of the model were needed: its blocks are not a plain chain")
     progress.advance(done, "all candidates")
     return [_choices(layer, specs, errors[layer.name], scoring) for layer, specs in offered]
 
@@ -209,13 +209,17 @@ def measure_samples(
     return [_choices(layer, specs, errors[layer.name], scoring) for layer, specs in offered]
 
 
-def _error(probe: Replay | Rollout, layer: LayerPlan, spec: LayerSpec, tensors: Tensors, scoring: Scoring) -> float:
+def _error(replay: Replay, layer: LayerPlan, spec: LayerSpec, tensors: Tensors, scoring: Scoring) -> float:
     group = scoring.group_of(layer.name)
-    originals = attach(probe.model, {layer.name: spec}, {layer.name: tensors})
+    originals = attach(replay.model, {layer.name: spec}, {layer.name: tensors})
     try:
-        error = scoring.score(group, list(probe.outputs()))
+        error = scoring.score(group, list(replay.outputs()))
     finally:
-        detach(probe.model, originals)
+        detach(replay.model, originals)
+    return _checked(error, layer, spec, group)
+
+
+def _checked(error: float, layer: LayerPlan, spec: LayerSpec, group: str) -> float:
     if not (math.isfinite(error) and error >= 0):
         raise InputError(
             f"layer {layer.name} as {spec.name}: the metric of group '{group}' gave {error}; "
