@@ -22,11 +22,15 @@ from ..stats import LayerStats
 
 
 class ViditQ(Method):
-    """`hadamard` is the largest block to use, 0 for no rotation; `kind` is sylvester or regular."""
+    """`hadamard` is the largest block to use, 0 for no rotation; `kind` is sylvester or regular.
+
+    The static scale is off by default: beside the rotation and GPTQ it was measured to bring nothing beyond the spread
+    between calibration runs. `smooth = "search"` turns it on, for models whose channels differ more.
+    """
 
     defaults = pick(
         "alpha", "aggregate", "fold", "rounding", "damp", "act_order", "sweeps", "clip", hadamard=64,
-        kind="sylvester", smooth="search",
+        kind="sylvester", smooth="none",
     )  # fmt: skip
 
     def complete(self, spec: LayerSpec, n: int, k: int, params: dict[str, Any], foldable: bool = False) -> LayerSpec:
