@@ -181,9 +181,8 @@ class Benchmark:
         }
 
     def drift(self, calls: list[Call]) -> Drift:
-        scheduler = self.sampler.pipe.scheduler if hasattr(self.sampler, "pipe") else self.sampler.scheduler
         steps = [float(t) for call in calls if call.timesteps is not None for t in call.timesteps]
-        return drift_of(scheduler, steps, self.options.guidance)
+        return drift_of(self.sampler.scheduler, steps, self.options.guidance)
 
     def workload(self, seed: int) -> Workload:
         o = self.options

@@ -45,7 +45,7 @@ def apply_fold(layers: Mapping[str, FloatLayer], fold: Fold, scale: Tensor) -> d
 def fold_scales(
     layers: dict[str, FloatLayer], stats: dict[str, LayerStats], folds: Sequence[Fold], plans: Mapping[str, LayerPlan]
 ) -> tuple[dict[str, FloatLayer], dict[str, LayerStats]]:
-    """Chooses and folds one scale for each of `folds`; returns the layers and statistics that compression goes on with."""
+    """Chooses and folds a scale for each of `folds`; returns the layers and statistics to go on with."""
     layers, stats = dict(layers), dict(stats)
     for fold in folds:
         readers = [layers[name] for name in fold.consumers]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..evaluate.sampling import Workload, load_scheduler
+from ..quantize.allocate import Budget
 from ..quantize.errors import InputError, OutputError
 from ..quantize.recipe import Recipe, load_shipped
 from ..runtime.artifact import is_artifact
@@ -22,11 +23,11 @@ from ..runtime.writer import check_output
 from . import statistics
 from .assemble import block_part, write_artifact
 from .compress import compress_unit
+from .mixed import allocate_bits, require_disk_source
 from .model_source import Data, ModelSource
 from .plan import LayerPlan, Plan, make_plan
 from .progress import Progress
 from .workspace import Workspace
-
 
 # Calibration draws its noise and conditions from here on, so that no comparison's seed repeats them.
 CALIBRATION_SEEDS = 1_000_000
@@ -41,6 +42,8 @@ class Options:
     method      method for the attention and feed-forward layers, in the place of the recipe's
     group_size  weight group size, in the place of the recipe's
     params      "key=value" settings of that method
+    budget      mixed precision: 4.5bits, 2.5x, 120MB or 3.2ms for all compressed layers together
+    sensitivity how a layer's share of the error is measured for that: drift (cheap), or samples
     full_steps  how many first and last sampling steps run with activations in the compute dtype
     keep        globs of layers that keep their precision
     steps, samples, seed, guidance   the sampling run that statistics are taken from
@@ -58,6 +61,8 @@ class Options:
     group_size: int | None = None
     params: tuple[str, ...] = ()
     full_steps: tuple[int, int] = (0, 0)
+    budget: str | None = None
+    sensitivity: str = "drift"
     keep: tuple[str, ...] = ()
     steps: int = 20
     samples: int = 32
@@ -78,6 +83,10 @@ class Options:
         recipe = recipe if self.method is None else recipe.with_method(self.method)
         recipe = recipe.with_params(self.params) if self.params else recipe
         recipe = recipe if self.group_size is None else recipe.with_group_size(self.group_size)
+        if self.budget is not None:
+            Budget.parse(self.budget)
+            # a folded scale changes two layers at once, so a layer could not be measured alone
+            recipe = recipe.without_folds()
         return recipe.with_keep(self.keep)
 
     def workload(self) -> Workload:
@@ -117,6 +126,10 @@ def compress(
         memory = statistics.default_memory(source) if settings.stats_gb is None else settings.stats_gb * 1e9
         device = pick_device(settings.device)
         statistics.gather(source, plan, settings.workload(), device, workspace, progress, memory)
+        if settings.budget is not None:
+            sized = (settings.budget, settings.sensitivity, settings.workload())
+            plan, bits = allocate_bits(require_disk_source(source), plan, *sized, workspace, progress, device)
+            plans["bits"] = bits.to_dict()
         compress_blocks(source, plan, settings, workspace, progress)
     except OutputError:
         raise
@@ -159,7 +172,7 @@ def plan_source(source: Source | ModelSource, recipe: Recipe) -> Plan:
 
 
 def parse_full_steps(text: str) -> tuple[int, int]:
-    """"FIRST,LAST" -> two counts. Raises InputError for anything else."""
+    """ "FIRST,LAST" -> two counts. Raises InputError for anything else."""
     parts = text.split(",")
     if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
         raise InputError(f"--full-steps '{text}': expected FIRST,LAST, such as 2,1")
@@ -189,6 +202,7 @@ def describe(source: Source | ModelSource, recipe: Recipe, settings: Options) ->
         "recipe": recipe.to_dict(),
         "workload": settings.workload().to_dict(),
         "full_steps": list(settings.full_steps),
+        "budget": settings.budget and [settings.budget, settings.sensitivity],
     }
 
 

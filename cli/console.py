@@ -79,13 +79,15 @@ def reporting() -> Iterator[Reporter]:
         yield Reporter(bars)
 
 
-def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
-    """An empty table; columns named in `right` are right-aligned."""
+def table(*columns: str, right: tuple[str, ...] = (), fold: tuple[str, ...] = ()) -> Table:
+    """An empty table; columns named in `right` are right-aligned, those in `fold` (and the first) may wrap."""
     out = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
         # the first column holds names and may fold; the others are short and must stay readable
         first = name == columns[0]
-        out.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=not first)
+        out.add_column(
+            name, justify="right" if name in right else "left", overflow="fold", no_wrap=not (first or name in fold)
+        )
     return out
 
 

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
 
 from ..calibrate.plan import LayerPlan, Plan
+from ..evaluate.plan_plot import plot_plan
+from ..quantize.bit_plan import BitPlan
+from ..runtime.artifact import read_config
+from ..runtime.source import find_source
 from .console import console, human_bytes, table
 
 
@@ -35,6 +41,31 @@ def print_plan(plan: Plan) -> None:
         f"{8 * after / elements:.2f} bits a weight with every scale); "
         f"linear layers kept at 16 bits: {human_bytes(kept)}"
     )
+
+
+def print_bit_plan(artifact: Path, plan: Plan) -> None:
+    """Prints the mixed-precision plan of an artifact, where it has one, by role; draws it beside, with matplotlib."""
+    source = find_source(artifact)
+    stored = read_config(source.transformer).plans.get("bits")
+    if stored is None:
+        return
+    bits = BitPlan.from_dict(stored)
+    specs = sorted({spec.split("-")[0] for spec in bits.layers.values()}, key=lambda s: (len(s), s))
+    rows = table("role", *specs, right=tuple(specs))
+    roles = {layer.name: layer.role for layer in plan.layers}
+    for role in dict.fromkeys(roles[name] for name in bits.layers):
+        held = [spec.split("-")[0] for name, spec in bits.layers.items() if roles[name] == role]
+        rows.add_row(role, *(str(held.count(spec) or "-") for spec in specs))
+    console.print(rows)
+    gap = "" if bits.gap is None else f", within {100 * bits.gap:.2f} % of the optimum"
+    console.print(
+        f"bit plan for {bits.budget}: {bits.bits:.3f} bits a weight, {human_bytes(bits.bytes)}, by {bits.solver}{gap}"
+    )
+    if find_spec("matplotlib") is not None:
+        shapes = {layer.name: (layer.n, layer.k) for layer in plan.layers}
+        blocks = list(dict.fromkeys(layer.block for layer in plan.layers if layer.block is not None))
+        plot_plan(bits, roles, shapes, blocks, artifact / "bit-plan.png")
+        console.print(f"drawn in {artifact / 'bit-plan.png'}")
 
 
 def _groups(layers: Iterable[LayerPlan]) -> list[list[LayerPlan]]:

@@ -211,8 +211,7 @@ def tensor_bytes(model: nn.Module) -> int:
 
 
 def scheduler_name(sampler: Sampler) -> str:
-    scheduler = getattr(sampler, "scheduler", None) or getattr(getattr(sampler, "pipe", None), "scheduler", None)
-    return type(scheduler).__name__
+    return type(sampler.scheduler).__name__
 
 
 def _run(sampler: Sampler, workload: Workload, seed: int, role: str, progress: Progress | None) -> Samples:

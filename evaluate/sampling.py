@@ -61,6 +61,7 @@ class Sampler:
 
     denoiser: nn.Module
     family: Family
+    scheduler: Any
 
     def conditions(self, workload: Workload) -> Any:
         """All conditions of a workload; depends on the model's configuration and the seed only."""
@@ -122,7 +123,7 @@ class PipelineSampler(Sampler):
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
-        self.denoiser = pipe.transformer
+        self.denoiser, self.scheduler = pipe.transformer, pipe.scheduler
         self.family = find_family(self.denoiser)
         self.accepts = inspect.signature(pipe.__call__).parameters
 

@@ -55,9 +55,7 @@ def _few_threads(weight: Tensor) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _gptq(
-    weight: Tensor, gram: Tensor, scales: Tensors, spec: FormatSpec, damp: float, act_order: bool
-) -> Tensor:
+def _gptq(weight: Tensor, gram: Tensor, scales: Tensors, spec: FormatSpec, damp: float, act_order: bool) -> Tensor:
     fmt = spec.resolve()
     assert isinstance(fmt, ScalarFormat)
     n, k = weight.shape

@@ -114,6 +114,15 @@ class Recipe:
         out = dataclasses.replace(self, steps=steps)
         return Recipe.from_dict(out.to_dict(), f"recipe {self.name} with --set {' '.join(settings)}")
 
+    def without_folds(self) -> Recipe:
+        """The same recipe with every step's input scale kept in its own layer."""
+
+        def keep(step: Step) -> Step:
+            folds = "fold" in resolve_method(step.method, {})[0].defaults
+            return dataclasses.replace(step, params={**step.params, "fold": False}) if folds else step
+
+        return dataclasses.replace(self, steps=tuple(keep(s) for s in self.steps))
+
     def with_group_size(self, group_size: int | None) -> Recipe:
         """The same recipe with another weight group size in every step whose weight has groups."""
 

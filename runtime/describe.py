@@ -48,14 +48,16 @@ def describe_artifact(path: str | Path, device: str | None = None) -> dict[str, 
 
 def _row(pattern: str, spec: LayerSpec, shapes: list[tuple[int, int]], device: torch.device) -> dict[str, Any]:
     size = sum(layer_bytes(n, k, spec) for n, k in shapes)
-    kernels = [f"{op} ({dispatch.explain(op, device).backend})" for op in layer_ops(spec)]
+    ops = layer_ops(spec)
+    backends = {dispatch.explain(op, device).backend for op in ops}
     return {
         "pattern": pattern,
         "count": len(shapes),
         "spec": spec.name,
         "bits_per_weight": 8 * size / sum(n * k for n, k in shapes),
         "bytes": size,
-        "kernels": ", ".join(kernels) or "decode + F.linear",
+        "kernels": ", ".join(ops) or "decode + F.linear",
+        "backend": "mixed" if len(backends) > 1 else next(iter(backends), "torch"),
     }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -55,7 +56,7 @@ def plan_steps(timesteps: Sequence[float], first: int, last: int) -> StepPlan:
         raise InputError(f"--full-steps {first},{last}: expected two counts that fit into {len(timesteps)} steps")
     values = [float(t) for t in timesteps]
     top, bottom = max(values), min(values)
-    edges = [(a + b) / 2 for a, b in zip(values, values[1:], strict=False)]
+    edges = [(a + b) / 2 for a, b in pairwise(values)]
     pairs = []
     if first:
         pairs.append((edges[first - 1] if first <= len(edges) else bottom, max(top, 1000.0)))

@@ -24,6 +24,12 @@ def run(
     full_steps: Annotated[
         str, typer.Option(help="FIRST,LAST: sampling steps that run with activations in the compute dtype.")
     ] = "0,0",
+    budget: Annotated[
+        str | None, typer.Option(help="Mixed precision under a budget: 4.5bits, 2.5x, 120MB or 3.2ms.")
+    ] = None,
+    sensitivity: Annotated[
+        str, typer.Option(help="How a layer's error is measured for --budget: drift (cheap) or samples.")
+    ] = "drift",
     keep: Annotated[
         list[str] | None, typer.Option(help="Glob of layers that keep their precision; may be given again.")
     ] = None,
@@ -46,7 +52,7 @@ def run(
     """Calibrate a Diffusion Transformer and write a compressed artifact."""
     from ...calibrate.pipeline import Options, compress, default_output, open_source, parse_full_steps, plan_source
     from ..console import console, reporting
-    from ..plan_table import print_plan
+    from ..plan_table import print_bit_plan, print_plan
 
     options = Options(
         bits=bits,
@@ -56,6 +62,8 @@ def run(
         params=tuple(set_ or ()),
         keep=tuple(keep or ()),
         full_steps=parse_full_steps(full_steps),
+        budget=budget,
+        sensitivity=sensitivity,
         steps=steps,
         samples=samples,
         seed=seed,
@@ -77,5 +85,6 @@ def run(
         return
     with reporting() as reporter:
         written = compress(model, target, progress=reporter, **vars(options))
+    print_bit_plan(written, plan)
     console.print(f"wrote [bold]{written}[/]")
     console.print(f"  vdit-quant inspect {written}\n  vdit-quant compare {written}")

@@ -26,10 +26,28 @@ def run(
     for key, value in found["provenance"].items():
         if not isinstance(value, dict):
             console.print(f"  {key}: {value}")
-    rows = table("layers", "count", "spec", "bits/weight", "bytes", "kernels", right=("count", "bits/weight", "bytes"))
+    rows = table(
+        "layers",
+        "count",
+        "spec",
+        "bits/weight",
+        "bytes",
+        "run by",
+        "kernels",
+        right=("count", "bits/weight", "bytes"),
+        fold=("kernels",),
+    )
     for row in found["layers"]:
         bits = f"{row['bits_per_weight']:.2f}"
-        rows.add_row(row["pattern"], str(row["count"]), row["spec"], bits, human_bytes(row["bytes"]), row["kernels"])
+        rows.add_row(
+            row["pattern"],
+            str(row["count"]),
+            row["spec"],
+            bits,
+            human_bytes(row["bytes"]),
+            row["backend"],
+            row["kernels"],
+        )
     console.print(rows)
     console.print(
         f"compressed layers {human_bytes(found['compressed_bytes'])} "

@@ -6,7 +6,7 @@ input (needs statistics). Neither is the default: weight-error clipping was meas
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import InputError
 from ..format import ScalarFormat, Tensors
@@ -19,7 +19,7 @@ CLIPS = ("none", "weight", "output")
 
 
 class RoundToNearest(Method):
-    defaults = {"clip": "none"}
+    defaults: ClassVar[dict[str, Any]] = {"clip": "none"}
 
     def needs(self, params: dict[str, Any]) -> frozenset[str]:
         return frozenset({"second_moment"}) if params["clip"] == "output" else frozenset()

@@ -45,9 +45,9 @@ from vdit_quant.calibrate.pipeline import compress
 from vdit_quant.quantize.spec import LayerSpec
 from vdit_quant.runtime.family import find_family
 
-spec = LayerSpec.parse("w2").weight
-grid = torch.tensor([[-2.0, -1.0, 0.0, 1.0, 1.0]]) * 0.5
-assert torch.equal(spec.resolve().decode(spec.resolve().encode(grid, spec), 5, spec), grid)
+spec = LayerSpec.parse("wt").weight
+grid = torch.tensor([[-1.0, 1.0, 0.0, 1.0, 1.0, -1.0]]) * 0.5
+assert torch.equal(spec.resolve().decode(spec.resolve().encode(grid, spec), 6, spec), grid)
 
 model = AuraFlowTransformer2DModel(
     sample_size=8, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=16, num_attention_heads=2,
@@ -59,7 +59,7 @@ assert family.name == "auraflow", family.name
 assert set(roles.values()) == {"attention", "feed_forward", "modulation", "embedder", "output"}, roles
 
 compress("demo", "out", bits="w4a8", method="shrink")
-open("two.toml", "w").write('[[step]]\\nmethod = "rtn"\\nspec = "w2"\\nroles = ["feed_forward"]\\n')
+open("two.toml", "w").write('[[step]]\\nmethod = "rtn"\\nspec = "wt"\\nroles = ["feed_forward"]\\n')
 compress("demo", "two", recipe="two.toml")
 
 import sys
@@ -87,4 +87,4 @@ def test_the_files_in_the_guide_work(root: Path, tmp_path: Path, environment: di
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout.splitlines()[-1]) > 7  # 16 bits to 2, and a scale a row
+    assert float(done.stdout.splitlines()[-1]) > 7  # 16 bits to 1.6, and a scale a row
