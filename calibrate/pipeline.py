@@ -187,7 +187,9 @@ def run_time_plans(source: Source | ModelSource, settings: Options) -> dict[str,
         raise InputError("full_steps needs the model's sampler; name a model folder instead of a model object")
     scheduler = load_scheduler(source)
     scheduler.set_timesteps(settings.steps)
-    return {"steps": plan_steps([float(t) for t in scheduler.timesteps], *settings.full_steps).to_dict()}
+    scale = find_family(source.skeleton()).timestep_scale
+    timesteps = [float(t) for t in scheduler.timesteps]
+    return {"steps": plan_steps(timesteps, *settings.full_steps, scale=scale).to_dict()}
 
 
 def describe(source: Source | ModelSource, recipe: Recipe, settings: Options) -> dict[str, Any]:

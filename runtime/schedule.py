@@ -46,20 +46,22 @@ class StepPlan:
         return cls(tuple((float(low), float(high)) for low, high in pairs))
 
 
-def plan_steps(timesteps: Sequence[float], first: int, last: int) -> StepPlan:
+def plan_steps(timesteps: Sequence[float], first: int, last: int, scale: float = 1.0) -> StepPlan:
     """The plan that spares the `first` and `last` steps of a sampler that visits `timesteps` in this order.
+
+    scale  what the denoiser is called with, over the scheduler's timestep (0.001 for FLUX)
 
     The bounds lie half way to the next step, so that a sampler with a few more or fewer steps is served as well.
     Raises InputError when there are fewer steps than that.
     """
     if first < 0 or last < 0 or first + last > len(timesteps):
         raise InputError(f"--full-steps {first},{last}: expected two counts that fit into {len(timesteps)} steps")
-    values = [float(t) for t in timesteps]
+    values = [scale * float(t) for t in timesteps]
     top, bottom = max(values), min(values)
     edges = [(a + b) / 2 for a, b in pairwise(values)]
     pairs = []
     if first:
-        pairs.append((edges[first - 1] if first <= len(edges) else bottom, max(top, 1000.0)))
+        pairs.append((edges[first - 1] if first <= len(edges) else bottom, max(top, 1000.0 * scale)))
     if last:
         pairs.append((min(bottom, 0.0), edges[-last] if last <= len(edges) else top))
     return StepPlan(tuple(pairs))

@@ -32,6 +32,11 @@ def test_the_schedule_spares_the_steps_it_names() -> None:
     assert StepPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
+def test_the_schedule_speaks_the_denoisers_timesteps() -> None:
+    plan = plan_steps([1000, 750, 500, 250], first=1, last=1, scale=0.001)
+    assert [plan.is_full(t) for t in (1.0, 0.75, 0.5, 0.25)] == [True, False, False, True]
+
+
 @pytest.mark.parametrize(("first", "last"), [(-1, 0), (3, 3)])
 def test_more_steps_than_there_are_is_refused(first: int, last: int) -> None:
     with pytest.raises(InputError, match="full-steps"):
