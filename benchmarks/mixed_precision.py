@@ -5,8 +5,8 @@
 Every attention and feed-forward layer is compressed in every candidate, every modulation layer in every modulation
 candidate; each (layer, candidate) is scored by the error it causes at the denoiser's output; plans are made for every
 budget, and for the bytes of every single-candidate plan ("=..." rows: mixed against single at equal size); each plan
-is sampled on the conditions and noise of the full-precision model. Writes the JSON, a Markdown table beside it and,
-where matplotlib is installed, PNG plots.
+is sampled on the conditions and noise of the full-precision model. Writes the JSON, the table into the marked region of
+the documents named, and, where matplotlib is installed, PNG plots beside the JSON.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import quality
 import torch
 
 import vdit_quant
@@ -52,14 +53,17 @@ START = time.perf_counter()
 
 def main() -> None:
     options = arguments().parse_args()
-    try:
-        found = Benchmark(options).run()
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from None
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if not options.render:
+        try:
+            measured = Benchmark(options).run()
+        except InputError as error:
+            raise SystemExit(f"error: {error}") from None
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(measured) + "\n", encoding="utf-8")
+    found = json.loads(options.json.read_text(encoding="utf-8"))
     table = render(found)
-    options.json.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
+    for document in options.markdown:
+        quality.rewrite(document, options.name, table)
     print(table)
     try:
         plot(found, options.json)
@@ -70,7 +74,10 @@ def main() -> None:
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("model", help="pipeline folder, transformer folder, hub id, or demo")
+    add("model", nargs="?", default="demo", help="pipeline folder, transformer folder, hub id, or demo")
+    add("--name", default="mixed", help="name of the marked region")
+    add("--markdown", type=Path, action="append", default=[], help="document with the marked region; may be repeated")
+    add("--render", action="store_true", help="measure nothing; write the documents from the JSON")
     add("--budgets", default="3.0,3.5,4.0,4.5,5.0,6.0", help="average bits, or budgets such as 2.5x or 12MB")
     add("--candidates", default=CANDIDATES, help="specs of attention and feed-forward layers")
     add("--modulation", default="w4g64,w8", help="specs of modulation layers; one: fixed")
