@@ -154,7 +154,7 @@ def test_settings_nest_and_are_checked() -> None:
         with dispatch.use(mode="auto"):
             assert dispatch.settings() == Settings("auto", True)
     assert dispatch.settings() == Settings("reference", False)
-    with pytest.raises(ValueError, match="kernel mode .* must be one of auto, triton, reference, found 'fast'"):
+    with pytest.raises(ValueError, match=r"kernel mode .* must be one of auto, triton, reference, found 'fast'"):
         dispatch.configure(mode="fast")
 
 
