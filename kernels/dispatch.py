@@ -33,6 +33,11 @@ TWINS = {
     "int4_weight_linear": "int4_linear",
     "packed_to_int8": "packed_decode",
     "hadamard": "hadamard",
+    "norm_quant": "norm_quant",
+    "norm_quant_fp8": "norm_quant",
+    "gate_norm_quant": "norm_quant",
+    "gate_norm_quant_fp8": "norm_quant",
+    "act_quant": "act_quant",
 }
 """Op name -> file in `_triton/`."""
 

@@ -68,14 +68,17 @@ def _check(x: Tensor, signs: Tensor | None, block_size: int, kind: str) -> None:
         expect(ok, "hadamard", f"signs torch.int8 of shape ({k},)", describe(signs))
 
 
-def _reference(x: Tensor, signs: Tensor | None, block_size: int, kind: str) -> Tensor:
-    _check(x, signs, block_size, kind)
-    wide = x.float()
+def rotate(wide: Tensor, signs: Tensor | None, block_size: int, kind: str) -> Tensor:
+    """`hadamard` of fp32 rows [M, K]: the unchecked body, shared with fused ops."""
     if signs is not None:
         wide = wide * signs
-    h = _matrix(block_size, kind, x.device, torch.float32)
-    y = torch.mm(wide.reshape(-1, block_size), h).mul_(block_size**-0.5)
-    return y.view(x.shape).to(x.dtype)
+    h = _matrix(block_size, kind, wide.device, torch.float32)
+    return torch.mm(wide.reshape(-1, block_size), h).mul_(block_size**-0.5).view(wide.shape)
+
+
+def _reference(x: Tensor, signs: Tensor | None, block_size: int, kind: str) -> Tensor:
+    _check(x, signs, block_size, kind)
+    return rotate(x.float(), signs, block_size, kind).to(x.dtype)
 
 
 @torch.library.custom_op("vdit_quant::hadamard", mutates_args=())

@@ -10,6 +10,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TINY = 1e-30
 """Smallest row maximum: keeps 127 / amax finite in fp32, so that an all-zero row gives zero codes."""
 
+LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""Code dtype -> the code of a row's largest magnitude. fp8 rounds to nearest even by its cast and saturates."""
+
 
 def _check(x: Tensor) -> None:
     if x.dim() != 2 or x.dtype not in FLOATS or x.shape[1] == 0:
@@ -19,14 +22,22 @@ def _check(x: Tensor) -> None:
         )
 
 
-def _reference(x: Tensor) -> tuple[Tensor, Tensor]:
-    _check(x)
-    wide = x.float()
+def round_rows(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes and scales of fp32 rows [M, K] for a code dtype of `LIMITS`: the unchecked body, shared with fused ops."""
     amax = wide.abs().amax(dim=1).clamp_min_(TINY)
     # As tensors: dividing by or into a Python number is a multiplication with a rounded reciprocal on some devices.
-    limit = torch.full_like(amax, 127.0)
-    codes = (wide * (limit / amax).unsqueeze(1)).round_().to(torch.int8)
-    return codes, amax / limit
+    limit = torch.full_like(amax, LIMITS[dtype])
+    codes = wide * (limit / amax).unsqueeze(1)
+    if dtype == torch.int8:
+        codes = codes.round_()
+    else:
+        codes = codes.clamp_(-LIMITS[dtype], LIMITS[dtype])
+    return codes.to(dtype), amax / limit
+
+
+def _reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    _check(x)
+    return round_rows(x.float(), torch.int8)
 
 
 @torch.library.custom_op("vdit_quant::quant_token", mutates_args=())

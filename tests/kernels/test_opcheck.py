@@ -5,13 +5,24 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from vdit_quant.kernels.act_quant import ACTS, act_quant
 from vdit_quant.kernels.dispatch import TWINS
 from vdit_quant.kernels.hadamard import hadamard
 from vdit_quant.kernels.int4_linear import int4_linear, int4_to_int8, int4_weight_linear
 from vdit_quant.kernels.int8_linear import int8_linear, int8_weight_linear
+from vdit_quant.kernels.norm_quant import gate_norm_quant, gate_norm_quant_fp8, norm_quant, norm_quant_fp8
 from vdit_quant.kernels.pack import pack_bits
 from vdit_quant.kernels.packed_decode import packed_to_int8
 from vdit_quant.kernels.quant_token import quant_token
+
+SIGNS = torch.ones(64, dtype=torch.int8)
+REGULAR = ("rms", 1e-5, 64, "regular")
+
+
+def modulation(a) -> list[torch.Tensor]:
+    """Shift and scale as adaLN gives them: two chunks of one row."""
+    return list(a.x[:1].repeat(1, 2).chunk(2, dim=1))
+
 
 CASES: dict[str, tuple[Callable[..., object], Callable[..., list[tuple[object, ...]]]]] = {
     "quant_token": (quant_token, lambda a: [(a.x,), (a.x.bfloat16(),)]),
@@ -43,6 +54,30 @@ CASES: dict[str, tuple[Callable[..., object], Callable[..., list[tuple[object, .
     "hadamard": (
         hadamard,
         lambda a: [(a.x, torch.ones(64, dtype=torch.int8), 16, "sylvester"), (a.x, None, 64, "regular")],
+    ),
+    "norm_quant": (
+        norm_quant,
+        lambda a: [
+            (a.x, [], [], [], "layer", 1e-6, 0, ""),
+            (a.x.bfloat16(), modulation(a), [a.x[0], a.x[1]], [a.x[2], SIGNS], "layer", 1e-6, 16, "sylvester"),
+        ],
+    ),
+    "norm_quant_fp8": (norm_quant_fp8, lambda a: [(a.x, modulation(a), [a.x[0]], [SIGNS], *REGULAR)]),
+    "gate_norm_quant": (
+        gate_norm_quant,
+        lambda a: [
+            ([a.x, a.x.bfloat16()], [], [], [a.x[0]], *REGULAR),
+            ([a.x.half(), a.x, a.x[:1]], modulation(a), [], [], "layer", 1e-6, 0, ""),
+        ],
+    ),
+    "gate_norm_quant_fp8": (gate_norm_quant_fp8, lambda a: [([a.x, a.x], [], [], [], *REGULAR)]),
+    "act_quant": (
+        act_quant,
+        lambda a: [
+            *((a.x, act, None, None, 0, "") for act in ACTS),
+            (a.x.bfloat16(), "gelu_tanh", a.x[0], SIGNS, 16, "regular", "fp8"),
+            (a.x.repeat(1, 3)[:, 64:], "swiglu", None, None, 64, "regular"),
+        ],
     ),
 }
 

@@ -1,0 +1,70 @@
+"""What a quantised layer wants of its input: channel scale, block Hadamard, per-token codes. Every fused op ends in it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .hadamard import check_kind, rotate
+from .int8_linear import describe, expect
+from .quant_token import round_rows
+
+CODE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+"""Name of an output form -> dtype of its codes; `quant_token.LIMITS` has the largest code of each."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """z = blocks(y * pre_scale * signs) @ H / sqrt(block_size), then one symmetric scale per token; all in fp32.
+
+    pre_scale: fp32 [K] or None
+    signs: int8 [K] of +-1, or None; only with a Hadamard matrix
+    block_size: 0 is no Hadamard matrix; hadamard_kind then says nothing
+    code_dtype: torch.int8 or torch.float8_e4m3fn
+    """
+
+    pre_scale: Tensor | None
+    signs: Tensor | None
+    block_size: int
+    hadamard_kind: str
+    code_dtype: torch.dtype
+
+    def check(self, op: str, k: int) -> None:
+        """Raise ValueError unless this fits rows of `k` elements."""
+        expect(k > 0, op, "K > 0", f"K={k}")
+        if self.pre_scale is not None:
+            ok = self.pre_scale.dtype == torch.float32 and self.pre_scale.shape == (k,)
+            expect(ok, op, f"pre_scale torch.float32 of shape ({k},)", describe(self.pre_scale))
+        if self.signs is not None:
+            ok = self.signs.dtype == torch.int8 and self.signs.shape == (k,)
+            expect(ok, op, f"signs torch.int8 of shape ({k},)", describe(self.signs))
+            expect(self.block_size > 0, op, "a block_size with signs", self.block_size)
+        if self.block_size:
+            check_kind(self.block_size, self.hadamard_kind)
+            expect(k % self.block_size == 0, op, f"K to be a multiple of block_size {self.block_size}", f"K={k}")
+
+    def quantize(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """fp32 rows [M, K] -> codes [M, K], scale fp32 [M]: the torch reference."""
+        if self.pre_scale is not None:
+            y = y * self.pre_scale
+        if self.block_size:
+            y = rotate(y, self.signs, self.block_size, self.hadamard_kind)
+        return round_rows(y, self.code_dtype)
+
+    def empty(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Uninitialised codes [M, k] and scale [M] for the rows of `x`."""
+        codes = torch.empty((x.shape[0], k), dtype=self.code_dtype, device=x.device)
+        return codes, torch.empty((x.shape[0],), dtype=torch.float32, device=x.device)
+
+
+def parse_transform(
+    op: str, tensors: list[Tensor], block_size: int, hadamard_kind: str, code_dtype: torch.dtype
+) -> Transform:
+    """The transform of an op's list: at most one fp32 pre_scale and one int8 signs, told apart by dtype, in this order."""
+    kinds = [t.dtype for t in tensors]
+    ok = kinds in ([], [torch.float32], [torch.int8], [torch.float32, torch.int8])
+    found = [describe(t) for t in tensors]
+    expect(ok, op, "transform to be [], [pre_scale], [signs] or [pre_scale, signs], fp32 and int8", found)
+    pre_scale = tensors[0] if torch.float32 in kinds else None
+    signs = tensors[-1] if torch.int8 in kinds else None
+    return Transform(pre_scale, signs, block_size, hadamard_kind, code_dtype)
