@@ -75,7 +75,7 @@ def choose_scale(layers: list[FloatLayer], stats: LayerStats, specs: list[LayerS
     """float32 [K]: the input scale of layers that read one input."""
     weights = [layer.weight for layer in layers]
     if choices.smooth == "search":
-        return search_scale(weights, stats, specs, choices.aggregate, layers[0].name)[0]
+        return search_scale(weights, stats, specs, choices.aggregate)[0]
     return channel_scale(aggregate_absmax(stats, choices.aggregate), weights, choices.alpha)
 
 
@@ -91,7 +91,7 @@ def compress_linear(layer: FloatLayer, stats: LayerStats | None, spec: LayerSpec
         weight = weight / scale
         gram = None if gram is None else gram * scale * scale[:, None]
     if spec.hadamard is not None:
-        signs = make_signs(weight.shape[1], layer.name).to(weight.device)
+        signs = make_signs(weight.shape[1]).to(weight.device)
         tensors["hadamard_signs"] = signs
         weight = rotate_rows(weight, signs, spec.hadamard)
         gram = None if gram is None else rotate_gram(gram, signs, spec.hadamard)

@@ -41,6 +41,7 @@ class Format:
     """
 
     tag: ClassVar[str]
+    by_rows: ClassVar[bool] = False  # every stored tensor has one row an output: layers concatenate by concatenating
     group_sizes: ClassVar[Sequence[int | None]] = (None,)
 
     def check(self, k: int, spec: FormatSpec) -> None:
@@ -66,6 +67,13 @@ class Format:
     def decode(self, tensors: Tensors, k: int, spec: FormatSpec) -> Tensor:
         """The stored tensors -> float32 [N, K]."""
         raise NotImplementedError
+
+    def to_int8(self, tensors: Tensors, k: int, spec: FormatSpec) -> tuple[Tensor, Tensor] | None:
+        """int8 [N, K] codes and float32 [N] scales that are *exactly* this weight; None when there are none.
+
+        A format that has them runs on 8-bit tensor cores, with every fused kernel the 8-bit formats have.
+        """
+        return None
 
     def ops(self, spec: LayerSpec) -> tuple[str, ...]:
         """Names of the kernel ops that `linear` calls; empty when it decodes and uses `F.linear`."""

@@ -43,6 +43,7 @@ class GroupedInteger(ScalarFormat):
     clip  group size -> the part of a group's range that `fit` covers unless told; 1 where it is not given
     """
 
+    by_rows = True
     group_sizes = (None, 16, 32, 64, 128)
     largest = 255  # the group scale of the largest step of a row, before it is held to 8 bits
 
@@ -173,6 +174,10 @@ class PackedInteger(GroupedInteger):
     def unpack(self, packed: Tensor, k: int) -> Tensor:
         return unpack_bits(packed, k, self.bits)
 
+    def to_int8(self, tensors: Tensors, k: int, spec: FormatSpec) -> tuple[Tensor, Tensor]:
+        group = tensors.get("weight_group_scale")
+        return packed_to_int8(tensors["weight"], group, k, self.bits, self.odd), tensors["weight_scale"]
+
     def ops(self, spec: LayerSpec) -> tuple[str, ...]:
         if spec.activation == TOKEN:
             return ("quant_token", "packed_to_int8", "int8_linear")
@@ -180,8 +185,7 @@ class PackedInteger(GroupedInteger):
 
     def linear(self, x: Tensor, tensors: Tensors, spec: LayerSpec, bias: Tensor | None) -> Tensor:
         """x: float [M, K] -> [M, N] in x's dtype."""
-        group, scale = tensors.get("weight_group_scale"), tensors["weight_scale"]
-        weight = packed_to_int8(tensors["weight"], group, x.shape[-1], self.bits, self.odd)
+        weight, scale = self.to_int8(tensors, x.shape[-1], spec.weight)
         if spec.activation == TOKEN:
             codes, x_scale = quant_token(x)
             return int8_linear(codes, x_scale, weight, scale, bias, x.dtype)

@@ -27,9 +27,13 @@ def default_block(k: int, kind: str = "sylvester", largest: int = 128) -> int:
     raise InputError(f"no {kind} Hadamard block of at most {largest} divides K = {k}")
 
 
-def make_signs(k: int, layer: str, seed: int = 0) -> Tensor:
-    """int8 [K] of +1 and -1, drawn from the layer's name and the seed; stored in the artifact, never drawn again."""
-    digest = hashlib.sha256(f"{layer}/{seed}".encode()).digest()
+def make_signs(k: int, seed: int = 0) -> Tensor:
+    """int8 [K] of +1 and -1, drawn from the width and the seed; stored in the artifact, never drawn again.
+
+    Layers that read the same tensor have the same width, so their rotated input is the same too: it is rotated and
+    quantised once for all of them.
+    """
+    digest = hashlib.sha256(f"{k}/{seed}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     return (torch.randint(0, 2, (k,), generator=generator) * 2 - 1).to(torch.int8)
 

@@ -50,7 +50,7 @@ def channel_scale(act_absmax: Tensor, weights: Sequence[Tensor], alpha: float) -
 
 
 def search_scale(
-    weights: Sequence[Tensor], stats: LayerStats, specs: Sequence[LayerSpec], aggregate: str, layer: str
+    weights: Sequence[Tensor], stats: LayerStats, specs: Sequence[LayerSpec], aggregate: str
 ) -> tuple[Tensor, float | None]:
     """The scale, of those for every alpha in a grid and no scale at all, with the least error of the *quantised*
     output on the recorded rows (DiTAS's layer-wise grid search, arXiv 2409.07756, section 3.3, on the layer's own
@@ -64,18 +64,18 @@ def search_scale(
     for alpha in (None, *ALPHA_GRID):
         scale = torch.ones_like(act) if alpha is None else channel_scale(act, weights, alpha)
         pairs = zip(weights, specs, strict=True)
-        loss = sum(quantized_output_error(stats.rows, w, scale, spec, layer) for w, spec in pairs)
+        loss = sum(quantized_output_error(stats.rows, w, scale, spec) for w, spec in pairs)
         if best is None or loss < best[0]:
             best = (loss, scale, alpha)
     assert best is not None
     return best[1], best[2]
 
 
-def quantized_output_error(rows: Tensor, weight: Tensor, scale: Tensor, spec: LayerSpec, layer: str) -> float:
+def quantized_output_error(rows: Tensor, weight: Tensor, scale: Tensor, spec: LayerSpec) -> float:
     """Squared error of the layer's output on `rows` [R, K] with weight and activation rounded to nearest."""
     x, w = rows * scale, weight / scale
     if spec.hadamard is not None:
-        signs = make_signs(weight.shape[1], layer).to(weight.device)
+        signs = make_signs(weight.shape[1]).to(weight.device)
         x, w = rotate_rows(x, signs, spec.hadamard), rotate_rows(w, signs, spec.hadamard)
     fmt: Format = spec.weight.resolve()
     rounded = fmt.decode(fmt.encode(w, spec.weight), w.shape[1], spec.weight)

@@ -35,7 +35,14 @@ class FormatSpec:
             raise InputError(f"group_size: expected a positive whole number, found {self.group_size!r}")
 
     def resolve(self) -> Format:
-        return registry.find(formats, self.format, "FORMAT")
+        # a plain dictionary, because this runs at every call of a layer and inside torch.compile
+        found = _FORMATS.get(self.format)
+        if found is None:
+            found = _FORMATS[self.format] = registry.find(formats, self.format, "FORMAT")
+        return found
+
+
+_FORMATS: dict[str, Format] = {}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..quantize.errors import InputError
 from .artifact import QUANT_METHOD, ArtifactConfig
 from .attach import attach, linear_layers
+from .fusion import fuse, unfuse
 from .linear import CompressedLinear
 from .schedule import apply_plans
 
@@ -63,7 +64,7 @@ class VditQuantizer(DiffusersQuantizer):
                 raise InputError(f"artifact: config and tensors disagree: {name} {list(tensor.shape)} is in no file")
         assert isinstance(self.quantization_config, VditQuantConfig)
         apply_plans(model, self.quantization_config.artifact.plans)
-        return model
+        return fuse(model)
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
@@ -104,6 +105,7 @@ class VditQuantizer(DiffusersQuantizer):
         module._buffers[key] = stored.to(target_device).contiguous()
 
     def _dequantize(self, model: Any) -> Any:
+        unfuse(model)
         for name, layer in linear_layers(model).items():
             if isinstance(layer, CompressedLinear):
                 model.set_submodule(name, _dense(layer, model.dtype))

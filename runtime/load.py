@@ -14,6 +14,8 @@ from ..quantize.spec import LayerSpec
 from .artifact import check_tensors, read_config
 from .attach import attach, linear_layers
 from .checkpoint import Checkpoint
+from .fusion import fuse
+from .graphs import replay_graphs
 from .linear import CompressedLinear
 from .schedule import apply_plans
 from .source import Source, find_source, load_pipeline, load_transformer
@@ -57,18 +59,27 @@ def pick_dtype(name: str | None, device: torch.device | str) -> torch.dtype:
     return known[name]
 
 
-def load(path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
+def load(
+    path: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    cuda_graphs: bool = False,
+) -> Any:
     """The model behind an artifact: a pipeline when the artifact is a pipeline folder, else the transformer.
 
     device  default: the GPU when there is one
     dtype   compute dtype; scales stay as stored whatever it is. Default: bfloat16 on a GPU, float32 on a CPU
+    cuda_graphs  capture the denoiser's forward once for each shape and replay it: for small batches (runtime/graphs.py)
     Raises InputError when the folder is no artifact, or is damaged, or config and tensors disagree.
     """
     source = find_source(path)
     check_artifact(source)
     device = pick_device(device)
     dtype = default_dtype(device) if dtype is None else dtype
-    return load_pipeline(source, dtype, device) if source.is_pipeline else load_transformer(source, dtype, device)
+    model = load_pipeline(source, dtype, device) if source.is_pipeline else load_transformer(source, dtype, device)
+    if cuda_graphs:
+        replay_graphs(model.transformer if source.is_pipeline else model)
+    return model
 
 
 def check_artifact(source: Source) -> None:
@@ -104,7 +115,7 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
             rest[name] = tensor
     model.load_state_dict(rest, strict=False)
     apply_plans(model, config.plans)
-    return model.eval()
+    return fuse(model.eval())
 
 
 def _check_rest(model: nn.Module, specs: Mapping[str, LayerSpec], checkpoint: Checkpoint) -> None:

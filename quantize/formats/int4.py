@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...kernels.int4_linear import int4_linear, int4_weight_linear
+from ...kernels.int4_linear import int4_linear, int4_to_int8, int4_weight_linear
 from ...kernels.pack import pack_int4, unpack_int4
 from ...kernels.quant_token import quant_token
 from ..format import Tensors, quantize_activation
 from ..integer import TOKEN, GroupedInteger
-from ..spec import LayerSpec
+from ..spec import FormatSpec, LayerSpec
 
 
 class Int4(GroupedInteger):
@@ -33,6 +33,9 @@ class Int4(GroupedInteger):
 
     def unpack(self, packed: Tensor, k: int) -> Tensor:
         return unpack_int4(packed, k)
+
+    def to_int8(self, tensors: Tensors, k: int, spec: FormatSpec) -> tuple[Tensor, Tensor]:
+        return int4_to_int8(tensors["weight"], tensors.get("weight_group_scale"), k), tensors["weight_scale"]
 
     def ops(self, spec: LayerSpec) -> tuple[str, ...]:
         return ("quant_token", "int4_linear") if spec.activation == TOKEN else ("int4_weight_linear",)

@@ -21,6 +21,7 @@ class Int8(ScalarFormat):
     """weight int8 [N, K], weight_scale float32 [N]."""
 
     tag = "8"
+    by_rows = True
 
     def layout(self, n: int, k: int, spec: FormatSpec) -> dict[str, TensorLayout]:
         return {"weight": TensorLayout((n, k), torch.int8), "weight_scale": TensorLayout((n,), torch.float32)}
@@ -44,6 +45,9 @@ class Int8(ScalarFormat):
 
     def index_of(self, codes: Tensor) -> Tensor:
         return codes.long() + 127
+
+    def to_int8(self, tensors: Tensors, k: int, spec: FormatSpec) -> tuple[Tensor, Tensor]:
+        return tensors["weight"], tensors["weight_scale"]
 
     def ops(self, spec: LayerSpec) -> tuple[str, ...]:
         return ("quant_token", "int8_linear") if spec.activation == TOKEN else ("int8_weight_linear",)

@@ -1,0 +1,178 @@
+"""Fused blocks: the same maths as a model's own blocks in fewer passes over memory, without forking the model.
+
+`fuse` gives every block of a known class a forward that runs on `Stage`s; module names, parameters and the model's own
+code stay as they are, and `unfuse` takes it away again. A block that is called in a way its fused forward does not
+know (a mask, a hook, gradients, another attention processor) runs its own forward for that call.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..quantize import registry
+from . import fusions
+from .modulation import Modulation
+from .stage import Stage
+
+
+class FusedBlock:
+    """The fused forward of one block. A subclass has the block's own signature and calls `own` for what it refuses.
+
+    cpu  fuse on a CPU too, where it saves nothing: for tests
+    """
+
+    stages: tuple[Stage, ...] = ()
+    modulation: Modulation | None = None
+    index = 0
+
+    def __init__(self, block: nn.Module, cpu: bool = False) -> None:
+        self.block: Any = block
+        self.cpu = cpu
+        self.shared: dict[Any, Any] = {}  # one for all blocks of a model
+
+    def own(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's own, unfused forward."""
+        return type(self.block).forward(self.block, *args, **kwargs)
+
+    def accepts(self, hidden_states: Tensor) -> bool:
+        """Whether this call can be fused, as far as its main input tells."""
+        if self.block.training or (hidden_states.requires_grad and torch.is_grad_enabled()):
+            return False
+        return hidden_states.dim() == 3 and (self.cpu or hidden_states.device.type != "cpu")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def move(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's `_apply`: what was stored together is stored together again where it has moved to."""
+        moved = type(self.block)._apply(self.block, *args, **kwargs)
+        self.join()
+        return moved
+
+    def join(self) -> None:
+        """Stores the layers of every stage together, now: a compiled forward cannot."""
+        for stage in self.stages:
+            stage.ready()
+        if self.modulation is not None and self.index == self.modulation.last:
+            self.modulation.ready()
+
+
+class Fusion:
+    """How blocks of some class are fused. A new one is one file in `fusions/` that exports `FUSION`."""
+
+    classes: ClassVar[tuple[str, ...]]
+
+    def refusal(self, block: nn.Module) -> str | None:
+        """Why this block cannot be fused, whatever its layers hold; None when it can."""
+        raise NotImplementedError
+
+    def build(self, block: nn.Module, cpu: bool) -> FusedBlock:
+        """The fused block, without its modulation."""
+        raise NotImplementedError
+
+    def modulators(self, block: nn.Module) -> list[nn.Module]:
+        """The linear layers of the block that turn one shared embedding into modulation; may be empty."""
+        return []
+
+
+def find_fusion(block: nn.Module) -> Fusion | None:
+    """The fusion whose file serves this module."""
+    package: ModuleType = fusions
+    for name in registry.names(package):
+        fusion: Fusion = registry.find(package, name, "FUSION")
+        if type(block).__name__ in fusion.classes:
+            return fusion
+    return None
+
+
+def fuse(model: nn.Module, cpu: bool = False) -> nn.Module:
+    """Fuses every block of `model` that can be; returns the model. Safe to call again, also after loading a LoRA.
+
+    cpu  also fuse calls on a CPU, where nothing is gained: for tests
+    """
+    unfuse(model)
+    share_embedders(model)
+    fused: list[tuple[FusedBlock, list[nn.Module]]] = []
+    for module in model.modules():
+        fusion = find_fusion(module)
+        if fusion is None or fusion.refusal(module) is not None:
+            continue
+        block = fusion.build(module, cpu)
+        if all(stage.refusal() is not None for stage in block.stages):
+            continue
+        fused.append((block, fusion.modulators(module)))
+    modulation = Modulation([layers for _, layers in fused])
+    shared: dict[Any, Any] = {}
+    for index, (block, layers) in enumerate(fused):
+        block.shared, block.index = shared, index
+        block.modulation = modulation if layers else None
+        block.block.forward, block.block._apply = block.forward, block.move
+        block.join()
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Gives every fused block its own forward back; returns the model."""
+    for module in model.modules():
+        if isinstance(getattr(module.__dict__.get("forward"), "__self__", None), FusedBlock):
+            del module.forward, module._apply
+    return model
+
+
+def share_embedders(model: nn.Module) -> None:
+    """Makes repeated, bit-equal embedders one module: DiT in diffusers holds the timestep and label embedder once in
+    every block."""
+    first: dict[str, Any] = {}
+    shared = False
+    for name, module in list(model.named_modules()):
+        embedder = getattr(module, "emb", None)
+        if not isinstance(embedder, nn.Module) or not any(True for _ in embedder.parameters()):
+            continue
+        known = first.setdefault(type(embedder).__name__, embedder)
+        if known is not embedder and _equal(known, embedder):
+            module.emb, shared = known, True
+    if shared and _write_each not in model._state_dict_hooks.values():
+        model._register_state_dict_hook(_write_each)
+
+
+def _write_each(model: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
+    """A saved model holds a shared embedder in every block again, as its class expects: safetensors keeps no sharing."""
+    seen = set()
+    for name, tensor in state.items():
+        if (place := (tensor.data_ptr(), tensor.shape)) in seen and tensor.device.type != "meta":
+            state[name] = tensor.clone()
+        seen.add(place)
+
+
+def _equal(one: nn.Module, other: nn.Module) -> bool:
+    left, right = one.state_dict(), other.state_dict()
+    return left.keys() == right.keys() and all(
+        left[k].device == right[k].device != torch.device("meta")
+        and left[k].dtype == right[k].dtype
+        and torch.equal(left[k], right[k])
+        for k in left
+    )
+
+
+def report(model: nn.Module) -> dict[str, str]:
+    """Class of block -> how many of its blocks can be fused, and for what reasons others cannot. For `inspect`; the
+    model may lie on the meta device."""
+    found: dict[str, Counter[str]] = {}
+    for module in model.modules():
+        fusion = find_fusion(module)
+        if fusion is None:
+            continue
+        reason = fusion.refusal(module)
+        if reason is None:
+            stages = fusion.build(module, cpu=True).stages
+            reasons = {r for r in (stage.refusal() for stage in stages) if r is not None}
+            reason = "fused" if not reasons else f"partly fused: {'; '.join(sorted(reasons))}"
+            if all(stage.refusal() is not None for stage in stages):
+                reason = f"not fused: {'; '.join(sorted(reasons))}"
+        found.setdefault(type(module).__name__, Counter())[reason] += 1
+    return {kind: ", ".join(f"{n} {why}" for why, n in reasons.items()) for kind, reasons in found.items()}

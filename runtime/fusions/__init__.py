@@ -1,0 +1,1 @@
+"""Fused forwards, one file for each kind of block; each exports `FUSION`."""

@@ -1,0 +1,143 @@
+"""`BasicTransformerBlock` with adaLN: the blocks of DiT ("ada_norm_zero") and of PixArt ("ada_norm_single")."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..attention import attend
+from ..fusion import FusedBlock, Fusion
+from ..stage import Norm, Stage
+
+ACTIVATIONS = {"GEGLU": "geglu", "SwiGLU": "swiglu"}
+
+
+def activation_of(module: Any) -> str | None:
+    """The name, in `act_quant`, of the activation that a feed-forward's first module applies after its projection."""
+    name = type(module).__name__
+    if name == "GELU":
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+    return ACTIVATIONS.get(name)
+
+
+def attention_refusal(attention: Any) -> str | None:
+    """Why an `Attention` cannot be fused; None when it can."""
+    if type(attention.processor).__name__ != "AttnProcessor2_0":
+        return f"attention processor {type(attention.processor).__name__}"
+    odd = ("spatial_norm", "group_norm", "norm_q", "norm_k", "added_kv_proj_dim")
+    if found := next((name for name in odd if getattr(attention, name, None) is not None), None):
+        return f"attention with {found}"
+    if attention.residual_connection or attention.rescale_output_factor != 1 or attention.norm_cross:
+        return "attention with its own residual, rescaling or norm"
+    return None
+
+
+class FusedBasicBlock(FusedBlock):
+    """Twelve kernels a DiT block: norm + quantise, QKV, attention, quantise, projection + gate + residual, norm +
+    quantise, up, activation + quantise, down + gate + residual, and its share of the modulation."""
+
+    def __init__(self, block: nn.Module, cpu: bool = False) -> None:
+        super().__init__(block, cpu)
+        own: Any = block
+        self.zero = own.norm_type == "ada_norm_zero"
+        first, second = (own.norm1.norm, own.norm3) if self.zero else (own.norm1, own.norm2)
+        norms = Norm.of(first), Norm.of(second)
+        assert norms[0] is not None and norms[1] is not None
+        self.norm1, self.norm2 = norms
+        self.act = activation_of(own.ff.net[0])
+        self.qkv = Stage(own.attn1.to_q, own.attn1.to_k, own.attn1.to_v)
+        self.out = Stage(own.attn1.to_out[0])
+        self.up, self.down = Stage(own.ff.net[0].proj), Stage(own.ff.net[2])
+        self.stages = (self.qkv, self.out, self.up, self.down)
+        if own.attn2 is not None:
+            self.cross_q, self.cross_out = Stage(own.attn2.to_q), Stage(own.attn2.to_out[0])
+            self.cross_kv = Stage(own.attn2.to_k, own.attn2.to_v)
+            self.stages += (self.cross_q, self.cross_kv, self.cross_out)
+
+    def forward(  # the block's own signature
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Any = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Any = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        if attention_mask is not None or cross_attention_kwargs or not self.accepts(hidden_states):
+            return self.own(
+                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
+                cross_attention_kwargs, class_labels, added_cond_kwargs,
+            )  # fmt: skip
+        b, t, width = hidden_states.shape
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self._modulate(b, hidden_states, timestep, class_labels)
+        h = hidden_states.reshape(b * t, width)
+        rows = self.qkv.norm(h, self.norm1, shift, scale)
+        heads = self.block.attn1.heads
+        q, k, v = self.qkv.product(rows).view(b, t, 3, heads, -1).unbind(2)
+        h = self.out.add(self.out.act(attend(q, k, v)), h, gate)
+        if self.block.attn2 is not None:
+            h = self._cross(h, b, encoder_hidden_states, encoder_attention_mask)
+        rows = self.up.norm(h, self.norm2, mlp_shift, mlp_scale)
+        rows = self.down.act(self.up.product(rows), self.act)
+        return self.down.add(rows, h, mlp_gate).view(b, t, width)
+
+    def _modulate(self, batch: int, hidden_states: Tensor, timestep: Any, labels: Any) -> tuple[Tensor, ...]:
+        """shift, scale and gate [B, K] of the attention, then of the feed-forward."""
+        if not self.zero:
+            parts: Tensor = self.block.scale_shift_table[None] + timestep.reshape(batch, 6, -1)
+            return parts.unbind(1)
+        norm = self.block.norm1
+        assert self.modulation is not None
+
+        def embed() -> Tensor:
+            return norm.silu(norm.emb(timestep, labels, hidden_dtype=hidden_states.dtype))
+
+        (parts,) = self.modulation.of(self.index, (timestep, labels), embed)
+        return parts.chunk(6, dim=1)
+
+    def _cross(self, h: Tensor, batch: int, encoder_hidden_states: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Attention to the text, whose tokens every query sees; the input is not normalised (as in PixArt)."""
+        attention = self.block.attn2
+        source = h.view(batch, -1, h.shape[1]) if encoder_hidden_states is None else encoder_hidden_states
+        length = source.shape[1]
+        (q,) = self.cross_q.linear(self.cross_q.act(h))
+        k, v = self.cross_kv.linear(self.cross_kv.act(source.reshape(batch * length, -1)))
+        if mask is not None:
+            mask = attention.prepare_attention_mask(mask, length, batch)
+            mask = mask.view(batch, attention.heads, -1, mask.shape[-1])
+        q = q.view(batch, -1, attention.heads, q.shape[1] // attention.heads)
+        k, v = (x.unflatten(1, (attention.heads, -1)).unflatten(0, (batch, length)) for x in (k, v))
+        return self.cross_out.add(self.cross_out.act(attend(q, k, v, mask)), h)
+
+
+class BasicBlock(Fusion):
+    classes = ("BasicTransformerBlock",)
+
+    def refusal(self, block: nn.Module) -> str | None:
+        own: Any = block
+        if own.norm_type not in ("ada_norm_zero", "ada_norm_single"):
+            return f"norm type {own.norm_type}"
+        if own.pos_embed is not None or getattr(own, "fuser", None) is not None or own._chunk_size is not None:
+            return "positional embedding, fuser or chunked feed-forward inside the block"
+        if own.norm_type == "ada_norm_zero" and own.attn2 is not None:
+            return "cross-attention after ada_norm_zero"
+        norms = (own.norm1.norm, own.norm3) if own.norm_type == "ada_norm_zero" else (own.norm1, own.norm2)
+        if any(Norm.of(norm) is None for norm in norms):
+            return "a norm that is not known"
+        if activation_of(own.ff.net[0]) is None:
+            return f"activation {type(own.ff.net[0]).__name__}"
+        attentions = [a for a in (own.attn1, own.attn2) if a is not None]
+        return next((r for r in map(attention_refusal, attentions) if r is not None), None)
+
+    def build(self, block: nn.Module, cpu: bool) -> FusedBlock:
+        return FusedBasicBlock(block, cpu)
+
+    def modulators(self, block: nn.Module) -> list[nn.Module]:
+        own: Any = block
+        return [own.norm1.linear] if own.norm_type == "ada_norm_zero" else []
+
+
+FUSION = BasicBlock()

@@ -1,0 +1,174 @@
+"""The two kinds of FLUX blocks: text and image beside each other, then as one sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...kernels.head_norm_rope import head_norm_rope
+from ..attention import attend
+from ..fusion import FusedBlock, Fusion
+from ..stage import Norm, Stage
+from .basic_block import activation_of
+
+
+def flux_attention_refusal(attention: Any) -> str | None:
+    """Why a `FluxAttention` cannot be fused; None when it can."""
+    processor = attention.processor
+    if type(processor).__name__ != "FluxAttnProcessor":
+        return f"attention processor {type(processor).__name__}"
+    if processor._attention_backend is not None or processor._parallel_config is not None:
+        return "an attention back-end was chosen"
+    norms = [getattr(attention, name, None) for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")]
+    known = [norm for norm in norms if norm is not None]
+    if any(type(n) is not nn.RMSNorm or n.weight is None or n.eps != known[0].eps for n in known) or len(known) % 2:
+        return "norms of q and k that are not known"
+    return "projections fused by diffusers" if attention.fused_projections else None
+
+
+def _weights(*norms: nn.Module) -> list[Tensor]:
+    return [norm.weight.detach() for norm in norms]  # type: ignore[union-attr]
+
+
+class _Stream:
+    """The stages of one of the two streams of a double block."""
+
+    def __init__(self, norm1: Any, norm2: Any, qkv: list[nn.Module], out: nn.Module, ff: Any) -> None:
+        norms = Norm.of(norm1.norm), Norm.of(norm2)
+        assert norms[0] is not None and norms[1] is not None
+        self.norm1, self.norm2 = norms
+        self.qkv, self.out, self.up, self.down = Stage(*qkv), Stage(out), Stage(ff.net[0].proj), Stage(ff.net[2])
+        self.act = activation_of(ff.net[0])
+        self.stages = (self.qkv, self.out, self.up, self.down)
+
+    def project(self, h: Tensor, mods: tuple[Tensor, ...]) -> Tensor:
+        """[B * T, K] -> [B * T, 3 N]: q, k and v."""
+        return self.qkv.product(self.qkv.norm(h, self.norm1, mods[0], mods[1]))
+
+    def finish(self, h: Tensor, attended: Tensor, mods: tuple[Tensor, ...]) -> Tensor:
+        """The block after attention: [B * T, K] -> [B * T, K]."""
+        assert self.act is not None
+        h = self.out.add(self.out.act(attended), h, mods[2])
+        rows = self.up.norm(h, self.norm2, mods[3], mods[4])
+        return self.down.add(self.down.act(self.up.product(rows), self.act), h, mods[5])
+
+
+class FusedDoubleBlock(FusedBlock):
+    def __init__(self, block: nn.Module, cpu: bool = False) -> None:
+        super().__init__(block, cpu)
+        own: Any = block
+        a = own.attn
+        self.image = _Stream(own.norm1, own.norm2, [a.to_q, a.to_k, a.to_v], a.to_out[0], own.ff)
+        added = [a.add_q_proj, a.add_k_proj, a.add_v_proj]
+        self.text = _Stream(own.norm1_context, own.norm2_context, added, a.to_add_out, own.ff_context)
+        self.stages = self.image.stages + self.text.stages
+
+    def forward(  # the block's own signature
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if joint_attention_kwargs or hidden_states.dtype == torch.float16 or not self.accepts(hidden_states):
+            return self.own(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
+        b, t, width = hidden_states.shape
+        length = encoder_hidden_states.shape[1]
+        assert self.modulation is not None
+        outputs = self.modulation.of(self.index, (temb,), lambda: F.silu(temb))
+        mods, text_mods = (out.chunk(6, dim=1) for out in outputs)
+        image, text = hidden_states.reshape(b * t, width), encoder_hidden_states.reshape(b * length, width)
+        a = self.block.attn
+        q, k, v = head_norm_rope(
+            self.text.project(text, text_mods).view(b, length, -1), _weights(a.norm_added_q, a.norm_added_k),
+            self.image.project(image, mods).view(b, t, -1), _weights(a.norm_q, a.norm_k),
+            list(image_rotary_emb or ()), a.heads, a.norm_q.eps,
+        )  # fmt: skip
+        attended = attend(q, k, v).view(b, length + t, -1)
+        image = self.image.finish(image, attended[:, length:].reshape(b * t, -1), mods)
+        text = self.text.finish(text, attended[:, :length].reshape(b * length, -1), text_mods)
+        return text.view(b, length, width), image.view(b, t, width)
+
+
+class _Joint:
+    """The sequence that a single block made, by the two views it returned: the next block need not join them again."""
+
+    def __init__(self) -> None:
+        self.text: Tensor | None = None
+        self.image: Tensor | None = None
+        self.whole: Tensor | None = None
+
+    def take(self, text: Tensor, image: Tensor) -> Tensor:
+        whole = self.whole if text is self.text and image is self.image else None
+        self.text = self.image = self.whole = None
+        return torch.cat([text, image], dim=1) if whole is None else whole
+
+    def split(self, whole: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        self.whole, self.text, self.image = whole, whole[:, :length], whole[:, length:]
+        return self.text, self.image
+
+
+class FusedSingleBlock(FusedBlock):
+    def __init__(self, block: nn.Module, cpu: bool = False) -> None:
+        super().__init__(block, cpu)
+        own: Any = block
+        norm = Norm.of(own.norm.norm)
+        assert norm is not None
+        self.norm = norm
+        self.enter = Stage(own.attn.to_q, own.attn.to_k, own.attn.to_v, own.proj_mlp)
+        self.leave = Stage(own.proj_out)
+        self.stages = (self.enter, self.leave)
+
+    def forward(  # the block's own signature
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if joint_attention_kwargs or hidden_states.dtype == torch.float16 or not self.accepts(hidden_states):
+            return self.own(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
+        length, joint = encoder_hidden_states.shape[1], self.shared.setdefault(_Joint, _Joint())
+        whole = joint.take(encoder_hidden_states, hidden_states)
+        b, t, width = whole.shape
+        assert self.modulation is not None
+        (out,) = self.modulation.of(self.index, (temb,), lambda: F.silu(temb))
+        shift, scale, gate = out.chunk(3, dim=1)
+        h, a = whole.reshape(b * t, width), self.block.attn
+        y = self.enter.product(self.enter.norm(h, self.norm, shift, scale))
+        qkv, mlp = y.split([3 * a.inner_dim, y.shape[1] - 3 * a.inner_dim], dim=1)
+        rope, weights = list(image_rotary_emb or ()), _weights(a.norm_q, a.norm_k)
+        heads = head_norm_rope(qkv.unflatten(0, (b, t)), weights, None, [], rope, a.heads, a.norm_q.eps)
+        h = self.leave.add(self.leave.act(mlp, "gelu_tanh", attend(*heads)), h, gate)
+        return joint.split(h.view(b, t, width), length)
+
+
+class FluxBlock(Fusion):
+    classes = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+
+    def refusal(self, block: nn.Module) -> str | None:
+        own: Any = block
+        single = type(block).__name__ == "FluxSingleTransformerBlock"
+        norms = [own.norm.norm] if single else [own.norm1.norm, own.norm2, own.norm1_context.norm, own.norm2_context]
+        if any(Norm.of(norm) is None for norm in norms):
+            return "a norm that is not known"
+        if not single and None in (activation_of(own.ff.net[0]), activation_of(own.ff_context.net[0])):
+            return f"activation {type(own.ff.net[0]).__name__}"
+        return flux_attention_refusal(own.attn)
+
+    def build(self, block: nn.Module, cpu: bool) -> FusedBlock:
+        kind = FusedSingleBlock if type(block).__name__ == "FluxSingleTransformerBlock" else FusedDoubleBlock
+        return kind(block, cpu)
+
+    def modulators(self, block: nn.Module) -> list[nn.Module]:
+        own: Any = block
+        single = type(block).__name__ == "FluxSingleTransformerBlock"
+        return [own.norm.linear] if single else [own.norm1.linear, own.norm1_context.linear]
+
+
+FUSION = FluxBlock()

@@ -1,0 +1,121 @@
+"""CUDA-graph replay of a denoiser: at small batches a forward is bound by starting its kernels, not by running them.
+
+`replay_graphs(model)` is the switch. Each combination of argument shapes, dtypes and plain values is captured at its
+first call and replayed after it; another combination is captured anew, and the least recently used one is dropped
+beyond `limit`. A call that cannot be captured (an argument that is neither a tensor nor a plain value, gradients, a CPU)
+runs as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+WARMUP = 2
+
+
+@dataclass
+class _Capture:
+    """One captured forward: its graph, the tensors it reads, and what it wrote."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    outputs: Any
+
+
+class GraphedForward:
+    """A model's forward that captures and replays itself. `captures` counts the graphs made so far."""
+
+    def __init__(self, model: nn.Module, limit: int = 8) -> None:
+        self.model, self.limit = model, limit
+        self.own: Callable[..., Any] = model.forward
+        self.captures = 0
+        self._graphs: OrderedDict[Any, _Capture] = OrderedDict()
+        self._pool: Any = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, tree = pytree.tree_flatten((args, kwargs))
+        # a LoRA is switched and scaled by plain attributes, which a graph would not see
+        lora = getattr(self.model, "_hf_peft_config_loaded", False)
+        key = None if lora or torch.compiler.is_compiling() else _key(leaves, tree)
+        if key is None:
+            return self.own(*args, **kwargs)
+        capture = self._graphs.pop(key, None) or self._capture(leaves, tree)
+        self._graphs[key] = capture
+        while len(self._graphs) > self.limit:
+            self._graphs.popitem(last=False)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        torch._foreach_copy_(capture.inputs, tensors)
+        capture.graph.replay()
+        return pytree.tree_map_only(Tensor, Tensor.clone, capture.outputs)
+
+    def reset(self) -> None:
+        """Drops every graph: needed after moving or replacing a submodule by hand."""
+        self._graphs.clear()
+        self._pool = None
+
+    def move(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's `_apply`: a graph reads the weights where they were, so moving or casting them voids it."""
+        self.reset()
+        return type(self.model)._apply(self.model, *args, **kwargs)
+
+    def _capture(self, leaves: list[Any], tree: Any) -> _Capture:
+        inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(inputs, tree)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARMUP):
+                self.own(*args, **kwargs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            outputs = self.own(*args, **kwargs)
+        self.captures += 1
+        return _Capture(graph, [leaf for leaf in inputs if isinstance(leaf, Tensor)], outputs)
+
+
+def replay_graphs(model: nn.Module, enabled: bool = True, limit: int = 8) -> nn.Module:
+    """Turns CUDA-graph replay of `model` on or off; returns the model.
+
+    limit  graphs that are kept, one for each combination of input shapes
+    Outputs are copies: a result stays valid after the next call.
+    """
+    current = getattr(model.__dict__.get("forward"), "__self__", None)
+    if isinstance(current, GraphedForward):
+        del model.forward, model._apply
+        if not _is_own(current.own, model):
+            model.forward = current.own  # type: ignore[method-assign]
+    if enabled:
+        graphed = GraphedForward(model, limit)
+        model.forward = graphed.forward  # type: ignore[method-assign]
+        model._apply = graphed.move  # type: ignore[method-assign]
+    return model
+
+
+def _is_own(forward: Any, model: nn.Module) -> bool:
+    return inspect.ismethod(forward) and forward.__func__ is type(model).forward
+
+
+def _key(leaves: list[Any], tree: Any) -> Any:
+    """What a graph is captured for; None when the call cannot be captured."""
+    parts: list[Any] = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            if leaf.device.type != "cuda" or (leaf.requires_grad and torch.is_grad_enabled()):
+                return None
+            parts.append((tuple(leaf.shape), leaf.dtype, leaf.device))
+        elif isinstance(leaf, PLAIN):
+            parts.append((type(leaf), leaf))
+        else:
+            return None
+    return tree, tuple(parts)

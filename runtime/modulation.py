@@ -1,0 +1,74 @@
+"""adaLN modulation of all blocks at once: they read one small embedding, so their layers are one product.
+
+At M = batch rows such a layer is bound by reading its weight. One launch for all blocks reads it at full bandwidth;
+one launch a block spends as long starting as reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..quantize.spec import LayerSpec
+from .linear import CompressedLinear
+from .stage import Part, is_plain, is_stale, merge
+
+
+class Modulation:
+    """`blocks`: for every block, in the order they run, the layers that read the shared embedding.
+
+    The first block's call computes the output of all layers; the others take theirs. Nothing is kept after the last.
+    """
+
+    def __init__(self, blocks: Sequence[Sequence[nn.Module]]) -> None:
+        self.blocks = [tuple(layers) for layers in blocks]
+        self.layers = tuple(layer for layers in self.blocks for layer in layers)
+        self.last = max((i for i, layers in enumerate(self.blocks) if layers), default=-1)
+        self.parts: list[Part] = []
+        self._source: tuple[Tensor, ...] = ()
+        self._outputs: list[list[Tensor]] = []
+
+    def of(self, index: int, source: tuple[Tensor, ...], embed: Callable[[], Tensor]) -> list[Tensor]:
+        """The outputs [B, N] of block `index`'s layers.
+
+        source  the tensors that the embedding is made from: blocks that are given other ones compute their own
+        embed   makes the embedding [B, K], as the layers read it
+        """
+        if index == 0 or not self._outputs or any(a is not b for a, b in zip(source, self._source, strict=False)):
+            self._source, self._outputs = source, self._compute(embed())
+        outputs = self._outputs[index]
+        if index == self.last:
+            self._source, self._outputs = (), []
+        return outputs
+
+    def _compute(self, embedding: Tensor) -> list[list[Tensor]]:
+        flat = self._product(embedding) if self.ready() else [layer(embedding) for layer in self.layers]
+        outputs, at = [], 0
+        for layers in self.blocks:
+            outputs.append(flat[at : at + len(layers)])
+            at += len(layers)
+        return outputs
+
+    def _product(self, embedding: Tensor) -> list[Tensor]:
+        outputs: list[Tensor] = []
+        for part in self.parts:
+            y = part.spec.resolve().linear(embedding, part.tensors, LayerSpec(part.spec), part.bias)
+            outputs += y.split(part.sizes, dim=1)
+        return outputs
+
+    def ready(self) -> bool:
+        """Whether the layers run as one; joins them when their tensors have been moved or replaced since."""
+        if not self.layers or not all(map(_is_weight_only, self.layers)):
+            return False
+        if not torch.compiler.is_compiling() and is_stale(self.layers, self.parts):
+            self.parts = merge(self.layers)
+        return bool(self.parts)
+
+
+def _is_weight_only(layer: nn.Module) -> bool:
+    if not is_plain(layer):
+        return False
+    assert isinstance(layer, CompressedLinear)
+    return layer.spec == LayerSpec(layer.spec.weight)

@@ -1,0 +1,257 @@
+"""A stage: linear layers that read the same tensor, with what makes that tensor and what is done with the product.
+
+    rows = stage.norm(x, ...) | stage.act(x, ...)     norm + modulation, or activation, + scale + rotation + quantisation
+    outputs = stage.linear(rows)                      one product for all layers
+    h = stage.add(rows, residual, gate)               the product, gated and added to the residual
+
+Each line is one kernel where the layers allow it: their inputs are scaled, rotated and quantised alike, and their
+weights are exactly int8. Where they do not (a LoRA layer, float activations, a low-rank branch), the same three calls
+run the layers as they are. What a stage computes in one kernel it rounds once, at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.act_quant import act_quant, activate
+from ..kernels.int8_linear import int8_linear
+from ..kernels.int8_linear_add import int8_linear_add
+from ..kernels.norm_quant import norm_quant, normalize
+from ..quantize.format import Tensors
+from ..quantize.spec import FormatSpec
+from .linear import CompressedLinear
+
+TOKEN = FormatSpec("int8")
+
+
+class Rows(NamedTuple):
+    """The input of a stage: quantised ([M, K] codes and their scale [M]), or float [M, K] and no scale."""
+
+    values: Tensor
+    scale: Tensor | None
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation over the last dimension: "layer" or "rms", with its affine parameters."""
+
+    kind: str
+    eps: float
+    affine: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Norm | None:
+        """The norm that a module computes, None for one that is not known."""
+        kinds = {"LayerNorm": "layer", "FP32LayerNorm": "layer", "RMSNorm": "rms"}
+        kind = kinds.get(type(module).__name__)
+        if kind is None:
+            return None
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if bias is not None and weight is None:
+            return None
+        return cls(kind, float(module.eps or 0.0), tuple(t for t in (weight, bias) if t is not None))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Layers in a row that are stored alike, as one weight: their tensors are views of `tensors`."""
+
+    tensors: Tensors
+    bias: Tensor | None
+    spec: FormatSpec
+    sizes: list[int]
+
+
+class Stage:
+    """`layers`: every linear layer that reads the stage's input, in the order of their outputs.
+
+    Layers of one weight format are stored one after the other and multiplied at once; the layers' own buffers become
+    views of that storage, so nothing is held twice and each layer still runs alone. Moving or replacing a layer's
+    tensors is noticed, and the storage is made anew.
+    """
+
+    def __init__(self, *layers: nn.Module) -> None:
+        self.layers = layers
+        self.parts: list[Part] = []
+        self.k = int(getattr(layers[0], "in_features", 0))
+
+    def refusal(self) -> str | None:
+        """Why the layers cannot be fused; None when they can."""
+        if reason := next((r for r in map(_refusal, self.layers) if r is not None), None):
+            return reason
+        first = self.layers[0]
+        if not all(_reads_alike(first, layer) for layer in self.layers[1:]):
+            return "layers that read one tensor scale or rotate it differently"
+        return None
+
+    def ready(self) -> bool:
+        """Whether the layers are fused; fuses them when their tensors have been moved or replaced since."""
+        if not all(is_plain(layer) for layer in self.layers):
+            return False
+        if not torch.compiler.is_compiling() and is_stale(self.layers, self.parts):
+            self.parts = [] if self.refusal() is not None else merge(self.layers)
+        return bool(self.parts)
+
+    def norm(self, x: Tensor, norm: Norm, shift: Tensor | None = None, scale: Tensor | None = None) -> Rows:
+        """x: float [M, K] normalised, then `* (1 + scale[b]) + shift[b]` with shift and scale [B, K], B dividing M."""
+        mod = [] if shift is None or scale is None else [shift, scale]
+        if not self.ready():
+            y = normalize(x, mod, list(norm.affine), norm.kind, norm.eps)
+            return Rows(y.to(x.dtype), None, x.dtype)
+        affine, transform, block, kind = list(norm.affine), *self._transform()
+        codes, row_scale = norm_quant(x, mod, affine, transform, norm.kind, norm.eps, block, kind)
+        return Rows(codes, row_scale, x.dtype)
+
+    def act(self, x: Tensor, act: str = "none", prefix: Tensor | None = None) -> Rows:
+        """x: float [M, K], or [M, 2K] for a gated activation, through the activation function called `act`; beside the
+        columns of `prefix` [M, P], when given, which come first and as they are."""
+        if not self.ready():
+            y = activate(x, act).to(x.dtype)
+            return Rows(y if prefix is None else torch.cat([prefix, y], dim=1), None, x.dtype)
+        transform, block, kind = self._transform()
+        codes, row_scale = act_quant(x, act, transform, block, kind, prefix)
+        return Rows(codes, row_scale, x.dtype)
+
+    def linear(self, rows: Rows) -> list[Tensor]:
+        """The output [M, N] of every layer, in order. Outputs of one product are views of it."""
+        if rows.scale is None:
+            return [layer(rows.values) for layer in self.layers]
+        outputs: list[Tensor] = []
+        for part in self.parts:
+            weight, weight_scale = _weight(part, self.k)
+            y = int8_linear(rows.values, rows.scale, weight, weight_scale, part.bias, rows.dtype)
+            outputs += y.split(part.sizes, dim=1) if len(part.sizes) > 1 else [y]
+        return outputs
+
+    def product(self, rows: Rows) -> Tensor:
+        """[M, N_1 + N_2 + ...]: the outputs of all layers side by side."""
+        if rows.scale is not None and len(self.parts) == 1:
+            part = self.parts[0]
+            weight, weight_scale = _weight(part, self.k)
+            return int8_linear(rows.values, rows.scale, weight, weight_scale, part.bias, rows.dtype)
+        outputs = self.linear(rows)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def add(self, rows: Rows, residual: Tensor, gate: Tensor | None = None) -> Tensor:
+        """`residual + gate[b] * layer(rows)` for a stage of one layer: residual [M, N], gate [B, N] or None."""
+        if rows.scale is None:
+            y = self.layers[0](rows.values)
+            return residual + (y if gate is None else spread(gate, len(y)) * y)
+        part = self.parts[0]
+        weight, weight_scale = _weight(part, self.k)
+        return int8_linear_add(rows.values, rows.scale, weight, weight_scale, part.bias, residual, gate)
+
+    def _transform(self) -> tuple[list[Tensor], int, str]:
+        layer = self.layers[0]
+        assert isinstance(layer, CompressedLinear)
+        spec, stored = layer.spec, layer._buffers
+        tensors = [stored[name] for name in ("pre_quant_scale", "hadamard_signs") if stored.get(name) is not None]
+        if spec.hadamard is None:
+            return tensors, 0, "sylvester"  # type: ignore[return-value]
+        return tensors, spec.hadamard.block_size, spec.hadamard.kind  # type: ignore[return-value]
+
+
+def spread(per_sample: Tensor, rows: int) -> Tensor:
+    """[B, N] -> [rows, N]: every sample's row repeated for its rows / B tokens."""
+    return per_sample.repeat_interleave(rows // len(per_sample), dim=0)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether calling `layer` does what its tensors say and nothing else: no hook, no wrapper, no lifted quantiser."""
+    return (
+        type(layer) is CompressedLinear
+        and layer.active_spec is layer.spec
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and "forward" not in layer.__dict__
+    )
+
+
+def _refusal(layer: nn.Module) -> str | None:
+    if not is_plain(layer):
+        return "a layer is not compressed, or is wrapped"
+    assert isinstance(layer, CompressedLinear)
+    spec = layer.spec
+    if spec.activation != TOKEN:
+        return "activations stay in the compute dtype"
+    if spec.rank:
+        return "a low-rank branch reads the float input"
+    tensors = {name: t.to("meta") for name, t in layer.tensors().items()}
+    if spec.weight.resolve().to_int8(tensors, layer.in_features, spec.weight) is None:
+        return f"format {spec.weight.format} is not exact in int8"
+    return None
+
+
+def _reads_alike(one: nn.Module, other: nn.Module) -> bool:
+    assert isinstance(one, CompressedLinear) and isinstance(other, CompressedLinear)
+    if (one.in_features, one.spec.pre_scale, one.spec.hadamard) != (
+        other.in_features, other.spec.pre_scale, other.spec.hadamard,
+    ):  # fmt: skip
+        return False
+    names = ("pre_quant_scale", "hadamard_signs")
+    pairs = [(one._buffers.get(name), other._buffers.get(name)) for name in names]
+    return all(a is None or (b is not None and torch.equal(a, b)) for a, b in pairs)
+
+
+def is_stale(layers: tuple[nn.Module, ...], parts: list[Part]) -> bool:
+    """Whether the layers' tensors are no longer those of `parts`: moved to a device, or loaded anew."""
+    owners = [part for part in parts for _ in part.sizes]
+    if len(owners) != len(layers):
+        return True
+    return any(_place(a._buffers) != _place(b.tensors) for a, b in zip(layers, owners, strict=True))
+
+
+def _place(tensors: Mapping[str, Tensor | None]) -> int | None:
+    weight = tensors["weight"]
+    return None if weight is None else weight.untyped_storage().data_ptr()
+
+
+def merge(layers: tuple[nn.Module, ...]) -> list[Part]:
+    """Stores layers in a row that have one weight format, and all a bias or none, as one weight."""
+    runs: list[list[CompressedLinear]] = []
+    for layer in layers:
+        assert isinstance(layer, CompressedLinear)
+        last = runs[-1][-1] if runs else None
+        if last is not None and _can_join(last, layer):
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return [_join(run) for run in runs]
+
+
+def _can_join(one: CompressedLinear, other: CompressedLinear) -> bool:
+    same = one.spec.weight == other.spec.weight and (one.bias is None) == (other.bias is None)
+    return same and one.spec.weight.resolve().by_rows
+
+
+def _join(layers: list[CompressedLinear]) -> Part:
+    spec, sizes = layers[0].spec.weight, [layer.out_features for layer in layers]
+    names = spec.resolve().layout(layers[0].out_features, layers[0].in_features, spec)
+    if len(layers) == 1:
+        bias = layers[0].bias
+        return Part({name: layers[0]._buffers[name] for name in names}, bias, spec, sizes)  # type: ignore[misc]
+    tensors: Tensors = {}
+    for name in names:
+        tensors[name] = torch.cat([layer.tensors()[name] for layer in layers])
+        for layer, view in zip(layers, tensors[name].split(sizes), strict=True):
+            layer._buffers[name] = view
+    if layers[0].bias is None:
+        return Part(tensors, None, spec, sizes)
+    bias = torch.cat([layer.bias.detach() for layer in layers])
+    for layer, view in zip(layers, bias.split(sizes), strict=True):
+        layer.bias = nn.Parameter(view, requires_grad=False)
+    return Part(tensors, bias, spec, sizes)
+
+
+def _weight(part: Part, k: int) -> tuple[Tensor, Tensor]:
+    found = part.spec.resolve().to_int8(part.tensors, k, part.spec)
+    assert found is not None
+    return found
+
+
