@@ -12,6 +12,9 @@ from ..kernels import dispatch
 from ..quantize.layer import layer_bytes
 from ..quantize.spec import LayerSpec
 from .artifact import check_tensors, read_config
+from .attach import attach
+from .family import find_family
+from .fusion import report
 from .load import linear_shapes, parse_device
 from .source import find_source
 
@@ -23,10 +26,12 @@ def describe_artifact(path: str | Path, device: str | None = None) -> dict[str, 
     """
     source = find_source(path)
     config = read_config(source.transformer)
-    shapes = linear_shapes(source.skeleton())
+    skeleton = source.skeleton()
+    shapes = linear_shapes(skeleton)
     check_tensors(config, shapes, source.checkpoint)
     specs = config.resolve(shapes)
     place = parse_device(device)
+    attach(skeleton, specs)
     groups: dict[tuple[str, LayerSpec], list[str]] = {}
     for name, spec in specs.items():
         groups.setdefault((re.sub(r"\.\d+\.", ".*.", name, count=1), spec), []).append(name)
@@ -42,6 +47,7 @@ def describe_artifact(path: str | Path, device: str | None = None) -> dict[str, 
         "compressed_bytes": compressed,
         "ratio": compressed / (2 * elements),
         "other_bytes": _file_bytes(source.transformer) - compressed,
+        "blocks": report(skeleton, find_family(skeleton).block_names(skeleton)),
         "reasons": reasons(specs.values(), place),
     }
 

@@ -8,6 +8,7 @@ know (a mask, a hook, gradients, another attention processor) runs its own forwa
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -159,20 +160,27 @@ def _equal(one: nn.Module, other: nn.Module) -> bool:
     )
 
 
-def report(model: nn.Module) -> dict[str, str]:
-    """Class of block -> how many of its blocks can be fused, and for what reasons others cannot. For `inspect`; the
-    model may lie on the meta device."""
+def report(model: nn.Module, blocks: Iterable[str]) -> dict[str, str]:
+    """Class of block -> how many of its blocks a GPU runs fused, and why others are not. For `inspect`.
+
+    model   compressed; may lie on the meta device, where layers of equal specs are taken to share scales and signs
+    blocks  full names of its repeated blocks
+    """
     found: dict[str, Counter[str]] = {}
-    for module in model.modules():
-        fusion = find_fusion(module)
-        if fusion is None:
-            continue
-        reason = fusion.refusal(module)
-        if reason is None:
-            stages = fusion.build(module, cpu=True).stages
-            reasons = {r for r in (stage.refusal() for stage in stages) if r is not None}
-            reason = "fused" if not reasons else f"partly fused: {'; '.join(sorted(reasons))}"
-            if all(stage.refusal() is not None for stage in stages):
-                reason = f"not fused: {'; '.join(sorted(reasons))}"
-        found.setdefault(type(module).__name__, Counter())[reason] += 1
-    return {kind: ", ".join(f"{n} {why}" for why, n in reasons.items()) for kind, reasons in found.items()}
+    for name in blocks:
+        block = model.get_submodule(name)
+        found.setdefault(type(block).__name__, Counter())[_verdict(block)] += 1
+    return {kind: ", ".join(f"{n} {why}" for why, n in verdicts.items()) for kind, verdicts in found.items()}
+
+
+def _verdict(block: nn.Module) -> str:
+    fusion = find_fusion(block)
+    if fusion is None:
+        return "not fused (no fusion knows this class)"
+    if (reason := fusion.refusal(block)) is not None:
+        return f"not fused ({reason})"
+    refusals = [stage.refusal() for stage in fusion.build(block, cpu=True).stages]
+    reasons = "; ".join(sorted({reason for reason in refusals if reason is not None}))
+    if not reasons:
+        return "fused"
+    return f"not fused ({reasons})" if None not in refusals else f"partly fused ({reasons})"

@@ -18,10 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels.act_quant import act_quant, activate
+from ..kernels import norm_quant as norms
+from ..kernels.act_quant import ACTS, GATED, act_quant
 from ..kernels.int8_linear import int8_linear
 from ..kernels.int8_linear_add import int8_linear_add
-from ..kernels.norm_quant import norm_quant, normalize
+from ..kernels.norm_quant import norm_quant
 from ..quantize.format import Tensors
 from ..quantize.spec import FormatSpec
 from .linear import CompressedLinear
@@ -102,9 +103,10 @@ class Stage:
         """x: float [M, K] normalised, then `* (1 + scale[b]) + shift[b]` with shift and scale [B, K], B dividing M."""
         mod = [] if shift is None or scale is None else [shift, scale]
         if not self.ready():
-            y = normalize(x, mod, list(norm.affine), norm.kind, norm.eps)
+            y = norms.Norm(mod, list(norm.affine), norm.kind, norm.eps).apply(x)
             return Rows(y.to(x.dtype), None, x.dtype)
-        affine, transform, block, kind = list(norm.affine), *self._transform()
+        pre_scale, signs, block, kind = self._transform()
+        transform, affine = [t for t in (pre_scale, signs) if t is not None], list(norm.affine)
         codes, row_scale = norm_quant(x, mod, affine, transform, norm.kind, norm.eps, block, kind)
         return Rows(codes, row_scale, x.dtype)
 
@@ -112,10 +114,11 @@ class Stage:
         """x: float [M, K], or [M, 2K] for a gated activation, through the activation function called `act`; beside the
         columns of `prefix` [M, P], when given, which come first and as they are."""
         if not self.ready():
-            y = activate(x, act).to(x.dtype)
+            y = activate(x, act)
             return Rows(y if prefix is None else torch.cat([prefix, y], dim=1), None, x.dtype)
-        transform, block, kind = self._transform()
-        codes, row_scale = act_quant(x, act, transform, block, kind, prefix)
+        if prefix is not None:
+            x, act = torch.cat([prefix, activate(x, act)], dim=1), "none"
+        codes, row_scale = act_quant(x, act, *self._transform())
         return Rows(codes, row_scale, x.dtype)
 
     def linear(self, rows: Rows) -> list[Tensor]:
@@ -147,19 +150,27 @@ class Stage:
         weight, weight_scale = _weight(part, self.k)
         return int8_linear_add(rows.values, rows.scale, weight, weight_scale, part.bias, residual, gate)
 
-    def _transform(self) -> tuple[list[Tensor], int, str]:
+    def _transform(self) -> tuple[Tensor | None, Tensor | None, int, str]:
+        """pre_scale, signs, block_size and kind of the rotation: what is done to the input before it is quantised."""
         layer = self.layers[0]
         assert isinstance(layer, CompressedLinear)
-        spec, stored = layer.spec, layer._buffers
-        tensors = [stored[name] for name in ("pre_quant_scale", "hadamard_signs") if stored.get(name) is not None]
-        if spec.hadamard is None:
-            return tensors, 0, "sylvester"  # type: ignore[return-value]
-        return tensors, spec.hadamard.block_size, spec.hadamard.kind  # type: ignore[return-value]
+        pre_scale, signs = layer._buffers.get("pre_quant_scale"), layer._buffers.get("hadamard_signs")
+        if layer.spec.hadamard is None:
+            return pre_scale, None, 0, "sylvester"
+        return pre_scale, signs, layer.spec.hadamard.block_size, layer.spec.hadamard.kind
 
 
 def spread(per_sample: Tensor, rows: int) -> Tensor:
     """[B, N] -> [rows, N]: every sample's row repeated for its rows / B tokens."""
     return per_sample.repeat_interleave(rows // len(per_sample), dim=0)
+
+
+def activate(x: Tensor, act: str) -> Tensor:
+    """float [M, K] (gated: [M, 2K]) -> [M, K]: the activation function called `act`, unfused, in x's dtype."""
+    if act not in GATED:
+        return ACTS[act](x)
+    hidden, gate = x.chunk(2, dim=1)
+    return hidden * ACTS[act](gate)
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -196,7 +207,7 @@ def _reads_alike(one: nn.Module, other: nn.Module) -> bool:
         return False
     names = ("pre_quant_scale", "hadamard_signs")
     pairs = [(one._buffers.get(name), other._buffers.get(name)) for name in names]
-    return all(a is None or (b is not None and torch.equal(a, b)) for a, b in pairs)
+    return all(a is None or (b is not None and (a.is_meta or torch.equal(a, b))) for a, b in pairs)
 
 
 def is_stale(layers: tuple[nn.Module, ...], parts: list[Part]) -> bool:

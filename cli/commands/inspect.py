@@ -53,5 +53,7 @@ def run(
         f"compressed layers {human_bytes(found['compressed_bytes'])} "
         f"({found['ratio']:.3f}x of 16 bits), everything else {human_bytes(found['other_bytes'])}"
     )
+    for kind, verdict in found["blocks"].items():
+        console.print(f"  {kind} on a GPU: {verdict}")
     for line in found["reasons"]:
         console.print(f"  {line}")

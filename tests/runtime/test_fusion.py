@@ -1,0 +1,247 @@
+"""Fused blocks: the same numbers as the model's own blocks, whatever is done to the model before or after."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vdit_quant.quantize.compose import Choices, compress_linear
+from vdit_quant.quantize.method import FloatLayer
+from vdit_quant.quantize.spec import LayerSpec
+from vdit_quant.runtime.attach import attach, linear_layers
+from vdit_quant.runtime.family import find_family
+from vdit_quant.runtime.fusion import FusedBlock, fuse, report, unfuse
+from vdit_quant.runtime.linear import CompressedLinear
+
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 32}
+COMPRESSED = ("attention", "feed_forward")
+torch.manual_seed(0)
+IDS = {"img_ids": torch.randint(4, (16, 3)), "txt_ids": torch.zeros(5, 3)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small model of one class, the shapes of its inputs, and what else a call needs."""
+
+    kind: str
+    config: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    extra: dict[str, Any]
+
+
+CASES = {
+    "dit": Case(
+        "DiTTransformer2DModel",
+        {**HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 3, "sample_size": 8, "num_embeds_ada_norm": 1000},
+        {"hidden_states": (4, 8, 8)},
+        {"class_labels": torch.tensor([3, 1000])},
+    ),
+    "pixart": Case(
+        "PixArtTransformer2DModel",
+        {**HEADS, "in_channels": 4, "out_channels": 8, "num_layers": 2, "cross_attention_dim": 64, "sample_size": 8,
+         "caption_channels": 24},
+        {"hidden_states": (4, 8, 8), "encoder_hidden_states": (6, 24)},
+        {"encoder_attention_mask": torch.tensor([[1.0] * 6, [1.0, 1.0, 0, 0, 0, 0]])},
+    ),
+    "flux": Case(
+        "FluxTransformer2DModel",
+        {**HEADS, "in_channels": 8, "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": 24,
+         "pooled_projection_dim": 16, "axes_dims_rope": (8, 12, 12)},
+        {"hidden_states": (16, 8), "encoder_hidden_states": (5, 24), "pooled_projections": (16,)},
+        IDS,
+    ),
+}  # fmt: skip
+
+
+def build(case: Case) -> nn.Module:
+    torch.manual_seed(1)
+    model = getattr(diffusers, case.kind)(**case.config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if ".norm_" in name:  # one everywhere when untrained, and then a norm that is left out shows nowhere
+            parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def call(model: nn.Module, case: Case, seed: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    made = {name: torch.randn(2, *shape, generator=generator) for name, shape in case.shapes.items()}
+    out: Tensor = model(**made, timestep=torch.tensor([300, 300]), **case.extra, return_dict=False)[0]
+    return out
+
+
+def compress(model: nn.Module, spec: str = "w4g16-a8tok-h16", specs: dict[str, str] | None = None) -> nn.Module:
+    """`spec` everywhere in the blocks, w8 for modulation; `specs` names layers (by ending) that get another one."""
+    chosen, tensors = {}, {}
+    layers = linear_layers(model)
+    for name, role in find_family(model).linears(model).items():
+        if role not in (*COMPRESSED, "modulation"):
+            continue
+        other = next((s for ending, s in (specs or {}).items() if name.endswith(ending)), None)
+        chosen[name] = LayerSpec.parse(other or ("w8" if role == "modulation" else spec))
+        weight = layers[name].weight.float()
+        tensors[name] = compress_linear(FloatLayer(name, weight), None, chosen[name], Choices(rounding="rtn"))
+    attach(model, chosen, tensors)
+    return model
+
+
+def fused_blocks(model: nn.Module) -> int:
+    return sum(isinstance(getattr(m.__dict__.get("forward"), "__self__", None), FusedBlock) for m in model.modules())
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    """Equal to fp32 rounding: quantisation turns a last-bit difference into a flipped code here and there."""
+    return float((found - expected).norm() / expected.norm()) < 2e-3
+
+
+@pytest.fixture(params=list(CASES))
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.mark.parametrize("spec", ["w8-a8tok", "w4g16-a8tok-h16", "w3g32-a8tok", "w4g16", "w8-a8tok-r4"])
+def test_fused_is_unfused(case: Case, spec: str) -> None:
+    model = compress(build(case), spec)
+    expected = call(model, case)
+    assert close(call(fuse(model, cpu=True), case), expected)
+    assert torch.equal(call(unfuse(model), case), expected) and fused_blocks(model) == 0
+
+
+def test_layers_of_one_stage_may_differ(case: Case) -> None:
+    model = compress(build(case), specs={"to_k": "w8-a8tok-h16", "to_out.0": "w8", "net.2": "w8-a8tok"})
+    expected = call(model, case)
+    fuse(model, cpu=True)
+    assert fused_blocks(model) > 0 and close(call(model, case), expected)
+
+
+def test_on_a_cpu_nothing_changes_unless_asked(case: Case) -> None:
+    model = compress(build(case))
+    expected = call(model, case)
+    assert torch.equal(call(fuse(model), case), expected)
+
+
+def test_merged_layers_hold_nothing_twice(case: Case) -> None:
+    model = compress(build(case))
+    before = storage_bytes(model)
+    fuse(model, cpu=True)
+    call(model, case)
+    assert storage_bytes(model) <= before
+
+
+def storage_bytes(model: nn.Module) -> int:
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def test_repeated_embedders_are_held_once_and_written_in_full() -> None:
+    model = build(CASES["dit"])
+    for block in model.transformer_blocks[1:]:
+        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    compress(model)
+    names, before = list(model.state_dict()), storage_bytes(model)
+    fuse(model, cpu=True)
+    embedder = sum(p.numel() * 4 for p in model.transformer_blocks[0].norm1.emb.parameters())
+    assert storage_bytes(model) == before - 2 * embedder
+    state = model.state_dict()
+    assert list(state) == names
+    written = [state[f"transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_1.weight"] for i in range(3)]
+    assert len({t.data_ptr() for t in written}) == 3 and torch.equal(written[0], written[2])
+
+
+def test_embedders_that_differ_are_not_shared() -> None:
+    model = compress(build(CASES["dit"]))
+    expected = call(model, CASES["dit"])
+    assert close(call(fuse(model, cpu=True), CASES["dit"]), expected)
+
+
+@pytest.mark.parametrize("change", ["cast", "copy", "reload"])
+def test_a_changed_model_is_followed(case: Case, change: str) -> None:
+    model = compress(build(case))
+    fuse(model, cpu=True)
+    call(model, case)
+    if change == "copy":
+        model = copy.deepcopy(model)
+    layers = [m for m in model.modules() if isinstance(m, CompressedLinear)]
+    for layer in layers:
+        if change == "cast":
+            layer.load_tensors({k: t.clone() for k, t in layer.tensors().items()}, layer.bias)
+        else:
+            scale = {"weight_scale": layer.tensors()["weight_scale"] * 0.5}
+            layer.load_tensors({**{k: t.clone() for k, t in layer.tensors().items()}, **scale}, layer.bias)
+    found = call(model, case)
+    assert close(found, call(unfuse(model), case))
+
+
+def test_moving_a_model_joins_its_layers_again(case: Case) -> None:
+    model = fuse(compress(build(case)), cpu=True)
+    expected = call(model, case)
+    moved = model.to(torch.float64).to(torch.float32)  # every float tensor is a new one
+    assert torch.equal(call(moved, case), expected)
+
+
+@pytest.mark.parametrize("trouble", ["hook", "wrapper", "lifted", "training"])
+def test_what_a_stage_cannot_know_runs_as_it_is(case: Case, trouble: str) -> None:
+    model = fuse(compress(build(case)), cpu=True)
+    call(model, case)
+    name = next(n for n in linear_layers(model) if n.endswith("to_k") and "attn" in n)
+    layer = model.get_submodule(name)
+    seen = []
+    if trouble == "hook":
+        layer.register_forward_hook(lambda *_: seen.append(1))
+    elif trouble == "wrapper":
+        model.set_submodule(name, Doubled(layer))
+    elif trouble == "lifted":
+        layer.active_spec = LayerSpec(layer.spec.weight, hadamard=layer.spec.hadamard)
+    else:
+        model.train()
+    found = call(model, case)
+    assert close(found, call(unfuse(model), case))
+    assert not seen or len(seen) == 2
+
+
+class Doubled(nn.Module):
+    """What a LoRA does to a layer, as far as a stage can tell."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.base_layer(x)
+
+
+def test_torch_compile_has_no_graph_break(case: Case) -> None:
+    torch._dynamo.reset()
+    model = fuse(compress(build(case)), cpu=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected = call(model, case)
+    assert torch.equal(call(compiled, case), expected)
+
+
+def test_the_modulation_of_another_call_is_never_used() -> None:
+    case = CASES["dit"]
+    model = fuse(compress(build(case)), cpu=True)
+    first = call(model, case)
+    with pytest.raises(RuntimeError):
+        call(model, Case(case.kind, case.config, {"hidden_states": (3, 8, 8)}, case.extra))
+    assert torch.equal(call(model, case), first)
+    assert not torch.equal(call(model, Case(case.kind, case.config, case.shapes, {"class_labels": torch.tensor([7, 8])})), first)
+
+
+def test_the_report_names_what_is_not_fused() -> None:
+    model = build(CASES["dit"])
+    blocks = find_family(model).block_names(model)
+    assert "not compressed" in report(model, blocks)["BasicTransformerBlock"]
+    assert report(compress(model), blocks) == {"BasicTransformerBlock": "3 fused"}
+    other = build(CASES["dit"])
+    assert "partly fused" in report(compress(other, specs={"to_out.0": "w8"}), blocks)["BasicTransformerBlock"]
+
+
+def test_a_model_with_no_fusion_runs_as_it_is() -> None:
+    plain = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    x = torch.randn(2, 8)
+    expected = plain(x)
+    assert torch.equal(fuse(plain, cpu=True)(x), expected) and fused_blocks(plain) == 0
