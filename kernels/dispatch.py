@@ -28,6 +28,8 @@ TWINS = {
     "quant_token": "quant_token",
     "int8_linear": "int8_linear",
     "int8_weight_linear": "int8_linear",
+    "int8_linear_add": "int8_linear_add",
+    "int8_linear_low_rank": "int8_linear_low_rank",
     "int4_to_int8": "int4_linear",
     "int4_linear": "int4_linear",
     "int4_weight_linear": "int4_linear",

@@ -44,7 +44,8 @@ def check_float(op: str, x: Tensor) -> None:
     expect(x.dtype in FLOATS and x.dim() == 2, op, "x float32, bfloat16 or float16 [M, K]", describe(x))
 
 
-def _check_weight(op: str, k: int, weight: Tensor) -> None:
+def check_int8_weight(op: str, k: int, weight: Tensor) -> None:
+    """Check an int8 weight for activations of width `k`."""
     ok = weight.dtype == torch.int8 and weight.dim() == 2 and weight.shape[1] == k
     expect(ok, op, f"weight torch.int8 [N, {k}]", describe(weight))
 
@@ -106,7 +107,7 @@ def _check_int8(
     codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> None:
     check_codes("int8_linear", codes, scale, out_dtype)
-    _check_weight("int8_linear", codes.shape[1], weight)
+    check_int8_weight("int8_linear", codes.shape[1], weight)
     check_vectors("int8_linear", weight.shape[0], weight_scale, bias)
 
 
@@ -150,7 +151,7 @@ def _(
 
 def _check_weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
     check_float("int8_weight_linear", x)
-    _check_weight("int8_weight_linear", x.shape[1], weight)
+    check_int8_weight("int8_weight_linear", x.shape[1], weight)
     check_vectors("int8_weight_linear", weight.shape[0], weight_scale, bias)
 
 

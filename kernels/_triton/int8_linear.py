@@ -14,6 +14,32 @@ from ..quant_token import FLOATS
 from .tiles import INTERPRETED, ROUND_EACH_STEP, TORCH_TO_TRITON, rows_contiguous, store_scaled, tile, tile_ids
 
 
+@triton.jit
+def tile_product(
+    x_ptr, w_ptr, pid_m, pid_n, M, N, K, ACC: tl.constexpr, EVEN_K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """acc[BM, BN] in ACC of one tile of x [M, K] times w [N, K], both K contiguous and of one 8-bit type."""
+    # Rows beyond the edge repeat the last one: their results are never stored, and the loads need no row mask.
+    rm = tl.minimum(pid_m * BM + tl.arange(0, BM), M - 1).to(tl.int64)
+    rn = tl.minimum(pid_n * BN + tl.arange(0, BN), N - 1).to(tl.int64)
+    rk = tl.arange(0, BK)
+    x_at = x_ptr + rm[:, None] * K + rk[None, :]
+    w_at = w_ptr + rn[None, :] * K + rk[:, None]
+    acc = tl.zeros((BM, BN), dtype=ACC)
+    for k in range(0, K, BK):
+        if EVEN_K:
+            x = tl.load(x_at)
+            w = tl.load(w_at)
+        else:
+            x = tl.load(x_at, mask=(k + rk)[None, :] < K, other=0)
+            w = tl.load(w_at, mask=(k + rk)[:, None] < K, other=0)
+        acc = tl.dot(x, w, acc, out_dtype=ACC)
+        x_at += BK
+        w_at += BK
+    return acc
+
+
 @triton.jit(do_not_specialize=["M"])
 def int8_linear_kernel(
     x_ptr, w_ptr, scale_ptr, weight_scale_ptr, bias_ptr, y_ptr, M, N, K,
@@ -22,23 +48,7 @@ def int8_linear_kernel(
 ):  # fmt: skip
     """Int8 x int8 -> int32, one [BM, BN] tile per program; both operands K contiguous."""
     pid_m, pid_n = tile_ids(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
-    # Rows beyond the edge repeat the last one: their results are never stored, and the loads need no row mask.
-    rm = tl.minimum(pid_m * BM + tl.arange(0, BM), M - 1).to(tl.int64)
-    rn = tl.minimum(pid_n * BN + tl.arange(0, BN), N - 1).to(tl.int64)
-    rk = tl.arange(0, BK)
-    x_at = x_ptr + rm[:, None] * K + rk[None, :]
-    w_at = w_ptr + rn[None, :] * K + rk[:, None]
-    acc = tl.zeros((BM, BN), dtype=tl.int32)
-    for k in range(0, K, BK):
-        if EVEN_K:
-            x = tl.load(x_at)
-            w = tl.load(w_at)
-        else:
-            x = tl.load(x_at, mask=(k + rk)[None, :] < K, other=0)
-            w = tl.load(w_at, mask=(k + rk)[:, None] < K, other=0)
-        acc = tl.dot(x, w, acc, out_dtype=tl.int32)
-        x_at += BK
-        w_at += BK
+    acc = tile_product(x_ptr, w_ptr, pid_m, pid_n, M, N, K, tl.int32, EVEN_K, BM, BN, BK)
     store_scaled(
         y_ptr, acc, scale_ptr, weight_scale_ptr, bias_ptr, pid_m, pid_n, M, N,
         HAS_SCALE=True, HAS_BIAS=HAS_BIAS, BM=BM, BN=BN,

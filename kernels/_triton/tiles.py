@@ -38,19 +38,28 @@ def round_to_int8(t):
 
 
 @triton.jit
-def store_scaled(
-    y_ptr, acc, scale_ptr, weight_scale_ptr, bias_ptr, pid_m, pid_n, M, N,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+def scaled(
+    acc, scale_ptr, weight_scale_ptr, bias_ptr, rm, rn, M, N, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr
 ):  # fmt: skip
-    """y = acc * scale[m] * weight_scale[n] + bias[n] in fp32, cast and stored with both tails masked."""
-    rm = pid_m * BM + tl.arange(0, BM)
-    rn = pid_n * BN + tl.arange(0, BN)
+    """acc * scale[m] * weight_scale[n] + bias[n] in fp32, for rows rm and columns rn, both of which may lie outside."""
     y = acc.to(tl.float32)
     if HAS_SCALE:
         y = y * tl.load(scale_ptr + rm, mask=rm < M, other=0.0)[:, None]
     y = y * tl.load(weight_scale_ptr + rn, mask=rn < N, other=0.0)[None, :]
     if HAS_BIAS:
         y += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
+    return y
+
+
+@triton.jit
+def store_scaled(
+    y_ptr, acc, scale_ptr, weight_scale_ptr, bias_ptr, pid_m, pid_n, M, N,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Store the `scaled` tile with both tails masked."""
+    rm = pid_m * BM + tl.arange(0, BM)
+    rn = pid_n * BN + tl.arange(0, BN)
+    y = scaled(acc, scale_ptr, weight_scale_ptr, bias_ptr, rm, rn, M, N, HAS_SCALE, HAS_BIAS)
     at = y_ptr + rm.to(tl.int64)[:, None] * N + rn[None, :]
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=(rm < M)[:, None] & (rn < N)[None, :])
 

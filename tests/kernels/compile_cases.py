@@ -19,7 +19,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vdit_quant.kernels._triton import hadamard, int4_linear, int8_linear, packed_decode, quant_token
+from vdit_quant.kernels._triton import (
+    hadamard,
+    int4_linear,
+    int8_linear,
+    int8_linear_add,
+    int8_linear_low_rank,
+    packed_decode,
+    quant_token,
+)
 from vdit_quant.kernels._triton.tiles import ROUND_EACH_STEP
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -46,6 +54,34 @@ def int8_linear_cases() -> Iterator[Case]:
         options = int8_linear.weight_only_options(m, dtype)
         consts = {"HAS_BIAS": True, "EVEN_K": True, "DOT": int8_linear.dot_dtype(dtype), **options}
         yield f"int8_weight_linear M={m} {dtype}", int8_linear.int8_weight_linear_kernel, types, consts
+
+
+def int8_linear_add_cases() -> Iterator[Case]:
+    pointers = {"residual_ptr": "*bf16", "gate_ptr": "*bf16", "TOKENS": "i32", "GATE_STRIDE": "i32"}
+    for m, n, gate, tokens in (
+        (512, 1152, True, 256),
+        (8192, 1152, True, 256),
+        (8192, 1152, True, 64),
+        (8192, 1152, False, 8192),
+    ):
+        types = {**LINEAR, "x_ptr": "*i8", "y_ptr": "*bf16", **pointers, **SIZES}
+        options, one = int8_linear_add.launch_options(m, n, tokens)
+        consts = {"HAS_BIAS": True, "HAS_GATE": gate, "ONE_SAMPLE": one, "EVEN_K": True, **options, **ROUND_EACH_STEP}
+        yield f"int8_linear_add M={m} gate={gate} one={one}", int8_linear_add.int8_linear_add_kernel, types, consts
+
+
+def int8_linear_low_rank_cases() -> Iterator[Case]:
+    for m, rank, dtype in (
+        (17, 32, torch.bfloat16),
+        (512, 16, torch.bfloat16),
+        (8192, 32, torch.bfloat16),
+        (8192, 32, torch.float32),
+    ):
+        pointer = POINTERS[dtype]
+        types = {**LINEAR, "x_ptr": "*i8", "y_ptr": "*bf16", "low_ptr": pointer, "up_ptr": pointer, "R": "i32", **SIZES}
+        consts = {"HAS_BIAS": True, "EVEN_K": True, "DOT": int8_linear.dot_dtype(dtype)}
+        consts |= {**int8_linear_low_rank.launch_options(m, 4608, rank, dtype), **ROUND_EACH_STEP}
+        yield f"low_rank M={m} R={rank} {dtype}", int8_linear_low_rank.int8_linear_low_rank_kernel, types, consts
 
 
 def int4_linear_cases() -> Iterator[Case]:
@@ -90,7 +126,7 @@ def compile_case(kernel: Any, types: dict[str, str], consts: dict[str, Any], cap
             continue
         signature[name] = types[name]
         # M is not specialised by the kernels; everything else is a multiple of 16 in every layer of a DiT.
-        if name not in ("M", "ROWS", "BLOCKS", "factor"):
+        if name not in ("M", "ROWS", "BLOCKS", "TOKENS", "factor"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

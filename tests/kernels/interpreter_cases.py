@@ -6,12 +6,16 @@ import torch
 from vdit_quant.kernels._triton import hadamard as hadamard_twin
 from vdit_quant.kernels._triton import int4_linear as int4_twin
 from vdit_quant.kernels._triton import int8_linear as int8_twin
+from vdit_quant.kernels._triton import int8_linear_add as add_twin
+from vdit_quant.kernels._triton import int8_linear_low_rank as low_rank_twin
 from vdit_quant.kernels._triton import packed_decode as packed_twin
 from vdit_quant.kernels._triton import quant_token as quant_twin
 from vdit_quant.kernels._triton.tiles import INTERPRETED
 from vdit_quant.kernels.hadamard import hadamard
 from vdit_quant.kernels.int4_linear import int4_linear, int4_to_int8, int4_weight_linear
 from vdit_quant.kernels.int8_linear import int8_linear, int8_weight_linear
+from vdit_quant.kernels.int8_linear_add import int8_linear_add
+from vdit_quant.kernels.int8_linear_low_rank import int8_linear_low_rank
 from vdit_quant.kernels.pack import WIDTHS, pack_bits
 from vdit_quant.kernels.packed_decode import packed_to_int8
 from vdit_quant.kernels.quant_token import quant_token
@@ -59,6 +63,30 @@ def test_int8_linear_large_tile(make_layer, monkeypatch) -> None:
     monkeypatch.setattr(int8_twin, "int8_options", lambda m, n: big)
     args = (a.codes, a.scale, a.weight, a.weight_scale, a.bias, torch.float32)
     assert torch.equal(int8_twin.run("int8_linear", *args), int8_linear(*args))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("m", "k", "n", "samples"), [(1, 72, 33, 1), (34, 200, 40, 2), (130, 33, 130, 5), (128, 64, 40, 2)]
+)
+def test_int8_linear_add(m: int, k: int, n: int, samples: int, dtype: torch.dtype, make_layer) -> None:
+    a = make_layer(m, k, n)
+    residual = make_layer(m, n, 1).x.to(dtype)
+    gate = make_layer(samples, 6 * n, 1).x.to(dtype)[:, 2 * n : 3 * n]
+    for chosen, bias in ((gate, a.bias), (gate.t().contiguous().t(), None), (None, a.bias)):
+        args = (a.codes, a.scale, a.weight, a.weight_scale, bias, residual, chosen)
+        assert torch.equal(add_twin.run("int8_linear_add", *args), int8_linear_add(*args))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("m", "k", "n", "rank"), [(1, 72, 33, 16), (17, 200, 40, 5), (129, 33, 130, 40)])
+def test_int8_linear_low_rank(m: int, k: int, n: int, rank: int, dtype: torch.dtype, make_layer, relative_rms) -> None:
+    a = make_layer(m, k, n)
+    low, up = make_layer(m, rank, 1).x.to(dtype), make_layer(n, rank, 2).x.to(dtype)
+    for bias in (a.bias, None):
+        args = (a.codes, a.scale, a.weight, a.weight_scale, bias, low, up, torch.float32)
+        got = low_rank_twin.run("int8_linear_low_rank", *args)
+        assert relative_rms(got, int8_linear_low_rank(*args)) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

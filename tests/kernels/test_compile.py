@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).with_name("compile_cases.py")
-FILES = ("quant_token", "int8_linear", "int4_linear", "packed_decode", "hadamard")
+FILES = (
+    "quant_token",
+    "int8_linear",
+    "int8_linear_add",
+    "int8_linear_low_rank",
+    "int4_linear",
+    "packed_decode",
+    "hadamard",
+)
 CAPABILITIES = (80, 90)
 
 

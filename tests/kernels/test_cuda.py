@@ -9,11 +9,15 @@ from vdit_quant.kernels import dispatch
 from vdit_quant.kernels import hadamard as hadamard_module
 from vdit_quant.kernels import int4_linear as int4_module
 from vdit_quant.kernels import int8_linear as int8_module
+from vdit_quant.kernels import int8_linear_add as add_module
+from vdit_quant.kernels import int8_linear_low_rank as low_rank_module
 from vdit_quant.kernels import packed_decode as packed_module
 from vdit_quant.kernels import quant_token as quant_module
 from vdit_quant.kernels.hadamard import hadamard
 from vdit_quant.kernels.int4_linear import int4_linear, int4_to_int8, int4_weight_linear
 from vdit_quant.kernels.int8_linear import int8_linear, int8_weight_linear
+from vdit_quant.kernels.int8_linear_add import int8_linear_add
+from vdit_quant.kernels.int8_linear_low_rank import int8_linear_low_rank
 from vdit_quant.kernels.pack import WIDTHS, pack_bits
 from vdit_quant.kernels.packed_decode import packed_to_int8
 from vdit_quant.kernels.quant_token import quant_token
@@ -70,6 +74,31 @@ def test_int8_linear(k: int, n: int, make_layer, relative_rms) -> None:
             got = int8_linear(*args, dtype)
             as_good_as(reference, got, want, relative_rms)
             assert torch.equal(got, reference)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("k", "n"), SHAPES)
+@pytest.mark.parametrize(("samples", "tokens"), [(1, 1), (2, 256), (3, 43), (32, 256), (2, 4096)])
+def test_int8_linear_add(samples: int, tokens: int, k: int, n: int, dtype: torch.dtype, make_layer) -> None:
+    a = make_layer(samples * tokens, k, n, device="cuda")
+    residual = torch.randn(samples * tokens, n, device="cuda").to(dtype)
+    gate = torch.randn(samples, 6 * n, device="cuda").to(dtype)[:, 2 * n : 3 * n]
+    for chosen, bias in ((gate, a.bias), (None, None)):
+        args = (a.codes, a.scale, a.weight, a.weight_scale, bias, residual, chosen)
+        assert torch.equal(int8_linear_add(*args), add_module._reference(*args))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rank", [16, 32, 128])
+@pytest.mark.parametrize(("k", "n"), DIT_XL[:1] + RAGGED)
+def test_int8_linear_low_rank(k: int, n: int, rank: int, dtype: torch.dtype, make_layer, relative_rms) -> None:
+    for m in TOKENS:
+        a = make_layer(m, k, n, device="cuda")
+        low, up = torch.randn(m, rank, device="cuda").to(dtype), torch.randn(n, rank, device="cuda").to(dtype)
+        args = (a.codes, a.scale, a.weight, a.weight_scale, a.bias, low, up, torch.float32)
+        want = a.codes.double() @ a.weight.double().t() * a.scale.double()[:, None] * a.weight_scale.double()
+        want += low.double() @ up.double().t() + a.bias
+        as_good_as(low_rank_module._reference(*args), int8_linear_low_rank(*args), want, relative_rms)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -10,6 +10,8 @@ from vdit_quant.kernels.dispatch import TWINS
 from vdit_quant.kernels.hadamard import hadamard
 from vdit_quant.kernels.int4_linear import int4_linear, int4_to_int8, int4_weight_linear
 from vdit_quant.kernels.int8_linear import int8_linear, int8_weight_linear
+from vdit_quant.kernels.int8_linear_add import int8_linear_add
+from vdit_quant.kernels.int8_linear_low_rank import int8_linear_low_rank
 from vdit_quant.kernels.norm_quant import gate_norm_quant, gate_norm_quant_fp8, norm_quant, norm_quant_fp8
 from vdit_quant.kernels.pack import pack_bits
 from vdit_quant.kernels.packed_decode import packed_to_int8
@@ -34,6 +36,20 @@ CASES: dict[str, tuple[Callable[..., object], Callable[..., list[tuple[object, .
         ],
     ),
     "int8_weight_linear": (int8_weight_linear, lambda a: [(a.x, a.weight, a.weight_scale, a.bias)]),
+    "int8_linear_add": (
+        int8_linear_add,
+        lambda a: [
+            (a.codes, a.scale, a.weight, a.weight_scale, a.bias, a.x[:, :8], a.x[:1, 8:16]),
+            (a.codes, a.scale, a.weight, a.weight_scale, None, a.x[:, :8].bfloat16(), None),
+        ],
+    ),
+    "int8_linear_low_rank": (
+        int8_linear_low_rank,
+        lambda a: [
+            (a.codes, a.scale, a.weight, a.weight_scale, a.bias, a.x[:, :4], a.x[0].view(8, 8)[:, :4], torch.bfloat16),
+            (a.codes, a.scale, a.weight, a.weight_scale, None, a.x[:, :4], a.x[0].view(8, 8)[:, :4], torch.float32),
+        ],
+    ),
     "int4_to_int8": (int4_to_int8, lambda a: [(a.packed, a.group_scale, 64), (a.packed, None, 64)]),
     "int4_linear": (
         int4_linear,

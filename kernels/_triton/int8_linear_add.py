@@ -1,0 +1,106 @@
+"""Triton twin of `int8_linear_add`: the int8 product with gate and residual in its epilogue."""
+
+# Kernel parameters are typed by what is launched, not by annotations.
+# mypy: disable-error-code="no-untyped-def"
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..quant_token import FLOATS
+from .int8_linear import grid, int8_options, tile_product
+from .tiles import ROUND_EACH_STEP, rows_contiguous, scaled, tile_ids
+
+
+@triton.jit(do_not_specialize=["M", "TOKENS"])
+def int8_linear_add_kernel(
+    x_ptr, w_ptr, scale_ptr, weight_scale_ptr, bias_ptr, residual_ptr, gate_ptr, y_ptr, M, N, K, TOKENS, GATE_STRIDE,
+    HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, ONE_SAMPLE: tl.constexpr, EVEN_K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """One [BM, BN] tile per program; ONE_SAMPLE: no tile crosses from one sample of TOKENS rows into the next."""
+    pid_m, pid_n = tile_ids(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
+    acc = tile_product(x_ptr, w_ptr, pid_m, pid_n, M, N, K, tl.int32, EVEN_K, BM, BN, BK)
+    rm = pid_m * BM + tl.arange(0, BM)
+    rn = pid_n * BN + tl.arange(0, BN)
+    y = scaled(acc, scale_ptr, weight_scale_ptr, bias_ptr, rm, rn, M, N, HAS_SCALE=True, HAS_BIAS=HAS_BIAS)
+    inside = (rm < M)[:, None] & (rn < N)[None, :]
+    if HAS_GATE:
+        if ONE_SAMPLE:
+            sample = (pid_m * BM // TOKENS).to(tl.int64)
+            gate = tl.load(gate_ptr + sample * GATE_STRIDE + rn, mask=rn < N, other=0.0)[None, :]
+        else:
+            sample = (rm // TOKENS).to(tl.int64)
+            gate = tl.load(gate_ptr + sample[:, None] * GATE_STRIDE + rn[None, :], mask=inside, other=0.0)
+        y = y * gate.to(tl.float32)
+    at = rm.to(tl.int64)[:, None] * N + rn[None, :]
+    y = y + tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def limits(op: str, dtype: torch.dtype | None = None, **_: Any) -> str | None:
+    """Why the kernel cannot take such an input; None when it can."""
+    if dtype is not None and dtype not in (*FLOATS, torch.int8):
+        return f"dtype {dtype} is not supported"
+    return None
+
+
+def supports(op: str, *_: Any) -> str | None:
+    """The op has checked all that matters."""
+    return None
+
+
+def launch_options(m: int, n: int, tokens: int) -> tuple[dict[str, int], bool]:
+    """Tile, and whether every tile lies in one sample of `tokens` rows."""
+    options = int8_options(m, n)
+    one_sample = tokens == m or tokens % options["BM"] == 0
+    if not one_sample and options["BM"] == 128:
+        options["num_warps"] = 8  # a gate for every row: four warps would spill
+    return options, one_sample
+
+
+def run(
+    op: str,
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    gate: Tensor | None,
+) -> Tensor:
+    """`int8_linear_add` by Triton."""
+    m, k = codes.shape
+    n = weight.shape[0]
+    y = torch.empty((m, n), dtype=residual.dtype, device=codes.device)
+    if y.numel() == 0:
+        return y
+    if gate is not None and gate.stride(1) != 1:
+        gate = gate.contiguous()
+    tokens = m if gate is None else m // gate.shape[0]
+    options, one_sample = launch_options(m, n, tokens)
+    int8_linear_add_kernel[grid(m, n, options)](
+        rows_contiguous(codes),
+        rows_contiguous(weight),
+        rows_contiguous(scale),
+        rows_contiguous(weight_scale),
+        weight_scale if bias is None else rows_contiguous(bias),
+        rows_contiguous(residual),
+        residual if gate is None else gate,
+        y,
+        m,
+        n,
+        k,
+        tokens,
+        n if gate is None else gate.stride(0),
+        HAS_BIAS=bias is not None,
+        HAS_GATE=gate is not None,
+        ONE_SAMPLE=one_sample,
+        EVEN_K=k % options["BK"] == 0,
+        **options,
+        **ROUND_EACH_STEP,
+    )
+    return y
