@@ -33,6 +33,8 @@ TWINS = {
     "int4_weight_linear": "int4_linear",
     "packed_to_int8": "packed_decode",
     "hadamard": "hadamard",
+    "head_norm_rope": "head_norm_rope",
+    "attention": "attention",
 }
 """Op name -> file in `_triton/`."""
 
@@ -166,7 +168,8 @@ def _blocker(op: str, device: torch.device) -> str | None:
 def explain(op: str, device: torch.device | str, **facts: Any) -> Choice:
     """Say what would run, without running it.
 
-    `facts` are the ones a kernel may refuse: `dtype` (of the activation), `k`, `group` (int4), `block_size` (hadamard).
+    `facts` are the ones a kernel may refuse: `dtype` (of the activation), `k`, `group` (int4), `block_size` (hadamard),
+    `width` (head_norm_rope), `head_dim` (attention).
     """
     if op not in TWINS:
         raise ValueError(f"unknown op {op!r}; the ops are {', '.join(sorted(TWINS))}")
