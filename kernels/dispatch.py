@@ -40,6 +40,8 @@ TWINS = {
     "gate_norm_quant": "norm_quant",
     "gate_norm_quant_fp8": "norm_quant",
     "act_quant": "act_quant",
+    "head_norm_rope": "head_norm_rope",
+    "attention": "attention",
 }
 """Op name -> file in `_triton/`."""
 
@@ -173,7 +175,8 @@ def _blocker(op: str, device: torch.device) -> str | None:
 def explain(op: str, device: torch.device | str, **facts: Any) -> Choice:
     """Say what would run, without running it.
 
-    `facts` are the ones a kernel may refuse: `dtype` (of the activation), `k`, `group` (int4), `block_size` (hadamard).
+    `facts` are the ones a kernel may refuse: `dtype` (of the activation), `k`, `group` (int4), `block_size` (hadamard),
+    `width` (head_norm_rope), `head_dim` (attention).
     """
     if op not in TWINS:
         raise ValueError(f"unknown op {op!r}; the ops are {', '.join(sorted(TWINS))}")
