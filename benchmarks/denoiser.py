@@ -100,7 +100,9 @@ def measure_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
             paths.append(prepare(way, base, call, truth))
             print(f"{name} {way}: {paths[-1].found}", flush=True)
         except Exception as error:  # one way that fails must not lose the others
-            print(f"{name} {way}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", flush=True)
+            print(
+                f"{name} {way}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", flush=True
+            )
     times: dict[str, list[float]] = {path.name: [] for path in paths}
     for _ in range(options.rounds):
         for path in random.sample(paths, len(paths)):
@@ -203,7 +205,11 @@ def render(found: dict[str, Any]) -> str:
         graphed = {n for n in rows if n.endswith("graph")}
         plain = [r["ms"] for n, r in rows.items() if n.startswith("bf16-compiled") and n not in graphed]
         with_graph = [r["ms"] for n, r in rows.items() if n.startswith("bf16-compiled")]
-        lines += [f"**{model['label']}**", "", "| | ms | x compiled bf16 | weights, GB | peak, GB | error | first call, s |"]
+        lines += [
+            f"**{model['label']}**",
+            "",
+            "| | ms | x compiled bf16 | weights, GB | peak, GB | error | first call, s |",
+        ]
         lines.append("|---|---:|---:|---:|---:|---:|---:|")
         for name, row in rows.items():
             best = min(with_graph if name in graphed else plain, default=float("nan"))

@@ -1,4 +1,4 @@
-"""Denoisers of published shapes with random weights, their inputs, and a compressed copy: for speed, not for quality."""
+"""Denoisers of published shapes with random weights, their inputs, and a compressed copy: for speed, not quality."""
 
 from __future__ import annotations
 
@@ -109,15 +109,13 @@ def inputs(shape: Shape, batch: int, dtype: torch.dtype, device: str, seed: int 
 
 
 def compressed(model: nn.Module, recipe: str) -> nn.Module:
-    """A copy of `model` compressed by the specs of a recipe, rounded to nearest (speed does not depend on the values)."""
+    """A copy of `model` compressed by the specs of a recipe, rounded to nearest (speed does not depend on it)."""
     model = copy.deepcopy(model)
     plan, layers = make_plan(model, find_family(model), load_shipped(recipe)), linear_layers(model)
     tensors = {}
     for layer in plan.compressed:
         assert layer.spec is not None
         weight = layers[layer.name].weight.detach().float()
-        tensors[layer.name] = compress_linear(
-            FloatLayer(layer.name, weight), None, layer.spec, Choices(rounding="rtn")
-        )
+        tensors[layer.name] = compress_linear(FloatLayer(layer.name, weight), None, layer.spec, Choices(rounding="rtn"))
     attach(model, plan.specs(), tensors)
     return model

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..quantize import registry
 from . import fusions
 from .modulation import Modulation
-from .stage import Stage
+from .stage import Place, Stage
 
 
 class FusedBlock:
@@ -76,9 +76,14 @@ class Fusion:
         """The fused block, without its modulation."""
         raise NotImplementedError
 
-    def modulators(self, block: nn.Module) -> list[nn.Module]:
-        """The linear layers of the block that turn one shared embedding into modulation; may be empty."""
+    def modulators(self, block: nn.Module) -> list[Place]:
+        """Where the linear layers of the block are that turn an embedding into modulation; may be none."""
         return []
+
+    def embedder(self, block: nn.Module) -> nn.Module | None:
+        """The block's own embedder, None where it is given the embedding: blocks with one embedder are modulated at
+        once."""
+        return None
 
 
 def find_fusion(block: nn.Module) -> Fusion | None:
@@ -98,7 +103,8 @@ def fuse(model: nn.Module, cpu: bool = False) -> nn.Module:
     """
     unfuse(model)
     share_embedders(model)
-    fused: list[tuple[FusedBlock, list[nn.Module]]] = []
+    groups: dict[nn.Module | None, list[tuple[FusedBlock, list[Place]]]] = {}
+    shared: dict[Any, Any] = {}
     for module in model.modules():
         fusion = find_fusion(module)
         if fusion is None or fusion.refusal(module) is not None:
@@ -106,14 +112,14 @@ def fuse(model: nn.Module, cpu: bool = False) -> nn.Module:
         block = fusion.build(module, cpu)
         if all(stage.refusal() is not None for stage in block.stages):
             continue
-        fused.append((block, fusion.modulators(module)))
-    modulation = Modulation([layers for _, layers in fused])
-    shared: dict[Any, Any] = {}
-    for index, (block, layers) in enumerate(fused):
-        block.shared, block.index = shared, index
-        block.modulation = modulation if layers else None
-        block.block.forward, block.block._apply = block.forward, block.move
-        block.join()
+        block.shared = shared
+        groups.setdefault(fusion.embedder(module), []).append((block, fusion.modulators(module)))
+    for members in groups.values():
+        modulation = Modulation([layers for _, layers in members])
+        for index, (block, layers) in enumerate(members):
+            block.index, block.modulation = index, modulation if layers else None
+            block.block.forward, block.block._apply = block.forward, block.move
+            block.join()
     return model
 
 
@@ -130,7 +136,7 @@ def share_embedders(model: nn.Module) -> None:
     every block."""
     first: dict[str, Any] = {}
     shared = False
-    for name, module in list(model.named_modules()):
+    for module in list(model.modules()):
         embedder = getattr(module, "emb", None)
         if not isinstance(embedder, nn.Module) or not any(True for _ in embedder.parameters()):
             continue
@@ -142,7 +148,7 @@ def share_embedders(model: nn.Module) -> None:
 
 
 def _write_each(model: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
-    """A saved model holds a shared embedder in every block again, as its class expects: safetensors keeps no sharing."""
+    """A saved model holds a shared embedder in every block again, as its class expects."""
     seen = set()
     for name, tensor in state.items():
         if (place := (tensor.data_ptr(), tensor.shape)) in seen and tensor.device.type != "meta":

@@ -2,8 +2,8 @@
 
 `replay_graphs(model)` is the switch. Each combination of argument shapes, dtypes and plain values is captured at its
 first call and replayed after it; another combination is captured anew, and the least recently used one is dropped
-beyond `limit`. A call that cannot be captured (an argument that is neither a tensor nor a plain value, gradients, a CPU)
-runs as it is.
+beyond `limit`. A call that cannot be captured (an argument that is neither a tensor nor a plain value, gradients, a
+LoRA, a CPU) runs as it is.
 """
 
 from __future__ import annotations
@@ -94,10 +94,10 @@ def replay_graphs(model: nn.Module, enabled: bool = True, limit: int = 8) -> nn.
     if isinstance(current, GraphedForward):
         del model.forward, model._apply
         if not _is_own(current.own, model):
-            model.forward = current.own  # type: ignore[method-assign]
+            model.forward = current.own
     if enabled:
         graphed = GraphedForward(model, limit)
-        model.forward = graphed.forward  # type: ignore[method-assign]
+        model.forward = graphed.forward
         model._apply = graphed.move  # type: ignore[method-assign]
     return model
 

@@ -76,7 +76,7 @@ def load(
     check_artifact(source)
     device = pick_device(device)
     dtype = default_dtype(device) if dtype is None else dtype
-    model = load_pipeline(source, dtype, device) if source.is_pipeline else load_transformer(source, dtype, device)
+    model: Any = load_pipeline(source, dtype, device) if source.is_pipeline else load_transformer(source, dtype, device)
     if cuda_graphs:
         replay_graphs(model.transformer if source.is_pipeline else model)
     return model

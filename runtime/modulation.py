@@ -13,19 +13,19 @@ from torch import Tensor, nn
 
 from ..quantize.spec import LayerSpec
 from .linear import CompressedLinear
-from .stage import Part, is_plain, is_stale, merge
+from .stage import Part, Place, is_plain, is_stale, layers_at, merge
 
 
 class Modulation:
-    """`blocks`: for every block, in the order they run, the layers that read the shared embedding.
+    """`blocks`: for every block, in the order they run, where its layers are that read the shared embedding.
 
     The first block's call computes the output of all layers; the others take theirs. Nothing is kept after the last.
     """
 
-    def __init__(self, blocks: Sequence[Sequence[nn.Module]]) -> None:
-        self.blocks = [tuple(layers) for layers in blocks]
-        self.layers = tuple(layer for layers in self.blocks for layer in layers)
-        self.last = max((i for i, layers in enumerate(self.blocks) if layers), default=-1)
+    def __init__(self, blocks: Sequence[Sequence[Place]]) -> None:
+        self.sizes = [len(places) for places in blocks]
+        self.places = tuple(place for places in blocks for place in places)
+        self.last = max((i for i, size in enumerate(self.sizes) if size), default=-1)
         self.parts: list[Part] = []
         self._source: tuple[Tensor, ...] = ()
         self._outputs: list[list[Tensor]] = []
@@ -44,11 +44,11 @@ class Modulation:
         return outputs
 
     def _compute(self, embedding: Tensor) -> list[list[Tensor]]:
-        flat = self._product(embedding) if self.ready() else [layer(embedding) for layer in self.layers]
+        flat = self._product(embedding) if self.ready() else [layer(embedding) for layer in layers_at(self.places)]
         outputs, at = [], 0
-        for layers in self.blocks:
-            outputs.append(flat[at : at + len(layers)])
-            at += len(layers)
+        for size in self.sizes:
+            outputs.append(flat[at : at + size])
+            at += size
         return outputs
 
     def _product(self, embedding: Tensor) -> list[Tensor]:
@@ -60,10 +60,11 @@ class Modulation:
 
     def ready(self) -> bool:
         """Whether the layers run as one; joins them when their tensors have been moved or replaced since."""
-        if not self.layers or not all(map(_is_weight_only, self.layers)):
+        layers = layers_at(self.places)
+        if not layers or not all(map(_is_weight_only, layers)):
             return False
-        if not torch.compiler.is_compiling() and is_stale(self.layers, self.parts):
-            self.parts = merge(self.layers)
+        if not torch.compiler.is_compiling() and is_stale(layers, self.parts):
+            self.parts = merge(layers)
         return bool(self.parts)
 
 

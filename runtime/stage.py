@@ -1,8 +1,8 @@
 """A stage: linear layers that read the same tensor, with what makes that tensor and what is done with the product.
 
-    rows = stage.norm(x, ...) | stage.act(x, ...)     norm + modulation, or activation, + scale + rotation + quantisation
-    outputs = stage.linear(rows)                      one product for all layers
-    h = stage.add(rows, residual, gate)               the product, gated and added to the residual
+    rows = stage.norm(x, ...) | stage.act(x, ...)   norm + modulation, or activation, + scale + rotation + quantisation
+    outputs = stage.linear(rows)                    one product for all layers
+    h = stage.add(rows, residual, gate)             the product, gated and added to the residual
 
 Each line is one kernel where the layers allow it: their inputs are scaled, rotated and quantised alike, and their
 weights are exactly int8. Where they do not (a LoRA layer, float activations, a low-rank branch), the same three calls
@@ -11,9 +11,9 @@ run the layers as they are. What a stage computes in one kernel it rounds once, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,17 +46,20 @@ class Norm:
     eps: float
     affine: tuple[Tensor, ...] = ()
 
+    @staticmethod
+    def knows(module: Any) -> bool:
+        """Whether the module is a norm of a known kind."""
+        affine = getattr(module, "weight", None), getattr(module, "bias", None)
+        return type(module).__name__ in _KINDS and not (affine[0] is None and affine[1] is not None)
+
     @classmethod
-    def of(cls, module: nn.Module) -> Norm | None:
-        """The norm that a module computes, None for one that is not known."""
-        kinds = {"LayerNorm": "layer", "FP32LayerNorm": "layer", "RMSNorm": "rms"}
-        kind = kinds.get(type(module).__name__)
-        if kind is None:
-            return None
-        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        if bias is not None and weight is None:
-            return None
-        return cls(kind, float(module.eps or 0.0), tuple(t for t in (weight, bias) if t is not None))
+    def of(cls, module: Any) -> Norm:
+        """The norm that a module computes. Raises KeyError for one that is not known."""
+        affine = getattr(module, "weight", None), getattr(module, "bias", None)
+        return cls(_KINDS[type(module).__name__], float(module.eps or 0.0), tuple(t for t in affine if t is not None))
+
+
+_KINDS = {"LayerNorm": "layer", "FP32LayerNorm": "layer", "RMSNorm": "rms"}
 
 
 @dataclass(frozen=True)
@@ -69,34 +72,43 @@ class Part:
     sizes: list[int]
 
 
+Place = tuple[nn.Module, str]
+"""A module and the name of one of its submodules, whichever that is at the time: a LoRA puts another one there."""
+
+
 class Stage:
-    """`layers`: every linear layer that reads the stage's input, in the order of their outputs.
+    """`places`: where every linear layer is that reads the stage's input, in the order of their outputs.
 
     Layers of one weight format are stored one after the other and multiplied at once; the layers' own buffers become
     views of that storage, so nothing is held twice and each layer still runs alone. Moving or replacing a layer's
     tensors is noticed, and the storage is made anew.
     """
 
-    def __init__(self, *layers: nn.Module) -> None:
-        self.layers = layers
+    def __init__(self, *places: Place) -> None:
+        self.places = places
         self.parts: list[Part] = []
-        self.k = int(getattr(layers[0], "in_features", 0))
+        self.k = int(self.layers[0].in_features)  # type: ignore[arg-type]
+
+    @property
+    def layers(self) -> tuple[nn.Module, ...]:
+        return layers_at(self.places)
 
     def refusal(self) -> str | None:
         """Why the layers cannot be fused; None when they can."""
-        if reason := next((r for r in map(_refusal, self.layers) if r is not None), None):
+        first, *others = self.layers
+        if reason := next((r for r in map(_refusal, (first, *others)) if r is not None), None):
             return reason
-        first = self.layers[0]
-        if not all(_reads_alike(first, layer) for layer in self.layers[1:]):
+        if not all(_reads_alike(first, layer) for layer in others):
             return "layers that read one tensor scale or rotate it differently"
         return None
 
     def ready(self) -> bool:
         """Whether the layers are fused; fuses them when their tensors have been moved or replaced since."""
-        if not all(is_plain(layer) for layer in self.layers):
+        layers = self.layers
+        if not all(map(is_plain, layers)):
             return False
-        if not torch.compiler.is_compiling() and is_stale(self.layers, self.parts):
-            self.parts = [] if self.refusal() is not None else merge(self.layers)
+        if not torch.compiler.is_compiling() and is_stale(layers, self.parts):
+            self.parts = [] if self.refusal() is not None else merge(layers)
         return bool(self.parts)
 
     def norm(self, x: Tensor, norm: Norm, shift: Tensor | None = None, scale: Tensor | None = None) -> Rows:
@@ -160,6 +172,11 @@ class Stage:
         return pre_scale, signs, layer.spec.hadamard.block_size, layer.spec.hadamard.kind
 
 
+def layers_at(places: Sequence[Place]) -> tuple[nn.Module, ...]:
+    """The modules that are at these places now."""
+    return tuple(parent._modules[name] for parent, name in places)  # type: ignore[misc]
+
+
 def spread(per_sample: Tensor, rows: int) -> Tensor:
     """[B, N] -> [rows, N]: every sample's row repeated for its rows / B tokens."""
     return per_sample.repeat_interleave(rows // len(per_sample), dim=0)
@@ -200,7 +217,8 @@ def _refusal(layer: nn.Module) -> str | None:
 
 
 def _reads_alike(one: nn.Module, other: nn.Module) -> bool:
-    assert isinstance(one, CompressedLinear) and isinstance(other, CompressedLinear)
+    assert isinstance(one, CompressedLinear)
+    assert isinstance(other, CompressedLinear)
     if (one.in_features, one.spec.pre_scale, one.spec.hadamard) != (
         other.in_features, other.spec.pre_scale, other.spec.hadamard,
     ):  # fmt: skip
@@ -254,15 +272,13 @@ def _join(layers: list[CompressedLinear]) -> Part:
             layer._buffers[name] = view
     if layers[0].bias is None:
         return Part(tensors, None, spec, sizes)
-    bias = torch.cat([layer.bias.detach() for layer in layers])
-    for layer, view in zip(layers, bias.split(sizes), strict=True):
+    biases = torch.cat([layer.bias.detach() for layer in layers])
+    for layer, view in zip(layers, biases.split(sizes), strict=True):
         layer.bias = nn.Parameter(view, requires_grad=False)
-    return Part(tensors, bias, spec, sizes)
+    return Part(tensors, biases, spec, sizes)
 
 
 def _weight(part: Part, k: int) -> tuple[Tensor, Tensor]:
     found = part.spec.resolve().to_int8(part.tensors, k, part.spec)
     assert found is not None
     return found
-
-

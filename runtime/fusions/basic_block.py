@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..attention import attend
 from ..fusion import FusedBlock, Fusion
-from ..stage import Norm, Stage
+from ..stage import Norm, Place, Stage
 
 ACTIVATIONS = {"GEGLU": "geglu", "SwiGLU": "swiglu"}
 
@@ -42,17 +42,15 @@ class FusedBasicBlock(FusedBlock):
         own: Any = block
         self.zero = own.norm_type == "ada_norm_zero"
         first, second = (own.norm1.norm, own.norm3) if self.zero else (own.norm1, own.norm2)
-        norms = Norm.of(first), Norm.of(second)
-        assert norms[0] is not None and norms[1] is not None
-        self.norm1, self.norm2 = norms
-        self.act = activation_of(own.ff.net[0])
-        self.qkv = Stage(own.attn1.to_q, own.attn1.to_k, own.attn1.to_v)
-        self.out = Stage(own.attn1.to_out[0])
-        self.up, self.down = Stage(own.ff.net[0].proj), Stage(own.ff.net[2])
+        self.norm1, self.norm2 = Norm.of(first), Norm.of(second)
+        self.act = activation_of(own.ff.net[0]) or "none"
+        self.qkv = Stage(*((own.attn1, name) for name in ("to_q", "to_k", "to_v")))
+        self.out = Stage((own.attn1.to_out, "0"))
+        self.up, self.down = Stage((own.ff.net[0], "proj")), Stage((own.ff.net, "2"))
         self.stages = (self.qkv, self.out, self.up, self.down)
         if own.attn2 is not None:
-            self.cross_q, self.cross_out = Stage(own.attn2.to_q), Stage(own.attn2.to_out[0])
-            self.cross_kv = Stage(own.attn2.to_k, own.attn2.to_v)
+            self.cross_q, self.cross_out = Stage((own.attn2, "to_q")), Stage((own.attn2.to_out, "0"))
+            self.cross_kv = Stage((own.attn2, "to_k"), (own.attn2, "to_v"))
             self.stages += (self.cross_q, self.cross_kv, self.cross_out)
 
     def forward(  # the block's own signature
@@ -125,7 +123,7 @@ class BasicBlock(Fusion):
         if own.norm_type == "ada_norm_zero" and own.attn2 is not None:
             return "cross-attention after ada_norm_zero"
         norms = (own.norm1.norm, own.norm3) if own.norm_type == "ada_norm_zero" else (own.norm1, own.norm2)
-        if any(Norm.of(norm) is None for norm in norms):
+        if not all(map(Norm.knows, norms)):
             return "a norm that is not known"
         if activation_of(own.ff.net[0]) is None:
             return f"activation {type(own.ff.net[0]).__name__}"
@@ -135,9 +133,13 @@ class BasicBlock(Fusion):
     def build(self, block: nn.Module, cpu: bool) -> FusedBlock:
         return FusedBasicBlock(block, cpu)
 
-    def modulators(self, block: nn.Module) -> list[nn.Module]:
+    def modulators(self, block: nn.Module) -> list[Place]:
         own: Any = block
-        return [own.norm1.linear] if own.norm_type == "ada_norm_zero" else []
+        return [(own.norm1, "linear")] if own.norm_type == "ada_norm_zero" else []
+
+    def embedder(self, block: nn.Module) -> nn.Module | None:
+        own: Any = block
+        return own.norm1.emb if own.norm_type == "ada_norm_zero" else None
 
 
 FUSION = BasicBlock()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ...kernels.head_norm_rope import head_norm_rope
 from ..attention import attend
 from ..fusion import FusedBlock, Fusion
-from ..stage import Norm, Stage
+from ..stage import Norm, Place, Stage
 from .basic_block import activation_of
 
 
@@ -29,19 +29,22 @@ def flux_attention_refusal(attention: Any) -> str | None:
     return "projections fused by diffusers" if attention.fused_projections else None
 
 
-def _weights(*norms: nn.Module) -> list[Tensor]:
-    return [norm.weight.detach() for norm in norms]  # type: ignore[union-attr]
+def _weights(*norms: Any) -> list[Tensor]:
+    return [norm.weight.detach() for norm in norms]
 
 
 class _Stream:
     """The stages of one of the two streams of a double block."""
 
-    def __init__(self, norm1: Any, norm2: Any, qkv: list[nn.Module], out: nn.Module, ff: Any) -> None:
-        norms = Norm.of(norm1.norm), Norm.of(norm2)
-        assert norms[0] is not None and norms[1] is not None
-        self.norm1, self.norm2 = norms
-        self.qkv, self.out, self.up, self.down = Stage(*qkv), Stage(out), Stage(ff.net[0].proj), Stage(ff.net[2])
-        self.act = activation_of(ff.net[0])
+    def __init__(self, norm1: Any, norm2: Any, qkv: list[Place], out: Place, ff: Any) -> None:
+        self.norm1, self.norm2 = Norm.of(norm1.norm), Norm.of(norm2)
+        self.qkv, self.out, self.up, self.down = (
+            Stage(*qkv),
+            Stage(out),
+            Stage((ff.net[0], "proj")),
+            Stage((ff.net, "2")),
+        )
+        self.act = activation_of(ff.net[0]) or "none"
         self.stages = (self.qkv, self.out, self.up, self.down)
 
     def project(self, h: Tensor, mods: tuple[Tensor, ...]) -> Tensor:
@@ -50,7 +53,6 @@ class _Stream:
 
     def finish(self, h: Tensor, attended: Tensor, mods: tuple[Tensor, ...]) -> Tensor:
         """The block after attention: [B * T, K] -> [B * T, K]."""
-        assert self.act is not None
         h = self.out.add(self.out.act(attended), h, mods[2])
         rows = self.up.norm(h, self.norm2, mods[3], mods[4])
         return self.down.add(self.down.act(self.up.product(rows), self.act), h, mods[5])
@@ -61,9 +63,9 @@ class FusedDoubleBlock(FusedBlock):
         super().__init__(block, cpu)
         own: Any = block
         a = own.attn
-        self.image = _Stream(own.norm1, own.norm2, [a.to_q, a.to_k, a.to_v], a.to_out[0], own.ff)
-        added = [a.add_q_proj, a.add_k_proj, a.add_v_proj]
-        self.text = _Stream(own.norm1_context, own.norm2_context, added, a.to_add_out, own.ff_context)
+        qkv, added = ([(a, name.format(part)) for part in "qkv"] for name in ("to_{}", "add_{}_proj"))
+        self.image = _Stream(own.norm1, own.norm2, qkv, (a.to_out, "0"), own.ff)
+        self.text = _Stream(own.norm1_context, own.norm2_context, added, (a, "to_add_out"), own.ff_context)
         self.stages = self.image.stages + self.text.stages
 
     def forward(  # the block's own signature
@@ -116,11 +118,9 @@ class FusedSingleBlock(FusedBlock):
     def __init__(self, block: nn.Module, cpu: bool = False) -> None:
         super().__init__(block, cpu)
         own: Any = block
-        norm = Norm.of(own.norm.norm)
-        assert norm is not None
-        self.norm = norm
-        self.enter = Stage(own.attn.to_q, own.attn.to_k, own.attn.to_v, own.proj_mlp)
-        self.leave = Stage(own.proj_out)
+        self.norm = Norm.of(own.norm.norm)
+        self.enter = Stage(*((own.attn, name) for name in ("to_q", "to_k", "to_v")), (own, "proj_mlp"))
+        self.leave = Stage((own, "proj_out"))
         self.stages = (self.enter, self.leave)
 
     def forward(  # the block's own signature
@@ -155,7 +155,7 @@ class FluxBlock(Fusion):
         own: Any = block
         single = type(block).__name__ == "FluxSingleTransformerBlock"
         norms = [own.norm.norm] if single else [own.norm1.norm, own.norm2, own.norm1_context.norm, own.norm2_context]
-        if any(Norm.of(norm) is None for norm in norms):
+        if not all(map(Norm.knows, norms)):
             return "a norm that is not known"
         if not single and None in (activation_of(own.ff.net[0]), activation_of(own.ff_context.net[0])):
             return f"activation {type(own.ff.net[0]).__name__}"
@@ -165,10 +165,10 @@ class FluxBlock(Fusion):
         kind = FusedSingleBlock if type(block).__name__ == "FluxSingleTransformerBlock" else FusedDoubleBlock
         return kind(block, cpu)
 
-    def modulators(self, block: nn.Module) -> list[nn.Module]:
+    def modulators(self, block: nn.Module) -> list[Place]:
         own: Any = block
         single = type(block).__name__ == "FluxSingleTransformerBlock"
-        return [own.norm.linear] if single else [own.norm1.linear, own.norm1_context.linear]
+        return [(norm, "linear") for norm in ([own.norm] if single else [own.norm1, own.norm1_context])]
 
 
 FUSION = FluxBlock()

@@ -67,6 +67,7 @@ def build(case: Case) -> nn.Module:
 
 
 def call(model: nn.Module, case: Case, seed: int = 2) -> Tensor:
+    torch.manual_seed(seed)  # in training mode labels are dropped at random
     generator = torch.Generator().manual_seed(seed)
     made = {name: torch.randn(2, *shape, generator=generator) for name, shape in case.shapes.items()}
     out: Tensor = model(**made, timestep=torch.tensor([300, 300]), **case.extra, return_dict=False)[0]
@@ -94,7 +95,7 @@ def fused_blocks(model: nn.Module) -> int:
 
 def close(found: Tensor, expected: Tensor) -> bool:
     """Equal to fp32 rounding: quantisation turns a last-bit difference into a flipped code here and there."""
-    return float((found - expected).norm() / expected.norm()) < 2e-3
+    return bool((found - expected).norm() < 2e-3 * expected.norm())
 
 
 @pytest.fixture(params=list(CASES))
@@ -102,19 +103,21 @@ def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 
 
-@pytest.mark.parametrize("spec", ["w8-a8tok", "w4g16-a8tok-h16", "w3g32-a8tok", "w4g16", "w8-a8tok-r4"])
-def test_fused_is_unfused(case: Case, spec: str) -> None:
-    model = compress(build(case), spec)
+@pytest.mark.parametrize("short_name", ["w8-a8tok", "w4g16-a8tok-h16", "w3g32-a8tok", "w4g16", "w8-a8tok-r4"])
+def test_fused_is_unfused(case: Case, short_name: str) -> None:
+    model = compress(build(case), short_name)
     expected = call(model, case)
     assert close(call(fuse(model, cpu=True), case), expected)
-    assert torch.equal(call(unfuse(model), case), expected) and fused_blocks(model) == 0
+    assert torch.equal(call(unfuse(model), case), expected)
+    assert fused_blocks(model) == 0
 
 
 def test_layers_of_one_stage_may_differ(case: Case) -> None:
     model = compress(build(case), specs={"to_k": "w8-a8tok-h16", "to_out.0": "w8", "net.2": "w8-a8tok"})
     expected = call(model, case)
     fuse(model, cpu=True)
-    assert fused_blocks(model) > 0 and close(call(model, case), expected)
+    assert fused_blocks(model) > 0
+    assert close(call(model, case), expected)
 
 
 def test_on_a_cpu_nothing_changes_unless_asked(case: Case) -> None:
@@ -148,7 +151,8 @@ def test_repeated_embedders_are_held_once_and_written_in_full() -> None:
     state = model.state_dict()
     assert list(state) == names
     written = [state[f"transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_1.weight"] for i in range(3)]
-    assert len({t.data_ptr() for t in written}) == 3 and torch.equal(written[0], written[2])
+    assert len({t.data_ptr() for t in written}) == 3
+    assert torch.equal(written[0], written[2])
 
 
 def test_embedders_that_differ_are_not_shared() -> None:
@@ -228,7 +232,9 @@ def test_the_modulation_of_another_call_is_never_used() -> None:
     with pytest.raises(RuntimeError):
         call(model, Case(case.kind, case.config, {"hidden_states": (3, 8, 8)}, case.extra))
     assert torch.equal(call(model, case), first)
-    assert not torch.equal(call(model, Case(case.kind, case.config, case.shapes, {"class_labels": torch.tensor([7, 8])})), first)
+    assert not torch.equal(
+        call(model, Case(case.kind, case.config, case.shapes, {"class_labels": torch.tensor([7, 8])})), first
+    )
 
 
 def test_the_report_names_what_is_not_fused() -> None:
@@ -244,4 +250,5 @@ def test_a_model_with_no_fusion_runs_as_it_is() -> None:
     plain = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     x = torch.randn(2, 8)
     expected = plain(x)
-    assert torch.equal(fuse(plain, cpu=True)(x), expected) and fused_blocks(plain) == 0
+    assert torch.equal(fuse(plain, cpu=True)(x), expected)
+    assert fused_blocks(plain) == 0
