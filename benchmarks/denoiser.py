@@ -10,6 +10,7 @@ fp32. `--render` writes the tables again from the JSON without measuring.
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import random
@@ -39,9 +40,11 @@ MODELS: dict[str, tuple[Shape, int, str]] = {
 }
 RECIPES = ("w8a8", "w4a8", "w4a8-mod4")
 CUDNN = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+PEERS = ("torchao-fp8", "torchao-int8", "bitsandbytes-nf4", "bitsandbytes-int8")
 WAYS = (
     "bf16-eager", "bf16-compiled", "bf16-compiled-cudnn", "bf16-compiled-graph",
     *(f"{recipe}{way}" for recipe in RECIPES for way in ("", "-graph")), "w8a8-compiled", "w8a8-unfused",
+    *PEERS,
 )  # fmt: skip
 
 
@@ -142,6 +145,9 @@ def prepare(way: str, base: nn.Module, arguments: dict[str, Any], truth: Tensor)
         backends = CUDNN if mode.endswith(("cudnn", "graph")) else None
         options = {"mode": "reduce-overhead"} if mode.endswith("graph") else {}
         run: Any = module if mode == "eager" else torch.compile(module, **options)
+    elif way in PEERS:
+        module = peer(way, base)
+        run = module if way == "bitsandbytes-int8" else torch.compile(module)
     else:
         module = compressed(base, recipe)
         if mode != "unfused":
@@ -172,6 +178,37 @@ def prepare(way: str, base: nn.Module, arguments: dict[str, Any], truth: Tensor)
     weights = bytes_of(module)
     found = {"first_call_s": first, "error": error, "weight_bytes": weights, "peak_bytes": weights + extra}
     return Path_(way, module, call, found)
+
+
+def peer(way: str, base: nn.Module) -> nn.Module:
+    """A copy of the model compressed by another library: every linear layer of at least 512 x 512."""
+    model = copy.deepcopy(base)
+
+    def is_large(module: nn.Module, _name: str = "") -> bool:
+        return type(module) is nn.Linear and min(module.in_features, module.out_features) >= 512
+
+    if way.startswith("torchao"):
+        from torchao import quantization as ao
+
+        fp8 = way.endswith("fp8")
+        config = (
+            ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow())
+            if fp8
+            else ao.Int8DynamicActivationInt8WeightConfig()
+        )
+        ao.quantize_(model, config, filter_fn=is_large)
+        return model
+    import bitsandbytes as bnb
+
+    nf4 = {"compute_dtype": torch.bfloat16, "quant_type": "nf4"}
+    for name, layer in [(n, m) for n, m in model.named_modules() if is_large(m)]:
+        kind, more = (
+            (bnb.nn.Linear4bit, nf4) if way.endswith("nf4") else (bnb.nn.Linear8bitLt, {"has_fp16_weights": False})
+        )
+        new = kind(layer.in_features, layer.out_features, layer.bias is not None, **more)
+        new.load_state_dict({k: v.cpu() for k, v in layer.state_dict().items()})
+        model.set_submodule(name, new.cuda())
+    return model
 
 
 def attention(backends: Any) -> AbstractContextManager[None]:

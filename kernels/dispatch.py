@@ -3,7 +3,8 @@
 The reference *is* the definition of an op; a twin in `_triton/` is only ever a faster way to the same numbers. Nothing
 here runs on CPU tensors: torch's own dispatcher sends those to the reference. `explain` answers without running.
 
-Environment: `VDIT_KERNELS` = auto | triton | reference, `VDIT_STRICT` = 1 to refuse every fallback on an accelerator.
+Environment: `VDIT_KERNELS` = auto | triton | reference, `VDIT_STRICT` = 1 to refuse every fallback on an accelerator,
+`VDIT_LAUNCH_TABLES` = folder of this machine's own launch tables.
 """
 
 import importlib
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -27,12 +29,12 @@ MODES = ("auto", "triton", "reference")
 TWINS = {
     "quant_token": "quant_token",
     "int8_linear": "int8_linear",
-    "int8_weight_linear": "int8_linear",
+    "int8_weight_linear": "weight_linear",
     "int8_linear_add": "int8_linear_add",
     "int8_linear_low_rank": "int8_linear_low_rank",
-    "int4_to_int8": "int4_linear",
+    "int4_to_int8": "int4_decode",
     "int4_linear": "int4_linear",
-    "int4_weight_linear": "int4_linear",
+    "int4_weight_linear": "weight_linear",
     "packed_to_int8": "packed_decode",
     "hadamard": "hadamard",
     "norm_quant": "norm_quant",
@@ -88,6 +90,12 @@ class _Process:
 def _from_environment() -> Settings:
     strict = os.environ.get("VDIT_STRICT", "").strip().lower() in ("1", "true", "yes", "on")
     return Settings(os.environ.get("VDIT_KERNELS", "").strip().lower() or "auto", strict)
+
+
+def table_folder() -> Path:
+    """Where this machine's own launch tables are (see `launch_table.py`)."""
+    named = os.environ.get("VDIT_LAUNCH_TABLES", "").strip()
+    return Path(named) if named else Path.home() / ".cache" / "vdit-quant" / "tables"
 
 
 _process = _Process()
@@ -190,6 +198,18 @@ def explain(op: str, device: torch.device | str, **facts: Any) -> Choice:
     if reason is not None:
         return Choice(op, "reference", reason)
     return Choice(op, "triton", "the mode is 'triton'" if mode == "triton" else "supported")
+
+
+def tunable() -> list[str]:
+    """The ops whose launch options can be measured; none where Triton cannot be imported."""
+    return [op for op in TWINS if op in getattr(_twin(op), "TUNABLE", ())]
+
+
+def twin(op: str) -> ModuleType:
+    """The Triton twin of `op`. Raises KernelUnavailable when it cannot be imported."""
+    if isinstance(found := _twin(op), str):
+        raise KernelUnavailable(f"{op}: {found}")
+    return found
 
 
 def available() -> Choice:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..kernels import dispatch
+from ..kernels import dispatch, launch_table
 from .load import default_device
 
 PACKAGES = ("torch", "triton", "diffusers", "safetensors", "accelerate", "transformers", "scipy")
@@ -23,11 +23,19 @@ def examine() -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         machine["GPU"] = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
         machine["capability"] = f"{properties.major}.{properties.minor}"
+        machine["launch table"] = _launch_table(device)
     else:
         machine["GPU"] = "none found"
     choices = [dispatch.explain(op, device) for op in dispatch.TWINS]
     rows = [{"op": c.op, "backend": c.backend, "reason": c.reason} for c in choices]
     return {"machine": machine, "kernels": rows, "advice": _advice(machine, device)}
+
+
+def _launch_table(device: torch.device) -> str:
+    try:
+        return launch_table.in_use(device)
+    except dispatch.SettingError as error:
+        return f"error: {error}"
 
 
 def _version(name: str) -> str:

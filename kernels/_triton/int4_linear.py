@@ -1,4 +1,4 @@
-"""Triton twins of `int4_to_int8`, `int4_linear` and `int4_weight_linear`.
+"""Triton twin of `int4_linear`, and the product that decodes, which `int4_weight_linear` uses too.
 
 Few tokens: the packed weight is decoded tile by tile inside the product. Many tokens: it is decoded once into an int8
 scratch and the kernels of the int8 ops run, because decoding again for every row of tiles costs more.
@@ -14,44 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..quant_token import FLOATS
-from .int8_linear import dot_dtype, grid, matmul_int8, matmul_weight_only
+from .int4_decode import decode, decode_bytes, group_of, limits
+from .int8_linear import dot_dtype, grid, matmul_int8
 from .tiles import ROUND_EACH_STEP, rows_contiguous, store_scaled, tile, tile_ids
 
 FUSED_TOKENS = 64
-"""Up to this many tokens the product decodes; float32 never does, its tiles would not fit in registers."""
-
-
-@triton.jit
-def decode_tile(packed, group_ptr, rows, columns, first_group, GROUP: tl.constexpr, R: tl.constexpr, B: tl.constexpr):
-    """uint8 [R, B] -> int8 [R, 2B] in k order; GROUP is 0 without group scales, else it divides 2B."""
-    signed = packed.to(tl.int8, bitcast=True)
-    both = tl.interleave((signed << 4) >> 4, signed >> 4)
-    if GROUP > 0:
-        COUNT: tl.constexpr = 2 * B // GROUP
-        groups = first_group + tl.arange(0, COUNT)
-        at = group_ptr + rows[:, None] * columns + groups[None, :]
-        scale = tl.load(at, mask=groups[None, :] < columns, other=0).to(tl.int16)
-        wide = tl.reshape(both, (R, COUNT, GROUP)).to(tl.int16) * scale[:, :, None]
-        both = tl.reshape(((wide + 8) >> 4).to(tl.int8), (R, 2 * B))
-    return both
-
-
-@triton.jit
-def int4_to_int8_kernel(
-    w_ptr, group_ptr, out_ptr, N, K, GROUP: tl.constexpr, R: tl.constexpr, B: tl.constexpr
-):  # fmt: skip
-    """Decode R rows x 2B columns per program."""
-    rows = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
-    safe = tl.minimum(rows, N - 1)
-    width = (K + 1) // 2
-    rb = tl.program_id(1) * B + tl.arange(0, B)
-    packed = tl.load(w_ptr + safe[:, None] * width + rb[None, :], mask=rb[None, :] < width, other=0)
-    decoded = decode_tile(
-        packed, group_ptr, safe, K // max(GROUP, 1), tl.program_id(1) * (2 * B // max(GROUP, 1)), GROUP, R, B
-    )
-    rk = tl.program_id(1) * 2 * B + tl.arange(0, 2 * B)
-    tl.store(out_ptr + rows[:, None] * K + rk[None, :], decoded, mask=(rows < N)[:, None] & (rk < K)[None, :])
+"""Up to this many tokens the product decodes."""
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -81,7 +49,7 @@ def int4_linear_kernel(
         else:
             x = tl.load(x_at, mask=(k + rk)[None, :] < K, other=0)
             packed = tl.load(w_at, mask=(k // 2 + rb)[None, :] < width, other=0)
-        w = decode_tile(packed, group_ptr, rn, columns, k // max(GROUP, 1), GROUP, BN, BK // 2)
+        w = decode_bytes(packed, group_ptr, rn, columns, k // max(GROUP, 1), GROUP, BN, BK // 2)
         if INT8:
             acc = tl.dot(x, w.T, acc, out_dtype=tl.int32)
         else:
@@ -94,23 +62,9 @@ def int4_linear_kernel(
     )  # fmt: skip
 
 
-def limits(op: str, dtype: torch.dtype | None = None, group: int | None = None, **_: Any) -> str | None:
-    """Why the kernels cannot take such an input; None when they can."""
-    if dtype is not None and dtype not in (*FLOATS, torch.int8, torch.uint8):
-        return f"dtype {dtype} is not supported"
-    if group is not None and group not in (16, 32, 64, 128):
-        return f"groups of {group} are not supported"
-    return None
-
-
 def supports(op: str, x: Tensor, *_: Any) -> str | None:
     """`limits` of these tensors; the op has checked the groups."""
     return limits(op, dtype=x.dtype)
-
-
-def decode_options(k: int) -> dict[str, int]:
-    """Block of the decode kernel: 2B values, a multiple of every group, of R rows."""
-    return {"R": 16, "B": 64 if k <= 256 else 256, "num_warps": 4}
 
 
 def fused_options(m: int) -> dict[str, int]:
@@ -120,24 +74,7 @@ def fused_options(m: int) -> dict[str, int]:
     return tile(64, 32, 128, 1, 4, 3)
 
 
-def _group(k: int, group_scale: Tensor | None) -> int:
-    return 0 if group_scale is None else k // group_scale.shape[1]
-
-
-def decode(weight: Tensor, group_scale: Tensor | None, k: int) -> Tensor:
-    """Launch the decode kernel."""
-    n = weight.shape[0]
-    out = torch.empty((n, k), dtype=torch.int8, device=weight.device)
-    if n:
-        options = decode_options(k)
-        blocks = (triton.cdiv(n, options["R"]), triton.cdiv(k, 2 * options["B"]))
-        weight = rows_contiguous(weight)
-        group_ptr = weight if group_scale is None else rows_contiguous(group_scale)
-        int4_to_int8_kernel[blocks](weight, group_ptr, out, n, k, GROUP=_group(k, group_scale), **options)
-    return out
-
-
-def _fused(
+def matmul_decoding(
     x: Tensor,
     scale: Tensor | None,
     weight: Tensor,
@@ -146,6 +83,7 @@ def _fused(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
+    """Launch the kernel that decodes; `scale` None: float activations."""
     m, k = x.shape
     n = weight.shape[0]
     y = torch.empty((m, n), dtype=out_dtype, device=x.device)
@@ -168,22 +106,15 @@ def _fused(
         EVEN_K=k % options["BK"] == 0,
         INT8=int8,
         DOT=tl.int8 if int8 else dot_dtype(x.dtype),
-        GROUP=_group(k, group_scale),
+        GROUP=group_of(k, group_scale),
         **options,
         **(ROUND_EACH_STEP if int8 else {}),
     )
     return y
 
 
-def _weight_only(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, group_scale: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    if x.shape[0] <= FUSED_TOKENS and x.dtype != torch.float32:
-        return _fused(x, None, weight, weight_scale, group_scale, bias, x.dtype)
-    return matmul_weight_only(x, decode(weight, group_scale, x.shape[1]), weight_scale, bias)
-
-
-def _int8_activations(
+def run(
+    op: str,
     codes: Tensor,
     scale: Tensor,
     weight: Tensor,
@@ -192,13 +123,7 @@ def _int8_activations(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
+    """`int4_linear` by Triton."""
     if codes.shape[0] <= FUSED_TOKENS:
-        return _fused(codes, scale, weight, weight_scale, group_scale, bias, out_dtype)
+        return matmul_decoding(codes, scale, weight, weight_scale, group_scale, bias, out_dtype)
     return matmul_int8(codes, scale, decode(weight, group_scale, codes.shape[1]), weight_scale, bias, out_dtype)
-
-
-def run(op: str, *args: Any) -> Tensor:
-    """One of the three int4 ops by Triton."""
-    if op == "int4_to_int8":
-        return decode(*args)
-    return _int8_activations(*args) if op == "int4_linear" else _weight_only(*args)

@@ -1,4 +1,4 @@
-"""Triton twins of `int8_linear` and `int8_weight_linear`."""
+"""Triton twin of `int8_linear`, and the product of `int8_weight_linear` for many tokens."""
 
 # Kernel parameters are typed by what is launched, not by annotations.
 # mypy: disable-error-code="no-untyped-def"
@@ -10,8 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import launch_table
 from ..quant_token import FLOATS
 from .tiles import INTERPRETED, ROUND_EACH_STEP, TORCH_TO_TRITON, rows_contiguous, store_scaled, tile, tile_ids
+
+TUNABLE = ("int8_linear",)
 
 
 @triton.jit
@@ -110,6 +113,21 @@ def int8_options(m: int, n: int) -> dict[str, int]:
     return tile(128, 128, 128, 8, 4, 3)
 
 
+def candidates(op: str, m: int, n: int, k: int) -> list[dict[str, int]]:
+    """Launch options worth measuring."""
+    if m <= 64:
+        return [int8_options(m, n), tile(64, 64, 128, 1, 4, 3), tile(64, 128, 128, 1, 4, 3)]
+    tiles = ((64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 4), (128, 128, 4, 3), (128, 256, 8, 3))
+    return [tile(bm, bn, 128, 8, warps, stages) for bm, bn, warps, stages in tiles]
+
+
+def example(op: str, m: int, n: int, k: int, device: torch.device) -> tuple[Any, ...]:
+    """Random arguments of the op."""
+    codes, weight = (torch.randint(-127, 128, (rows, k), dtype=torch.int8, device=device) for rows in (m, n))
+    scales = (torch.rand(rows, device=device) for rows in (m, n))
+    return codes, next(scales), weight, next(scales), None, torch.bfloat16
+
+
 def weight_only_options(m: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile for float x int8 weights; fp32 has no tensor cores at full precision and needs small tiles."""
     if dtype == torch.float32:
@@ -140,7 +158,7 @@ def matmul_int8(
     y = torch.empty((m, n), dtype=out_dtype, device=codes.device)
     if y.numel() == 0:
         return y
-    options = int8_options(m, n)
+    options = launch_table.lookup("int8_linear", codes.device, m, n, k) or int8_options(m, n)
     int8_linear_kernel[grid(m, n, options)](
         rows_contiguous(codes),
         rows_contiguous(weight),
@@ -185,5 +203,5 @@ def matmul_weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
 
 
 def run(op: str, *args: Any) -> Tensor:
-    """`int8_linear` or `int8_weight_linear` by Triton."""
-    return matmul_int8(*args) if op == "int8_linear" else matmul_weight_only(*args)
+    """`int8_linear` by Triton."""
+    return matmul_int8(*args)

@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from vdit_quant.kernels._triton import hadamard as hadamard_twin
+from vdit_quant.kernels._triton import int4_decode as decode_twin
 from vdit_quant.kernels._triton import int4_linear as int4_twin
 from vdit_quant.kernels._triton import int8_linear as int8_twin
 from vdit_quant.kernels._triton import int8_linear_add as add_twin
 from vdit_quant.kernels._triton import int8_linear_low_rank as low_rank_twin
 from vdit_quant.kernels._triton import packed_decode as packed_twin
 from vdit_quant.kernels._triton import quant_token as quant_twin
+from vdit_quant.kernels._triton import weight_linear as weight_twin
 from vdit_quant.kernels._triton.tiles import INTERPRETED
 from vdit_quant.kernels.hadamard import hadamard
 from vdit_quant.kernels.int4_linear import int4_linear, int4_to_int8, int4_weight_linear
@@ -94,7 +96,7 @@ def test_int8_linear_low_rank(m: int, k: int, n: int, rank: int, dtype: torch.dt
 def test_int8_weight_linear(m: int, k: int, n: int, dtype: torch.dtype, make_layer, relative_rms) -> None:
     a = make_layer(m, k, n, dtype=dtype)
     args = (a.x, a.weight, a.weight_scale, a.bias)
-    got = int8_twin.run("int8_weight_linear", *args)
+    got = weight_twin.run("int8_weight_linear", *args)
     assert got.dtype == dtype
     assert relative_rms(got, int8_weight_linear(*args)) < TOLERANCE[dtype]
 
@@ -103,12 +105,12 @@ def test_int8_weight_linear(m: int, k: int, n: int, dtype: torch.dtype, make_lay
 def test_int4(m: int, k: int, n: int, group: int | None, make_layer, relative_rms) -> None:
     a = make_layer(m, k, n, group)
     args = (a.packed, a.group_scale, k)
-    assert torch.equal(int4_twin.run("int4_to_int8", *args), int4_to_int8(*args))
+    assert torch.equal(decode_twin.run("int4_to_int8", *args), int4_to_int8(*args))
     args = (a.codes, a.scale, a.packed, a.weight_scale, a.group_scale, a.bias, torch.float32)
     assert torch.equal(int4_twin.run("int4_linear", *args), int4_linear(*args))
     for dtype in FLOATS:
         args = (a.x.to(dtype), a.packed, a.weight_scale, a.group_scale, a.bias)
-        got = int4_twin.run("int4_weight_linear", *args)
+        got = weight_twin.run("int4_weight_linear", *args)
         assert relative_rms(got, int4_weight_linear(*args)) < TOLERANCE[dtype]
 
 
@@ -119,7 +121,7 @@ def test_int4_to_int8_every_code_with_every_group_scale() -> None:
     )
     for shift in range(0, 256, 64):
         args = (packed, group_scale + shift, 512)
-        assert torch.equal(int4_twin.run("int4_to_int8", *args), int4_to_int8(*args))
+        assert torch.equal(decode_twin.run("int4_to_int8", *args), int4_to_int8(*args))
 
 
 @pytest.mark.parametrize("odd", [False, True])

@@ -1,0 +1,160 @@
+"""Triton twins of `int8_weight_linear` and `int4_weight_linear`: float activations x low-bit weights.
+
+Few tokens (a modulation layer sees one a sample): the time is that of reading the weight once. The product is done
+transposed, W @ X^T, so that weights fill the tall side of the tensor core's tile, are converted in registers on their
+way and never return to shared memory, and the tokens need padding to 16 only. Every output is one sum along K in steps
+of 16, whatever the tile: it does not depend on the number of tokens.
+"""
+
+# Kernel parameters are typed by what is launched, not by annotations.
+# mypy: disable-error-code="no-untyped-def"
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import launch_table
+from ..quant_token import FLOATS
+from .int4_decode import decode
+from .int4_fused import PTX, split_bytes
+from .int4_linear import matmul_decoding
+from .int8_linear import dot_dtype, matmul_weight_only
+from .tiles import rows_contiguous, store_scaled
+
+TUNABLE = ("int8_weight_linear",)
+
+SMALL = 64
+"""Up to this many tokens the kernels of this file run; float32 never does, it has no tensor cores at full precision."""
+
+
+@triton.jit(do_not_specialize=["M"])
+def small_weight_kernel(
+    x_ptr, w_ptr, weight_scale_ptr, group_ptr, bias_ptr, y_ptr, M, N, K,
+    HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, BITS: tl.constexpr, GROUPED: tl.constexpr, PTX: tl.constexpr,
+    DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """BN outputs of all M <= BM tokens per program. BITS 4: weights in blocks of BK = 128 channels (`block_int4`)."""
+    pid = tl.program_id(0)
+    rn = tl.minimum(pid * BN + tl.arange(0, BN), N - 1).to(tl.int64)
+    gn = pid * BN + tl.arange(0, BN)
+    rm = tl.arange(0, BM)
+    inside = (rm < M)[None, :]
+    HALF: tl.constexpr = BK if BITS == 8 else BK // 2
+    rk = tl.arange(0, HALF)
+    x_at = x_ptr + rm[None, :] * K + rk[:, None]
+    w_at = w_ptr + rn[:, None] * (K if BITS == 8 else tl.multiple_of(K // 2, HALF)) + rk[None, :]
+    g_at = group_ptr + gn
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
+    for k in range(0, K, BK):
+        if EVEN_K:
+            w = tl.load(w_at, eviction_policy="evict_first")
+            x = tl.load(x_at, mask=inside, other=0.0, cache_modifier=".ca")
+        else:
+            w = tl.load(w_at, mask=(k + rk)[None, :] < K, other=0, eviction_policy="evict_first")
+            x = tl.load(x_at, mask=inside & ((k + rk)[:, None] < K), other=0.0, cache_modifier=".ca")
+        if BITS == 8:
+            acc = tl.dot(w.to(DOT), x.to(DOT), acc, input_precision="ieee")
+        else:
+            high_x = tl.load(x_at + HALF, mask=inside, other=0.0, cache_modifier=".ca")
+            low_scale, high_scale = gn, gn
+            if GROUPED:
+                scales = tl.load(g_at, mask=gn < N, other=0)
+                low_scale, high_scale = scales & 0xFF, scales >> 16
+            low, high = split_bytes(w, low_scale, high_scale, GROUPED, PTX)
+            acc = tl.dot(low.to(DOT), x.to(DOT), acc, input_precision="ieee")
+            acc = tl.dot(high.to(DOT), high_x.to(DOT), acc, input_precision="ieee")
+        x_at += BK
+        w_at += HALF
+        g_at += N
+    store_scaled(
+        y_ptr, acc.T, weight_scale_ptr, weight_scale_ptr, bias_ptr, 0, pid, M, N,
+        HAS_SCALE=False, HAS_BIAS=HAS_BIAS, BM=BM, BN=BN,
+    )  # fmt: skip
+
+
+def limits(op: str, dtype: torch.dtype | None = None, group: int | None = None, **_: Any) -> str | None:
+    """Why the kernels cannot take such an input; None when they can."""
+    if dtype is not None and dtype not in FLOATS:
+        return f"dtype {dtype} is not supported"
+    if group is not None and group not in (16, 32, 64, 128):
+        return f"groups of {group} are not supported"
+    return None
+
+
+def supports(op: str, x: Tensor, *_: Any) -> str | None:
+    """`limits` of these tensors; the op has checked the groups."""
+    return limits(op, dtype=x.dtype)
+
+
+def small_tile(bn: int, bk: int, warps: int, stages: int) -> dict[str, int]:
+    """Launch options of the kernel for few tokens: outputs a program, channels a step, warps, pipeline stages."""
+    return {"BN": bn, "BK": bk, "num_warps": warps, "num_stages": stages}
+
+
+def small_options(n: int) -> dict[str, int]:
+    """Narrow programs while there are few, so that every SM has some; wide ones read the tokens less often."""
+    return small_tile(32, 128, 2, 4) if n <= 1 << 14 else small_tile(64, 128, 2, 6)
+
+
+def candidates(op: str, m: int, n: int, k: int) -> list[dict[str, int]]:
+    """Launch options worth measuring; none beyond few tokens, where there is one choice."""
+    if m > SMALL:
+        return []
+    tiles = ((16, 128, 1, 6), (32, 128, 1, 6), (32, 128, 2, 4), (64, 128, 2, 4), (64, 128, 2, 6), (64, 128, 4, 4))
+    return [small_tile(16, 256, 1, 4), small_tile(32, 256, 2, 4), *(small_tile(*sizes) for sizes in tiles)]
+
+
+def example(op: str, m: int, n: int, k: int, device: torch.device) -> tuple[Any, ...]:
+    """Random arguments of the op."""
+    x = torch.randn(m, k, dtype=torch.bfloat16, device=device)
+    weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
+    return x, weight, torch.rand(n, device=device), None
+
+
+def matmul_small(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Launch the kernel for few tokens on an int8 weight."""
+    m, k = x.shape
+    n = weight.shape[0]
+    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    options = launch_table.lookup("int8_weight_linear", x.device, m, n, k) or small_options(n)
+    small_weight_kernel[(triton.cdiv(n, options["BN"]),)](
+        rows_contiguous(x),
+        rows_contiguous(weight),
+        rows_contiguous(weight_scale),
+        weight_scale,
+        weight_scale if bias is None else rows_contiguous(bias),
+        y,
+        m,
+        n,
+        k,
+        HAS_BIAS=bias is not None,
+        EVEN_K=k % options["BK"] == 0,
+        BITS=8,
+        GROUPED=False,
+        PTX=PTX,
+        DOT=dot_dtype(x.dtype),
+        BM=max(16, triton.next_power_of_2(m)),
+        **options,
+    )
+    return y
+
+
+def _int8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    small = x.shape[0] <= SMALL and x.dtype != torch.float32
+    return (matmul_small if small else matmul_weight_only)(x, weight, weight_scale, bias)
+
+
+def _int4(x: Tensor, weight: Tensor, weight_scale: Tensor, group_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    if x.shape[0] <= SMALL and x.dtype != torch.float32:
+        return matmul_decoding(x, None, weight, weight_scale, group_scale, bias, x.dtype)
+    return matmul_weight_only(x, decode(weight, group_scale, x.shape[1]), weight_scale, bias)
+
+
+def run(op: str, *args: Any) -> Tensor:
+    """`int8_weight_linear` or `int4_weight_linear` by Triton."""
+    return _int8(*args) if op == "int8_weight_linear" else _int4(*args)

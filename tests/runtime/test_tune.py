@@ -1,0 +1,112 @@
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from vdit_quant.kernels import dispatch, launch_table, tuning
+from vdit_quant.kernels.launch_table import Entry, Table, read_table, write_table
+from vdit_quant.quantize.errors import InputError
+from vdit_quant.runtime import tune
+
+pytest.importorskip("triton", reason="triton is not installed")
+GPU = torch.device("cuda", 0)
+PLACES = {"int8_weight_linear": "vdit_quant.kernels.int8_linear", "int4_to_int8": "vdit_quant.kernels.int4_linear"}
+
+
+@pytest.fixture
+def target(monkeypatch, tmp_path: Path) -> Path:
+    """A table of a GPU that this machine claims to have, on which the candidate with the most warps is the fastest."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
+
+    def fastest(task: tuning.Task, device: torch.device):
+        best = max(task.candidates, key=lambda options: options["num_warps"])
+        return Entry(task.op, task.m, task.n, task.k, best, us=2.0), ""
+
+    monkeypatch.setattr(tuning, "_fastest", fastest)
+    return tmp_path / "nvidia-h200.json"
+
+
+def test_every_tunable_op_gives_candidates_and_an_example() -> None:
+    assert "int8_linear" in dispatch.tunable()
+    for op in dispatch.tunable():
+        twin = dispatch.twin(op)
+        found = [twin.candidates(op, m, 4608, 1152) for m in (1, 64, 4096)]
+        for options in found:
+            assert all(isinstance(one["num_warps"], int) for one in options)
+            assert len({tuple(sorted(o.items())) for o in options}) == len(options)
+        args = twin.example(op, 17, 48, 128, torch.device("cpu"))
+        assert getattr(import_module(PLACES.get(op, f"vdit_quant.kernels.{op}")), op)(*args).numel() > 0
+
+
+def test_shapes_are_parsed_and_bad_ones_named() -> None:
+    assert tune.parse_shapes("512x4608x1152, 1X8x16") == [(512, 4608, 1152), (1, 8, 16)]
+    for bad in ("512x4608", "axbxc", "0x8x8", ""):
+        with pytest.raises(InputError, match="expected MxNxK"):
+            tune.parse_shapes(f"1x8x8,{bad}")
+
+
+def test_shapes_of_a_model_come_from_its_configuration(tiny_folder: Path) -> None:
+    shapes = tune.model_shapes(tiny_folder)
+    assert {(n, k) for _, n, k in shapes} >= {(64, 64), (256, 64), (64, 256), (384, 64)}
+    assert {m for m, _, _ in shapes} == set(tuning.TOKENS)
+
+
+def test_a_run_merges_and_measures_again_only_when_told(target: Path) -> None:
+    first = tune.plan_tuning([(512, 64, 128)], ["int8_linear"], target, False, GPU)
+    tune.run_tuning(first, GPU, lambda *_: None)
+    again = tune.plan_tuning([(500, 64, 128), (4096, 64, 128)], ["int8_linear"], target, False, GPU)
+    assert ([task.m for task in again.tasks], again.kept) == ([4096], 1)
+    tune.run_tuning(again, GPU, lambda *_: None)
+    assert sorted(e.m for e in read_table(target).rows()) == [512, 4096]
+    assert tune.plan_tuning([(512, 64, 128)], ["int8_linear"], target, True, GPU).kept == 0
+
+
+def test_an_interrupted_run_keeps_what_it_measured(target: Path) -> None:
+    plan = tune.plan_tuning([(512, 64, 128), (4096, 64, 128)], ["int8_linear"], target, False, GPU)
+
+    def interrupt(done: int, total: int, detail: str) -> None:
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune.run_tuning(plan, GPU, interrupt)
+    assert [e.m for e in read_table(target).rows()] == [512]
+
+
+def test_a_table_of_another_gpu_is_not_touched(target: Path) -> None:
+    write_table(target, Table.of("NVIDIA B200", []))
+    plan = tune.plan_tuning([(512, 64, 128)], ["int8_linear"], target, False, GPU)
+    with pytest.raises(InputError, match="it is for NVIDIA B200, this GPU is NVIDIA H200"):
+        tune.run_tuning(plan, GPU, lambda *_: None)
+
+
+def test_an_op_that_cannot_be_tuned_is_named(target: Path) -> None:
+    with pytest.raises(InputError, match=r"op 'hadamard' has no launch options to tune; those that do: .*int8_linear"):
+        tune.plan_tuning([(512, 64, 128)], ["hadamard"], target, False, GPU)
+
+
+def test_forced_options_reach_every_tunable_twin(monkeypatch) -> None:
+    """What `tune` measures is what runs: a twin that does not ask the table would be measured in vain."""
+    asked = []
+    monkeypatch.setattr(launch_table, "lookup", lambda op, *_, **__: asked.append(op))
+    for op in dispatch.tunable():
+        twin = dispatch.twin(op)
+        with pytest.raises(Exception, match=r".*"):  # no GPU: the launch itself fails
+            twin.run(op, *twin.example(op, 17, 64, 128, torch.device("cpu")))
+    assert {op for op in dispatch.tunable() if twin_candidates(op)} <= set(asked)
+
+
+def twin_candidates(op: str) -> list[dict[str, int]]:
+    return dispatch.twin(op).candidates(op, 17, 64, 128)
+
+
+def test_the_command_lists_and_refuses(cli, monkeypatch) -> None:
+    shown = cli("tune", "--shapes", "512x64x128", "--dry-run")
+    assert shown.code == 0
+    assert "int8_linear 512x64x128: " in shown.out
+    assert "candidates, about" in shown.out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused = cli("tune", "--shapes", "512x64x128")
+    assert (refused.code, refused.out) == (2, "")
+    assert "tuning measures on a GPU, and none runs the kernels here: no GPU is visible to torch" in refused.err
