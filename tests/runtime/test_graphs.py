@@ -1,0 +1,94 @@
+"""CUDA-graph replay: the same numbers, one capture a shape, and never a stale one."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vdit_quant.runtime.graphs import GraphedForward, replay_graphs
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class Denoiser(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, timestep: Tensor, scale: float = 1.0, extra: object = None) -> tuple[Tensor, ...]:
+        return (self.layer(x) * scale + timestep,)
+
+
+def graphed(model: nn.Module) -> GraphedForward:
+    return model.forward.__self__  # type: ignore[attr-defined, return-value]
+
+
+@torch.no_grad()
+def test_on_a_cpu_the_model_runs_as_it_is() -> None:
+    model = Denoiser()
+    x, t = torch.randn(2, 8), torch.tensor([1.0])
+    expected = model(x, t)[0]
+    replay_graphs(model)
+    assert torch.equal(model(x, t)[0], expected)
+    assert graphed(model).captures == 0
+
+
+def test_the_switch_leaves_nothing_behind() -> None:
+    model = Denoiser()
+    before = dict(model.__dict__)
+    replay_graphs(replay_graphs(model))
+    assert replay_graphs(model, enabled=False).__dict__.keys() == before.keys()
+    assert replay_graphs(model, enabled=False).__dict__.keys() == before.keys()
+
+
+@cuda
+@torch.no_grad()
+def test_replays_equal_the_model_and_follow_shapes_and_values() -> None:
+    model = Denoiser().cuda()
+    own = Denoiser().cuda()
+    own.load_state_dict(model.state_dict())
+    replay_graphs(model)
+    for batch in (2, 3, 2):
+        for scale in (1.0, 2.0):
+            x, t = torch.randn(batch, 8, device="cuda"), torch.rand(1, device="cuda")
+            assert torch.equal(model(x, t, scale)[0], own(x, t, scale)[0])
+    assert graphed(model).captures == 4
+
+
+@cuda
+@torch.no_grad()
+def test_a_result_outlives_the_next_call() -> None:
+    model = replay_graphs(Denoiser().cuda())
+    t = torch.zeros(1, device="cuda")
+    first = model(torch.ones(2, 8, device="cuda"), t)[0]
+    kept = first.clone()
+    model(torch.zeros(2, 8, device="cuda"), t)
+    assert torch.equal(first, kept)
+
+
+@cuda
+@torch.no_grad()
+def test_moved_weights_are_captured_anew() -> None:
+    model = replay_graphs(Denoiser().cuda())
+    x, t = torch.randn(2, 8, device="cuda"), torch.zeros(1, device="cuda")
+    model(x, t)
+    model.to("cpu").to("cuda")
+    model.layer.weight.zero_()
+    assert torch.equal(model(x, t)[0], model.layer.bias.expand(2, 8))
+
+
+@cuda
+@torch.no_grad()
+def test_old_shapes_are_dropped_beyond_the_limit() -> None:
+    model = replay_graphs(Denoiser().cuda(), limit=2)
+    t = torch.zeros(1, device="cuda")
+    for batch in (1, 2, 3):
+        model(torch.ones(batch, 8, device="cuda"), t)
+    assert len(graphed(model)._graphs) == 2
+
+
+@cuda
+@torch.no_grad()
+def test_an_argument_that_is_no_tensor_or_value_runs_uncaptured() -> None:
+    model = replay_graphs(Denoiser().cuda())
+    model(torch.ones(1, 8, device="cuda"), torch.zeros(1, device="cuda"), extra=object())
+    assert graphed(model).captures == 0
