@@ -9,16 +9,7 @@ from torch import Tensor, nn
 from ..attention import attend
 from ..fusion import FusedBlock, Fusion
 from ..stage import Norm, Place, Stage
-
-ACTIVATIONS = {"GEGLU": "geglu", "SwiGLU": "swiglu"}
-
-
-def activation_of(module: Any) -> str | None:
-    """The name, in `act_quant`, of the activation that a feed-forward's first module applies after its projection."""
-    name = type(module).__name__
-    if name == "GELU":
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
-    return ACTIVATIONS.get(name)
+from ._stream import activation_of
 
 
 def attention_refusal(attention: Any) -> str | None:

@@ -12,7 +12,7 @@ from ...kernels.head_norm_rope import head_norm_rope
 from ..attention import attend
 from ..fusion import FusedBlock, Fusion
 from ..stage import Norm, Place, Stage
-from .basic_block import activation_of
+from ._stream import Stream, activation_of, heads_refusal, norm_weights
 
 
 def flux_attention_refusal(attention: Any) -> str | None:
@@ -22,40 +22,10 @@ def flux_attention_refusal(attention: Any) -> str | None:
         return f"attention processor {type(processor).__name__}"
     if processor._attention_backend is not None or processor._parallel_config is not None:
         return "an attention back-end was chosen"
-    norms = [getattr(attention, name, None) for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")]
-    known = [norm for norm in norms if norm is not None]
-    if any(type(n) is not nn.RMSNorm or n.weight is None or n.eps != known[0].eps for n in known) or len(known) % 2:
-        return "norms of q and k that are not known"
+    names = ["norm_q", "norm_k", *(["norm_added_q", "norm_added_k"] if attention.added_kv_proj_dim else [])]
+    if reason := heads_refusal([getattr(attention, name) for name in names]):
+        return reason
     return "projections fused by diffusers" if attention.fused_projections else None
-
-
-def _weights(*norms: Any) -> list[Tensor]:
-    return [norm.weight.detach() for norm in norms]
-
-
-class _Stream:
-    """The stages of one of the two streams of a double block."""
-
-    def __init__(self, norm1: Any, norm2: Any, qkv: list[Place], out: Place, ff: Any) -> None:
-        self.norm1, self.norm2 = Norm.of(norm1.norm), Norm.of(norm2)
-        self.qkv, self.out, self.up, self.down = (
-            Stage(*qkv),
-            Stage(out),
-            Stage((ff.net[0], "proj")),
-            Stage((ff.net, "2")),
-        )
-        self.act = activation_of(ff.net[0]) or "none"
-        self.stages = (self.qkv, self.out, self.up, self.down)
-
-    def project(self, h: Tensor, mods: tuple[Tensor, ...]) -> Tensor:
-        """[B * T, K] -> [B * T, 3 N]: q, k and v."""
-        return self.qkv.product(self.qkv.norm(h, self.norm1, mods[0], mods[1]))
-
-    def finish(self, h: Tensor, attended: Tensor, mods: tuple[Tensor, ...]) -> Tensor:
-        """The block after attention: [B * T, K] -> [B * T, K]."""
-        h = self.out.add(self.out.act(attended), h, mods[2])
-        rows = self.up.norm(h, self.norm2, mods[3], mods[4])
-        return self.down.add(self.down.act(self.up.product(rows), self.act), h, mods[5])
 
 
 class FusedDoubleBlock(FusedBlock):
@@ -64,8 +34,8 @@ class FusedDoubleBlock(FusedBlock):
         own: Any = block
         a = own.attn
         qkv, added = ([(a, name.format(part)) for part in "qkv"] for name in ("to_{}", "add_{}_proj"))
-        self.image = _Stream(own.norm1, own.norm2, qkv, (a.to_out, "0"), own.ff)
-        self.text = _Stream(own.norm1_context, own.norm2_context, added, (a, "to_add_out"), own.ff_context)
+        self.image = Stream(own.norm1, own.norm2, qkv, (a.to_out, "0"), own.ff)
+        self.text = Stream(own.norm1_context, own.norm2_context, added, (a, "to_add_out"), own.ff_context)
         self.stages = self.image.stages + self.text.stages
 
     def forward(  # the block's own signature
@@ -86,8 +56,8 @@ class FusedDoubleBlock(FusedBlock):
         image, text = hidden_states.reshape(b * t, width), encoder_hidden_states.reshape(b * length, width)
         a = self.block.attn
         q, k, v = head_norm_rope(
-            self.text.project(text, text_mods).view(b, length, -1), _weights(a.norm_added_q, a.norm_added_k),
-            self.image.project(image, mods).view(b, t, -1), _weights(a.norm_q, a.norm_k),
+            self.text.project(text, text_mods).view(b, length, -1), norm_weights(a.norm_added_q, a.norm_added_k),
+            self.image.project(image, mods).view(b, t, -1), norm_weights(a.norm_q, a.norm_k),
             list(image_rotary_emb or ()), a.heads, a.norm_q.eps,
         )  # fmt: skip
         attended = attend(q, k, v).view(b, length + t, -1)
@@ -142,7 +112,7 @@ class FusedSingleBlock(FusedBlock):
         h, a = whole.reshape(b * t, width), self.block.attn
         y = self.enter.product(self.enter.norm(h, self.norm, shift, scale))
         qkv, mlp = y.split([3 * a.inner_dim, y.shape[1] - 3 * a.inner_dim], dim=1)
-        rope, weights = list(image_rotary_emb or ()), _weights(a.norm_q, a.norm_k)
+        rope, weights = list(image_rotary_emb or ()), norm_weights(a.norm_q, a.norm_k)
         heads = head_norm_rope(qkv.unflatten(0, (b, t)), weights, None, [], rope, a.heads, a.norm_q.eps)
         h = self.leave.add(self.leave.act(mlp, "gelu_tanh", attend(*heads)), h, gate)
         return joint.split(h.view(b, t, width), length)

@@ -54,6 +54,20 @@ CASES = {
         {"hidden_states": (16, 8), "encoder_hidden_states": (5, 24), "pooled_projections": (16,)},
         IDS,
     ),
+    "sd3": Case(
+        "SD3Transformer2DModel",
+        {**HEADS, "sample_size": 8, "in_channels": 4, "out_channels": 4, "num_layers": 3, "joint_attention_dim": 24,
+         "caption_projection_dim": 64, "pooled_projection_dim": 16, "pos_embed_max_size": 8, "qk_norm": "rms_norm"},
+        {"hidden_states": (4, 8, 8), "encoder_hidden_states": (5, 24), "pooled_projections": (16,)},
+        {},
+    ),
+    "wan": Case(
+        "WanTransformer3DModel",
+        {**HEADS, "in_channels": 4, "out_channels": 4, "text_dim": 24, "freq_dim": 16, "ffn_dim": 128, "num_layers": 2,
+         "rope_max_seq_len": 32},
+        {"hidden_states": (4, 2, 8, 8), "encoder_hidden_states": (5, 24)},
+        {},
+    ),
 }  # fmt: skip
 
 

@@ -1,0 +1,59 @@
+"""What the blocks of several families share: a modulated stream of tokens around a joint attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..stage import Norm, Place, Stage
+
+ACTIVATIONS = {"GEGLU": "geglu", "SwiGLU": "swiglu"}
+
+
+def activation_of(module: Any) -> str | None:
+    """The name, in `act_quant`, of the activation that a feed-forward's first module applies after its projection."""
+    name = type(module).__name__
+    if name == "GELU":
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+    return ACTIVATIONS.get(name)
+
+
+def norm_weights(*norms: Any) -> list[Tensor]:
+    """The weights of the norms of q and k; none when the attention has no such norms."""
+    return [norm.weight.detach() for norm in norms if norm is not None]
+
+
+def heads_refusal(norms: list[Any]) -> str | None:
+    """Why `head_norm_rope` cannot do these norms of q and k (None: no norm); None when it can."""
+    known = [norm for norm in norms if norm is not None]
+    if len(known) not in (0, len(norms)):
+        return "norms on some of q and k only"
+    if any(type(n).__name__ != "RMSNorm" or n.weight is None or n.eps != known[0].eps for n in known):
+        return "norms of q and k that are not known"
+    return None
+
+
+class Stream:
+    """The stages of one of the two streams of a double block."""
+
+    def __init__(self, norm1: Any, norm2: Any, qkv: list[Place], out: Place, ff: Any) -> None:
+        self.norm1, self.norm2 = Norm.of(norm1.norm), Norm.of(norm2)
+        self.qkv, self.out, self.up, self.down = (
+            Stage(*qkv),
+            Stage(out),
+            Stage((ff.net[0], "proj")),
+            Stage((ff.net, "2")),
+        )
+        self.act = activation_of(ff.net[0]) or "none"
+        self.stages = (self.qkv, self.out, self.up, self.down)
+
+    def project(self, h: Tensor, mods: tuple[Tensor, ...]) -> Tensor:
+        """[B * T, K] -> [B * T, 3 N]: q, k and v."""
+        return self.qkv.product(self.qkv.norm(h, self.norm1, mods[0], mods[1]))
+
+    def finish(self, h: Tensor, attended: Tensor, mods: tuple[Tensor, ...]) -> Tensor:
+        """The block after attention: [B * T, K] -> [B * T, K]."""
+        h = self.out.add(self.out.act(attended), h, mods[2])
+        rows = self.up.norm(h, self.norm2, mods[3], mods[4])
+        return self.down.add(self.down.act(self.up.product(rows), self.act), h, mods[5])
