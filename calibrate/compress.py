@@ -91,5 +91,5 @@ def _check(plan: LayerPlan, tensors: Tensors) -> None:
     if expected != found:
         raise RuntimeError(f"layer {plan.name}: method {plan.method} returned {found}, expected {expected}")
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
             raise RuntimeError(f"layer {plan.name}: method {plan.method} returned non-finite values in {name}")

@@ -3,6 +3,8 @@
 The reference *is* the definition of an op; a twin in `_triton/` is only ever a faster way to the same numbers. Nothing
 here runs on CPU tensors: torch's own dispatcher sends those to the reference. `explain` answers without running.
 
+Where a vendor's library has the faster product (`LIBRARIES`), it comes first.
+
 Environment: `VDIT_KERNELS` = auto | triton | reference, `VDIT_STRICT` = 1 to refuse every fallback on an accelerator,
 `VDIT_LAUNCH_TABLES` = folder of this machine's own launch tables.
 """
@@ -44,8 +46,13 @@ TWINS = {
     "act_quant": "act_quant",
     "head_norm_rope": "head_norm_rope",
     "attention": "attention",
+    "quant_token_fp8": "fp8_linear",
+    "fp8_linear": "fp8_linear",
 }
 """Op name -> file in `_triton/`."""
+
+LIBRARIES = {"fp8_linear": ("cublaslt", "scaled_mm")}
+"""Op name -> (backend, module here) of a vendor's GEMM, with a twin's functions: preferred to Triton in mode `auto`."""
 
 
 class SettingError(ValueError):
@@ -58,9 +65,10 @@ class KernelUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Settings:
-    """`auto`: Triton where it can, else the reference. `triton`: Triton or an error. `reference`: never Triton.
+    """`auto`: a library or Triton where it can, else the reference. `triton`: Triton or an error. `reference`: never a
+    kernel.
 
-    `strict` turns every run on an accelerator that is not Triton into `KernelUnavailable`.
+    `strict` turns every run of a reference on an accelerator into `KernelUnavailable`.
     """
 
     mode: str = "auto"
@@ -180,11 +188,19 @@ def _blocker(op: str, device: torch.device) -> str | None:
     return _process.broken.get((op, device))
 
 
+def _library(op: str) -> tuple[str, ModuleType] | None:
+    """Name and module of the vendor's implementation of `op`, when there is one and the mode allows it."""
+    if op not in LIBRARIES or settings().mode != "auto":
+        return None
+    backend, module = LIBRARIES[op]
+    return backend, importlib.import_module(f".{module}", __package__)
+
+
 def explain(op: str, device: torch.device | str, **facts: Any) -> Choice:
     """Say what would run, without running it.
 
-    `facts` are the ones a kernel may refuse: `dtype` (of the activation), `k`, `group` (int4), `block_size` (hadamard),
-    `width` (head_norm_rope), `head_dim` (attention).
+    `facts` are the ones a kernel may refuse: `dtype` (of the activation), `out_dtype`, `k`, `n`, `group` (int4),
+    `block_size` (hadamard), `width` (head_norm_rope), `head_dim` (attention).
     """
     if op not in TWINS:
         raise ValueError(f"unknown op {op!r}; the ops are {', '.join(sorted(TWINS))}")
@@ -192,9 +208,12 @@ def explain(op: str, device: torch.device | str, **facts: Any) -> Choice:
     mode = settings().mode
     if mode == "reference" and device.type != "cpu":
         return Choice(op, "reference", "the mode is 'reference'")
+    library = _library(op)
+    if library and _device_reason(device) is None and library[1].limits(op, device=device, **facts) is None:
+        return Choice(op, library[0], "supported")
     reason = _blocker(op, device)
     if reason is None:
-        reason = _twin(op).limits(op, **facts)  # type: ignore[union-attr]
+        reason = _twin(op).limits(op, device=device, **facts)  # type: ignore[union-attr]
     if reason is not None:
         return Choice(op, "reference", reason)
     return Choice(op, "triton", "the mode is 'triton'" if mode == "triton" else "supported")
@@ -224,11 +243,15 @@ def available() -> Choice:
 
 
 def run(op: str, reference: Callable[..., Any], *args: Any) -> Any:
-    """Run `op` on accelerator tensors: the Triton twin when allowed and supported, else `reference(*args)`."""
+    """Run `op` on accelerator tensors: a vendor's library or the Triton twin when allowed and supported, else
+    `reference(*args)`."""
     device = args[0].device
     current = settings()
     if current.mode == "reference" and not current.strict:
         return reference(*args)
+    library = _library(op)
+    if library and library[1].supports(op, *args) is None:
+        return _launch(library[1].run, op, device, args)
     reason = "the mode is 'reference'" if current.mode == "reference" else _blocker(op, device)
     if reason is None:
         twin = _twin(op)

@@ -63,7 +63,7 @@ def _row(pattern: str, spec: LayerSpec, shapes: list[tuple[int, int]], device: t
         "bits_per_weight": 8 * size / sum(n * k for n, k in shapes),
         "bytes": size,
         "kernels": ", ".join(ops) or "decode + F.linear",
-        "backend": "mixed" if len(backends) > 1 else next(iter(backends), "torch"),
+        "backend": "mixed" if {"reference"} < backends else " + ".join(sorted(backends)) or "torch",
     }
 
 
@@ -74,10 +74,10 @@ def layer_ops(spec: LayerSpec) -> tuple[str, ...]:
 
 
 def reasons(specs: Any, device: torch.device) -> list[str]:
-    """One line for each op that will not run as a Triton kernel on `device`, saying why."""
+    """One line for each op that will run its reference on `device`, saying why."""
     ops = sorted({op for spec in specs for op in layer_ops(spec)})
     choices = [dispatch.explain(op, device) for op in ops]
-    return [f"{c.op}: {c.backend}, because {c.reason}" for c in choices if c.backend != "triton"]
+    return [f"{c.op}: {c.backend}, because {c.reason}" for c in choices if c.backend == "reference"]
 
 
 def _file_bytes(folder: Path) -> int:

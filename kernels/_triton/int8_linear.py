@@ -35,8 +35,8 @@ def tile_product(
             x = tl.load(x_at)
             w = tl.load(w_at)
         else:
-            x = tl.load(x_at, mask=(k + rk)[None, :] < K, other=0)
-            w = tl.load(w_at, mask=(k + rk)[:, None] < K, other=0)
+            x = tl.load(x_at, mask=(k + rk)[None, :] < K, other=0.0)
+            w = tl.load(w_at, mask=(k + rk)[:, None] < K, other=0.0)
         acc = tl.dot(x, w, acc, out_dtype=ACC)
         x_at += BK
         w_at += BK

@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vdit_quant.kernels._triton import (
+    fp8_linear,
     hadamard,
     int4_linear,
     int8_linear,
@@ -105,6 +106,17 @@ def packed_decode_cases() -> Iterator[Case]:
         yield f"packed_to_int8 bits={bits} group={group}", packed_decode.packed_to_int8_kernel, types, consts
 
 
+def fp8_linear_cases() -> Iterator[Case]:
+    for k in (1152, 15360):
+        types = {"x_ptr": "*bf16", "codes_ptr": "*fp8e4nv", "scale_ptr": "*fp32", **SIZES}
+        consts = {"TINY": 1e-30, "INTERPRET": False, **quant_token.launch_options(k), **ROUND_EACH_STEP}
+        yield f"quant_token_fp8 K={k}", fp8_linear.quant_token_fp8_kernel, types, consts
+    for m in (1, 64, 512, 4096):
+        types = {**LINEAR, "x_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv", "y_ptr": "*bf16", **SIZES}
+        consts = {"HAS_BIAS": True, "EVEN_K": True, **int8_linear.int8_options(m, 3456), **ROUND_EACH_STEP}
+        yield f"fp8_linear M={m}", fp8_linear.fp8_linear_kernel, types, consts
+
+
 def hadamard_cases() -> Iterator[Case]:
     for size, dtype in ((16, torch.bfloat16), (128, torch.bfloat16), (256, torch.bfloat16), (128, torch.float32)):
         pointer = POINTERS[dtype]
@@ -144,7 +156,7 @@ def inspect_cubin(cubin: bytes) -> dict[str, Any]:
         sass = subprocess.run([BIN / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True)
     text = usage.stdout + usage.stderr
     found = {name.lower(): int(re.search(rf"{name}:(\d+)", text).group(1)) for name in ("REG", "STACK")}
-    return {**found, "mma": sorted(set(re.findall(r"\b(IGMMA|HGMMA|IMMA|HMMA)\b", sass.stdout)))}
+    return {**found, "mma": sorted(set(re.findall(r"\b(IGMMA|HGMMA|QGMMA|QMMA|IMMA|HMMA)\b", sass.stdout)))}
 
 
 def main(file: str, capability: int) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vdit_quant.kernels._triton import fp8_linear as fp8_twin
 from vdit_quant.kernels._triton import hadamard as hadamard_twin
 from vdit_quant.kernels._triton import int4_decode as decode_twin
 from vdit_quant.kernels._triton import int4_linear as int4_twin
@@ -13,6 +14,7 @@ from vdit_quant.kernels._triton import packed_decode as packed_twin
 from vdit_quant.kernels._triton import quant_token as quant_twin
 from vdit_quant.kernels._triton import weight_linear as weight_twin
 from vdit_quant.kernels._triton.tiles import INTERPRETED
+from vdit_quant.kernels.fp8_linear import E4M3, fp8_linear, quant_token_fp8
 from vdit_quant.kernels.hadamard import hadamard
 from vdit_quant.kernels.int4_linear import int4_linear, int4_to_int8, int4_weight_linear
 from vdit_quant.kernels.int8_linear import int8_linear, int8_weight_linear
@@ -150,6 +152,25 @@ def test_hadamard(size: int, kind: str, dtype: torch.dtype, relative_rms) -> Non
     for chosen in (signs, None):
         got = hadamard_twin.run("hadamard", x, chosen, size, kind)
         assert relative_rms(got, hadamard(x, chosen, size, kind)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (17, 72), (129, 200)])
+def test_quant_token_fp8(m: int, k: int, dtype: torch.dtype, make_layer) -> None:
+    x = make_layer(m, k, 4).x.to(dtype)
+    x[-1] = 0
+    x[m // 2, k // 2] = 1000
+    (codes, scale), (want, want_scale) = fp8_twin.run("quant_token_fp8", x), quant_token_fp8(x)
+    assert torch.equal(codes.float(), want.float())
+    assert torch.equal(scale, want_scale)
+
+
+@pytest.mark.parametrize(("m", "k", "n"), SHAPES)
+def test_fp8_linear(m: int, k: int, n: int, make_layer, relative_rms) -> None:
+    a = make_layer(m, k, n)
+    for bias, out_dtype in ((a.bias, torch.float32), (None, torch.float16)):
+        args = (a.x.to(E4M3), a.scale, a.weight.to(E4M3), a.weight_scale, bias, out_dtype)
+        assert relative_rms(fp8_twin.run("fp8_linear", *args), fp8_linear(*args)) < TOLERANCE[out_dtype]
 
 
 def test_views_are_made_contiguous(make_layer) -> None:

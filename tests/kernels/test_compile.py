@@ -18,8 +18,11 @@ FILES = (
     "int4_linear",
     "packed_decode",
     "hadamard",
+    "fp8_linear",
 )
 CAPABILITIES = (80, 90)
+TARGETS = [(file, cap) for file in FILES for cap in CAPABILITIES if (file, cap) != ("fp8_linear", 80)]
+TARGETS.append(("fp8_linear", 89))  # the first GPUs with fp8
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +35,11 @@ def compiled(child_environment: dict[str, str], tmp_path_factory) -> dict[tuple[
         command = [sys.executable, str(SCRIPT), target[0], str(target[1])]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
-    targets = [(file, capability) for file in FILES for capability in CAPABILITIES]
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(targets, pool.map(build, targets), strict=True))
+        return dict(zip(TARGETS, pool.map(build, TARGETS), strict=True))
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(("file", "capability"), TARGETS)
 def test_compiles_without_spills(file: str, capability: int, compiled: dict[tuple[str, int], Any]) -> None:
     done = compiled[file, capability]
     assert done.returncode == 0, done.stderr[-4000:]
@@ -51,10 +52,21 @@ def test_compiles_without_spills(file: str, capability: int, compiled: dict[tupl
             assert kernel["stack"] == 0, kernel
 
 
-def test_int8_products_use_the_matrix_units(compiled: dict[tuple[str, int], Any]) -> None:
-    for capability, unit in ((80, "IMMA"), (90, "IGMMA")):
-        kernels = [json.loads(line) for line in compiled["int8_linear", capability].stdout.splitlines()]
-        large = [kernel for kernel in kernels if kernel["name"].startswith("int8_linear M=4096")]
-        if "mma" not in large[0]:
-            pytest.skip("NVIDIA's cuobjdump is not part of this Triton")
-        assert all(kernel["mma"] == [unit] for kernel in large)
+@pytest.mark.parametrize(
+    ("file", "capability", "unit"),
+    [
+        ("int8_linear", 80, "IMMA"),
+        ("int8_linear", 90, "IGMMA"),
+        ("int8_linear_add", 90, "IGMMA"),
+        ("fp8_linear", 89, "QMMA"),
+        ("fp8_linear", 90, "QGMMA"),
+    ],
+)
+def test_large_products_use_the_matrix_units(
+    file: str, capability: int, unit: str, compiled: dict[tuple[str, int], Any]
+) -> None:
+    kernels = [json.loads(line) for line in compiled[file, capability].stdout.splitlines()]
+    large = [kernel for kernel in kernels if kernel["name"].startswith((f"{file} M=4096", f"{file} M=8192"))]
+    if "mma" not in large[0]:
+        pytest.skip("NVIDIA's cuobjdump is not part of this Triton")
+    assert all(kernel["mma"] == [unit] for kernel in large)

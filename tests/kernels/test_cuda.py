@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from vdit_quant.kernels import dispatch
+from vdit_quant.kernels import dispatch, scaled_mm
+from vdit_quant.kernels import fp8_linear as fp8_module
 from vdit_quant.kernels import hadamard as hadamard_module
 from vdit_quant.kernels import int4_linear as int4_module
 from vdit_quant.kernels import int8_linear as int8_module
@@ -13,6 +14,7 @@ from vdit_quant.kernels import int8_linear_add as add_module
 from vdit_quant.kernels import int8_linear_low_rank as low_rank_module
 from vdit_quant.kernels import packed_decode as packed_module
 from vdit_quant.kernels import quant_token as quant_module
+from vdit_quant.kernels.fp8_linear import fp8_linear, quant_token_fp8
 from vdit_quant.kernels.hadamard import hadamard
 from vdit_quant.kernels.int4_linear import int4_linear, int4_to_int8, int4_weight_linear
 from vdit_quant.kernels.int8_linear import int8_linear, int8_weight_linear
@@ -148,6 +150,52 @@ def test_hadamard(kind: str, size: int, dtype: torch.dtype, make_layer, relative
         as_good_as(reference, hadamard(a.x, signs, size, kind), want, relative_rms)
 
 
+needs_fp8 = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="fp8 needs compute capability 8.9"
+)
+
+
+@needs_fp8
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("k", [72, 200, 1152, 2240, 3072, 15360])
+def test_quant_token_fp8(k: int, dtype: torch.dtype, make_layer) -> None:
+    for m in TOKENS:
+        x = make_layer(m, k, 1, dtype=dtype, device="cuda").x
+        x[-1] = 0
+        (codes, scale), (want, want_scale) = quant_token_fp8(x), fp8_module._quant_reference(x)
+        assert torch.equal(codes.view(torch.int8), want.view(torch.int8))
+        assert torch.equal(scale, want_scale)
+
+
+@needs_fp8
+@pytest.mark.parametrize("mode", ["auto", "triton"])
+@pytest.mark.parametrize(("k", "n"), SHAPES)
+def test_fp8_linear(k: int, n: int, mode: str, make_layer, relative_rms) -> None:
+    for m in TOKENS:
+        a = make_layer(m, k, n, device="cuda")
+        codes, scale = fp8_module._quant_reference(a.x)
+        weight, weight_scale = fp8_module._quant_reference(a.weight.float())
+        for dtype in FLOATS:
+            args = (codes, scale, weight, weight_scale, a.bias, dtype)
+            want = fp8_module._reference(*args[:-1], torch.float32)
+            with dispatch.use(mode=mode):
+                got = fp8_linear(*args)
+            assert got.dtype == dtype
+            # Hopper adds up e4m3 products with about 13 bits of mantissa.
+            assert relative_rms(got, want) < 1e-3 + torch.finfo(dtype).eps
+
+
+@needs_fp8
+def test_fp8_runs_through_cublaslt_where_it_can(make_layer) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    if (reason := scaled_mm._device_reason(device)) is not None:
+        pytest.skip(reason)
+    facts = {"k": 1152, "n": 3456, "out_dtype": torch.bfloat16}
+    assert dispatch.explain("fp8_linear", "cuda", **facts).backend == "cublaslt"
+    assert dispatch.explain("fp8_linear", "cuda", **facts | {"n": 40}).backend == "triton"
+    assert dispatch.explain("fp8_linear", "cuda", **facts | {"out_dtype": torch.float32}).backend == "triton"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("k", "n", "group"), [(1152, 3456, None), (1152, 3456, 64), (2240, 2240, 32)])
 def test_a_row_does_not_depend_on_its_batch(k: int, n: int, group: int | None, dtype: torch.dtype, make_layer) -> None:
@@ -170,7 +218,10 @@ def test_reference_on_gpu_equals_reference_on_cpu(make_layer) -> None:
 
 def test_nothing_fell_back() -> None:
     for op in dispatch.TWINS:
-        assert dispatch.explain(op, "cuda") == dispatch.Choice(op, "triton", "supported")
+        if "fp8" in op and torch.cuda.get_device_capability() < (8, 9):
+            continue
+        expected = ("triton", "cublaslt") if op in dispatch.LIBRARIES else ("triton",)
+        assert dispatch.explain(op, "cuda").backend in expected
 
 
 def test_inside_a_cuda_graph_and_on_a_side_stream(make_layer) -> None:

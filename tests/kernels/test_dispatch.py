@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vdit_quant.kernels import dispatch
+from vdit_quant.kernels import dispatch, scaled_mm
 from vdit_quant.kernels.dispatch import Choice, KernelUnavailable, Settings
 
 X = torch.ones(2, 2)
@@ -100,8 +100,52 @@ def test_explain_answers_without_running(accelerator) -> None:
     assert dispatch.explain("int8_linear", "cuda", k=1) == Choice("int8_linear", "reference", "too small")
     with dispatch.use(mode="reference"):
         assert dispatch.explain("int8_linear", "cuda") == Choice("int8_linear", "reference", "the mode is 'reference'")
-    with pytest.raises(ValueError, match="unknown op 'int3_linear'; the ops are hadamard"):
+    with pytest.raises(ValueError, match="unknown op 'int3_linear'; the ops are fp8_linear"):
         dispatch.explain("int3_linear", "cuda")
+
+
+@pytest.fixture
+def library(accelerator, monkeypatch):
+    """Pretend that a vendor's library has `fp8_linear`."""
+    module = SimpleNamespace(
+        limits=lambda op, device, **facts: "odd" if facts.get("n") == 1 else None,
+        supports=lambda op, *args: None,
+        run=lambda op, *args: "library",
+    )
+    monkeypatch.setattr(dispatch, "_library", lambda op: ("vendor", module) if op == "fp8_linear" else None)
+    return module
+
+
+def test_a_library_comes_before_triton(library) -> None:
+    with dispatch.use(strict=True):
+        assert dispatch.run("fp8_linear", reference, X) == "library"
+        assert dispatch.run("quant_token", reference, X) == "triton"
+    assert dispatch.explain("fp8_linear", "cuda", n=16) == Choice("fp8_linear", "vendor", "supported")
+    assert dispatch.explain("fp8_linear", "cuda", n=1) == Choice("fp8_linear", "triton", "supported")
+    library.supports = lambda op, *args: "odd"
+    assert dispatch.run("fp8_linear", reference, X) == "triton"
+    with dispatch.use(mode="reference"):
+        assert dispatch.run("fp8_linear", reference, X) == "reference"
+
+
+def test_libraries_are_for_the_mode_auto_only() -> None:
+    assert dispatch._library("fp8_linear")[0] == "cublaslt"
+    assert dispatch._library("int8_linear") is None
+    for mode in ("triton", "reference"):
+        with dispatch.use(mode=mode):
+            assert dispatch._library("fp8_linear") is None
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"k": 1160}, "K=1160 is not a multiple of 16"),
+        ({"n": 40}, "N=40 is not a multiple of 16"),
+        ({"out_dtype": torch.float32}, "the output is torch.float32, not bfloat16"),
+    ],
+)
+def test_what_cublaslt_refuses(facts, reason) -> None:
+    assert scaled_mm.limits("fp8_linear", torch.device("cuda"), **facts) == reason
 
 
 @pytest.mark.parametrize("op", sorted(dispatch.TWINS))

@@ -24,7 +24,9 @@ def _layer(spec: LayerSpec, tensors: dict[str, Tensor], bias: bool = True) -> Co
 
 
 def _same(got: dict[str, Tensor], want: dict[str, Tensor]) -> bool:
-    same = (t.dtype == want[k].dtype and torch.equal(t, want[k]) for k, t in got.items())
+    same = (
+        t.dtype == want[k].dtype and torch.equal(t.view(torch.uint8), want[k].view(torch.uint8)) for k, t in got.items()
+    )
     return got.keys() == want.keys() and all(same)
 
 
