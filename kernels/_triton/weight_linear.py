@@ -96,9 +96,9 @@ def small_tile(bn: int, bk: int, warps: int, stages: int) -> dict[str, int]:
 
 def small_options(m: int, n: int) -> dict[str, int]:
     """Narrow programs while there are few, so that every SM has some; wide ones read the tokens less often. More tokens
-    leave room for fewer stages."""
+    leave room for fewer stages, and their sums for fewer outputs."""
     stages = 6 if m <= 16 else 4 if m <= 32 else 3
-    return small_tile(32, 128, 2, stages) if n <= 1 << 14 else small_tile(64, 128, 2, stages)
+    return small_tile(64 if n > 1 << 14 and m <= 32 else 32, 128, 2, stages)
 
 
 def candidates(op: str, m: int, n: int, k: int) -> list[dict[str, int]]:
