@@ -69,6 +69,29 @@ def _(weight: Tensor, group_scale: Tensor | None, k: int) -> Tensor:
     return dispatch.run("int4_to_int8", _decode_reference, weight, group_scale, k)
 
 
+def int4_to_int8_many(weight: Tensor, group_scale: Tensor | None, shapes: list[tuple[int, int]]) -> list[Tensor]:
+    """`int4_to_int8` of several weights that lie one behind another, such as those of a block, in one launch.
+
+    Rows and groups are consecutive, so that the shapes of the weights do not matter to the decoding.
+
+    weight: uint8 [sum of N * K/2]; group_scale: uint8 [sum of N * K/g], one g for all, or None
+    shapes: (N, K) of each weight, every K a multiple of 128
+    returns: int8 [N, K] for each, views of one buffer
+    Raises ValueError when the sizes do not add up.
+    """
+    sizes = [n * k for n, k in shapes]
+    expect(all(k % 128 == 0 for _, k in shapes), "int4_to_int8_many", "every K to be a multiple of 128", shapes)
+    ok = weight.dim() == 1 and 2 * weight.numel() == sum(sizes)
+    expect(ok, "int4_to_int8_many", f"packed weights torch.uint8 [{sum(sizes) // 2}]", describe(weight))
+    rows = sum(sizes) // 128
+    if group_scale is not None:
+        whole = group_scale.dim() == 1 and rows > 0 and group_scale.numel() % rows == 0
+        expect(whole, "int4_to_int8_many", f"group scales torch.uint8 [{sum(sizes)}/group]", describe(group_scale))
+        group_scale = group_scale.view(rows, -1)
+    flat = int4_to_int8(weight.view(rows, 64), group_scale, 128).view(-1)
+    return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+
+
 def _check_int4(
     codes: Tensor,
     scale: Tensor,

@@ -1,8 +1,8 @@
 """Measures launch options on the GPU here, for the tables of `launch_table.py`.
 
-A Triton twin takes part by naming ops in `TUNABLE` and by two functions: `candidates(op, m, n, k)`, launch options worth
-measuring, and `example(op, m, n, k, device)`, random arguments of the op. Options whose result is not that of the heuristics (exactly
-for integer sums, else within rounding) are dropped with a reason.
+A Triton twin takes part by naming ops in `TUNABLE` and by two functions: `candidates(op, m, n, k)`, launch options
+worth measuring, and `example(op, m, n, k, device)`, random arguments of the op. Options whose result is not that of the
+heuristics (exactly for integer sums, else within rounding) are dropped with a reason.
 """
 
 import statistics

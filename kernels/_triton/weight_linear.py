@@ -94,9 +94,11 @@ def small_tile(bn: int, bk: int, warps: int, stages: int) -> dict[str, int]:
     return {"BN": bn, "BK": bk, "num_warps": warps, "num_stages": stages}
 
 
-def small_options(n: int) -> dict[str, int]:
-    """Narrow programs while there are few, so that every SM has some; wide ones read the tokens less often."""
-    return small_tile(32, 128, 2, 4) if n <= 1 << 14 else small_tile(64, 128, 2, 6)
+def small_options(m: int, n: int) -> dict[str, int]:
+    """Narrow programs while there are few, so that every SM has some; wide ones read the tokens less often. More tokens
+    leave room for fewer stages, and their sums for fewer outputs."""
+    stages = 6 if m <= 16 else 4 if m <= 32 else 3
+    return small_tile(64 if n > 1 << 14 and m <= 32 else 32, 128, 2, stages)
 
 
 def candidates(op: str, m: int, n: int, k: int) -> list[dict[str, int]]:
@@ -121,7 +123,7 @@ def matmul_small(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    options = launch_table.lookup("int8_weight_linear", x.device, m, n, k) or small_options(n)
+    options = launch_table.lookup("int8_weight_linear", x.device, m, n, k) or small_options(m, n)
     small_weight_kernel[(triton.cdiv(n, options["BN"]),)](
         rows_contiguous(x),
         rows_contiguous(weight),

@@ -1,6 +1,6 @@
-"""Compile the Triton kernels of one op for one GPU without having it; prints one JSON line per kernel.
+"""Compile the Triton kernels of some ops for one GPU without having it; prints one JSON line per kernel.
 
-    python compile_cases.py <file in kernels/_triton> <compute capability>
+    python compile_cases.py <files in kernels/_triton joined by +, or hot> <compute capability, or AMD architecture>
 
 A separate program because a compiler failure can abort the process, and because the interpreter must be off.
 """
@@ -28,6 +28,14 @@ from vdit_quant.kernels._triton import (
     int8_linear_low_rank,
     packed_decode,
     quant_token,
+    hadamard,
+    int4_decode,
+    int4_fused,
+    int4_linear,
+    int8_linear,
+    packed_decode,
+    quant_token,
+    weight_linear,
 )
 from vdit_quant.kernels._triton.tiles import ROUND_EACH_STEP
 
@@ -86,10 +94,41 @@ def int8_linear_low_rank_cases() -> Iterator[Case]:
 
 
 def int4_linear_cases() -> Iterator[Case]:
+def int4_decode_cases() -> Iterator[Case]:
+    types = {"w_ptr": "*u8", "group_ptr": "*u8", "scales_ptr": "*i32", "out_ptr": "*i8", **SIZES, "WORDS": "i32"}
     for group in (0, 32):
-        types = {"w_ptr": "*u8", "group_ptr": "*u8", "out_ptr": "*i8", "N": "i32", "K": "i32"}
-        consts = {"GROUP": group, **int4_linear.decode_options(1152)}
-        yield f"int4_to_int8 group={group}", int4_linear.int4_to_int8_kernel, types, consts
+        consts = {"GROUP": group, **int4_decode.bytes_options(1152)}
+        yield f"int4_to_int8 by bytes group={group}", int4_decode.int4_bytes_kernel, types, consts
+        consts = {"GROUP": group, **int4_decode.words_options(1 << 20)}
+        yield f"int4_to_int8 by words group={group}", int4_decode.int4_words_kernel, types, consts
+    yield "int4 blocks", int4_decode.int4_blocks_kernel, types, {"GROUPED": True, "R": 64, "num_warps": 4}
+
+
+def int4_fused_cases() -> Iterator[Case]:
+    types = {**LINEAR, "x_ptr": "*i8", "group_ptr": "*i32", "y_ptr": "*bf16", **SIZES}
+    for group, bm, warps in ((64, 64, 4), (64, 128, 8), (0, 128, 4)):
+        consts = {"HAS_BIAS": True, "GROUP": group, "PTX": True, "BM": bm, "BN": 128, "GROUP_M": 8}
+        consts |= {"num_warps": warps, "num_stages": 3, **ROUND_EACH_STEP}
+        yield f"int4_fused BM={bm} group={group} warps={warps}", int4_fused.int4_fused_kernel, types, consts
+
+
+def weight_linear_cases() -> Iterator[Case]:
+    types = {**LINEAR, "x_ptr": "*bf16", "group_ptr": "*i32", "y_ptr": "*bf16", **SIZES}
+    for bits, bm, n in ((8, 16, 6912), (8, 64, 193536), (4, 16, 6912), (4, 64, 193536)):
+        consts = {"HAS_BIAS": True, "EVEN_K": True, "BITS": bits, "GROUPED": bits == 4, "PTX": True, "BM": bm}
+        consts |= {"DOT": triton.language.bfloat16, **weight_linear.small_options(bm, n)}
+        yield f"small_weight bits={bits} BM={bm} N={n}", weight_linear.small_weight_kernel, types, consts
+
+
+def hot_cases() -> Iterator[Case]:
+    """What most of a forward pass is: one case each, for the architectures that do not get every case."""
+    wanted = ("quant_token K=1152", "int8_linear M=4096 even=True", "int4_to_int8 by words group=32")
+    wanted += ("int4_fused BM=64 group=64 warps=4", "small_weight bits=8 BM=16 N=6912")
+    for cases in (quant_token_cases, int8_linear_cases, int4_decode_cases, int4_fused_cases, weight_linear_cases):
+        yield from (case for case in cases() if case[0] in wanted)
+
+
+def int4_linear_cases() -> Iterator[Case]:
     i8, bf16 = torch.int8, torch.bfloat16
     for m, dtype, group in ((1, i8, 64), (64, i8, 0), (64, i8, 128), (1, bf16, 16), (64, bf16, 64)):
         types = {**LINEAR, "w_ptr": "*u8", "group_ptr": "*u8", "x_ptr": POINTERS[dtype], "y_ptr": "*bf16", **SIZES}
@@ -127,9 +166,12 @@ def hadamard_cases() -> Iterator[Case]:
         yield f"hadamard b={size} {dtype}", hadamard.hadamard_kernel, types, consts
 
 
-def compile_case(kernel: Any, types: dict[str, str], consts: dict[str, Any], capability: int) -> dict[str, Any]:
+def compile_case(kernel: Any, types: dict[str, str], consts: dict[str, Any], architecture: str) -> dict[str, Any]:
     """Compile one kernel and return its register, stack and shared memory use and its matrix instructions."""
     options = {name: consts.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in consts}
+    amd = architecture.startswith("gfx")
+    if amd and "PTX" in consts:
+        consts["PTX"] = False
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in consts:
@@ -141,8 +183,16 @@ def compile_case(kernel: Any, types: dict[str, str], consts: dict[str, Any], cap
         if name not in ("M", "ROWS", "BLOCKS", "TOKENS", "factor"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return {"shared": compiled.metadata.shared, **inspect_cubin(compiled.asm["cubin"])}
+    target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture), 32)
+    compiled = triton.compile(source, target=target, options=options)
+    found = inspect_amdgcn(compiled.asm["amdgcn"]) if amd else inspect_cubin(compiled.asm["cubin"])
+    return {"shared": compiled.metadata.shared, **found}
+
+
+def inspect_amdgcn(text: str) -> dict[str, Any]:
+    """Bytes of scratch memory and matrix instructions of a kernel compiled for an AMD GPU."""
+    scratch = int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", text).group(1))
+    return {"stack": scratch, "mma": sorted(set(re.findall(r"\bv_mfma_[a-z0-9]+", text)))}
 
 
 def inspect_cubin(cubin: bytes) -> dict[str, Any]:
@@ -159,12 +209,13 @@ def inspect_cubin(cubin: bytes) -> dict[str, Any]:
     return {**found, "mma": sorted(set(re.findall(r"\b(IGMMA|HGMMA|QGMMA|QMMA|IMMA|HMMA)\b", sass.stdout)))}
 
 
-def main(file: str, capability: int) -> None:
-    for name, kernel, types, consts in globals()[f"{file}_cases"]():
-        result = compile_case(kernel, types, consts, capability)
-        sys.stdout.write(json.dumps({"name": name, **result}) + "\n")
-        sys.stdout.flush()
+def main(files: str, architecture: str) -> None:
+    for file in files.split("+"):
+        for name, kernel, types, consts in globals()[f"{file}_cases"]():
+            result = compile_case(kernel, types, consts, architecture)
+            sys.stdout.write(json.dumps({"name": name, **result}) + "\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], sys.argv[2])

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import triton.language as tl
 
 from vdit_quant.kernels._triton import fp8_linear as fp8_twin
 from vdit_quant.kernels._triton import hadamard as hadamard_twin
 from vdit_quant.kernels._triton import int4_decode as decode_twin
+from vdit_quant.kernels._triton import int4_fused as fused_twin
 from vdit_quant.kernels._triton import int4_linear as int4_twin
 from vdit_quant.kernels._triton import int8_linear as int8_twin
 from vdit_quant.kernels._triton import int8_linear_add as add_twin
@@ -20,7 +22,7 @@ from vdit_quant.kernels.int4_linear import int4_linear, int4_to_int8, int4_weigh
 from vdit_quant.kernels.int8_linear import int8_linear, int8_weight_linear
 from vdit_quant.kernels.int8_linear_add import int8_linear_add
 from vdit_quant.kernels.int8_linear_low_rank import int8_linear_low_rank
-from vdit_quant.kernels.pack import WIDTHS, pack_bits
+from vdit_quant.kernels.pack import WIDTHS, block_int4, block_scales, pack_bits
 from vdit_quant.kernels.packed_decode import packed_to_int8
 from vdit_quant.kernels.quant_token import quant_token
 
@@ -124,6 +126,76 @@ def test_int4_to_int8_every_code_with_every_group_scale() -> None:
     for shift in range(0, 256, 64):
         args = (packed, group_scale + shift, 512)
         assert torch.equal(decode_twin.run("int4_to_int8", *args), int4_to_int8(*args))
+
+
+@pytest.mark.parametrize("group", [None, 64, 128])
+def test_blocked_int4(group: int | None, make_layer, relative_rms) -> None:
+    """The kernels on `block_int4` weights: decoding, the fused product, and few float tokens."""
+    m, k, n = 17, 384, 40
+    a = make_layer(m, k, n, group)
+    blocked = block_int4(a.packed)
+    scales = blocked if group is None else block_scales(a.group_scale, k)
+    decoded = torch.empty(n, k, dtype=torch.int8)
+    grouped = group is not None
+    decode_twin.int4_blocks_kernel[(3, k // 128)](blocked, scales, decoded, n, k, GROUPED=grouped, R=16)
+    assert torch.equal(decoded, int4_to_int8(a.packed, a.group_scale, k))
+    y = torch.empty(m, n)
+    args = (a.codes, blocked.view(torch.int8), a.scale, a.weight_scale, scales, a.bias, y, m, n, k)
+    fused_twin.int4_fused_kernel[(4,)](*args, HAS_BIAS=True, GROUP=group or 0, PTX=False, BM=16, BN=32, GROUP_M=2)
+    assert torch.equal(y, int8_linear(a.codes, a.scale, decoded, a.weight_scale, a.bias, torch.float32))
+    args = (a.x, blocked.view(torch.int8), a.weight_scale, scales, a.bias, y, m, n, k)
+    options = {"HAS_BIAS": True, "EVEN_K": True, "BITS": 4, "GROUPED": grouped, "PTX": False, "DOT": tl.float32}
+    weight_twin.small_weight_kernel[(3,)](*args, **options, BM=32, BN=16, BK=128)
+    assert relative_rms(y, int8_weight_linear(a.x, decoded, a.weight_scale, a.bias)) < TOLERANCE[torch.float32]
+
+
+def run_ptx(program: str, inputs: dict[str, int]) -> tuple[int, int]:
+    """What the integer instructions of an inline program leave in $0 and $1."""
+    found = dict(inputs)
+
+    def value(name: str) -> int:
+        return found[name] if name in found else int(name, 0)
+
+    def permute(low: int, high: int, select: int) -> int:
+        both = low | high << 32
+        return sum((both >> 8 * (select >> 4 * i & 7) & 255) << 8 * i for i in range(4))
+
+    run = {
+        "and.b32": lambda a, b: a & b,
+        "shr.u32": lambda a, b: a >> b,
+        "shl.b32": lambda a, b: a << b,
+        "mad.lo.u32": lambda a, b, c: a * b + c,
+        "prmt.b32": permute,
+        # every bit: the table's bit at (a, b, c)
+        "lop3.b32": lambda a, b, c, table: sum(
+            (table >> (4 * (a >> i & 1) + 2 * (b >> i & 1) + (c >> i & 1)) & 1) << i for i in range(32)
+        ),
+    }
+    for line in program.strip("{}\n").splitlines():
+        if not line.startswith("."):
+            name, operands = line.rstrip(";").split(" ", 1)
+            target, *sources = operands.split(", ")
+            found[target] = run[name](*map(value, sources)) & 0xFFFFFFFF
+    return found["$0"], found["$1"]
+
+
+def test_inline_ptx_decodes_as_the_reference() -> None:
+    """The interpreter cannot run the kernels' PTX: this does."""
+    q = torch.arange(-8, 8, dtype=torch.int8)
+    g = torch.Generator().manual_seed(0)
+    for scale in range(256):
+        codes = torch.cat((q, q))[torch.randperm(32, generator=g)][:8]
+        word = sum((int(code) & 15) << 4 * i for i, code in enumerate(codes))
+        offset = ((8 - 8 * scale) * 0x00100010 + 0x00080008) & 0xFFFFFFFF
+        low, high = run_ptx(
+            fused_twin.SCALE.value, {"$2": word, "$3": scale, "$7": scale, "$11": offset, "$15": offset}
+        )
+        want = [(int(code) * scale + 8) >> 4 & 255 for code in codes]
+        assert [low >> 8 * i & 255 for i in range(4)] == want[0::2]
+        assert [high >> 8 * i & 255 for i in range(4)] == want[1::2]
+        low, high = run_ptx(fused_twin.SPLIT.value, {"$2": word})
+        assert [low >> 8 * i & 255 for i in range(4)] == [int(code) & 255 for code in codes[0::2]]
+        assert [high >> 8 * i & 255 for i in range(4)] == [int(code) & 255 for code in codes[1::2]]
 
 
 @pytest.mark.parametrize("odd", [False, True])
