@@ -1,4 +1,4 @@
-"""From merged q/k/v projections to attention's inputs: RMSNorm and rotary embedding, two streams joined, in one pass."""
+"""From merged q/k/v projections to attention's inputs: RMSNorm, rotary embedding and joining of two streams."""
 
 import torch
 from torch import Tensor
@@ -16,12 +16,23 @@ def _check_stream(name: str, qkv: Tensor, weights: list[Tensor], heads: int) -> 
     width = qkv.shape[2] // 3
     expect(len(weights) in (0, 2), OP, f"no norm weights of {name}, or those of q and k", len(weights))
     for weight in weights:
-        ok = weight.dtype in FLOATS and weight.shape in ((width // heads,), (width,)) and weight.shape == weights[0].shape
-        expect(ok, OP, f"norm weights of {name} [{width // heads}] (per head) or [{width}] (all heads)", describe(weight))
+        ok = (
+            weight.dtype in FLOATS
+            and weight.shape in ((width // heads,), (width,))
+            and weight.shape == weights[0].shape
+        )
+        expect(
+            ok, OP, f"norm weights of {name} [{width // heads}] (per head) or [{width}] (all heads)", describe(weight)
+        )
 
 
 def _check(
-    qkv: Tensor, weights: list[Tensor], other: Tensor | None, other_weights: list[Tensor], rope: list[Tensor], heads: int
+    qkv: Tensor,
+    weights: list[Tensor],
+    other: Tensor | None,
+    other_weights: list[Tensor],
+    rope: list[Tensor],
+    heads: int,
 ) -> None:
     expect(heads > 0, OP, "heads > 0", heads)
     _check_stream("qkv", qkv, weights, heads)

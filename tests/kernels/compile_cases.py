@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from inspect import signature as parameters_of
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vdit_quant.kernels._triton import (
+    attention,
     hadamard,
+    head_norm_rope,
     int4_linear,
     int8_linear,
     int8_linear_add,
@@ -34,6 +37,8 @@ BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8"}
 LINEAR = {"w_ptr": "*i8", "scale_ptr": "*fp32", "weight_scale_ptr": "*fp32", "bias_ptr": "*bf16"}
 SIZES = {"M": "i32", "N": "i32", "K": "i32"}
+UNALIGNED = {"M", "ROWS", "BLOCKS", "factor", "scale", "eps", "TQ", "TK", "HEADS", "TOKENS", "OFFSET", "BATCHES"}
+UNALIGNED |= {f"{tensor}_{stride}" for tensor in "qkv" for stride in "bth"}
 Case = tuple[str, Any, dict[str, str], dict[str, Any]]
 
 
@@ -115,6 +120,28 @@ def hadamard_cases() -> Iterator[Case]:
         yield f"hadamard b={size} {dtype}", hadamard.hadamard_kernel, types, consts
 
 
+def head_norm_rope_cases() -> Iterator[Case]:
+    types = {**dict.fromkeys(("x_ptr", "q_weight_ptr", "k_weight_ptr", "y_ptr"), "*bf16"), "eps": "fp32"}
+    types |= {**dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32"), **dict.fromkeys(("x_b", "x_t"), "i32")}
+    types |= dict.fromkeys(("TOKENS", "OFFSET", "BATCHES"), "i32")
+    for heads, head_dim, every in ((24, 128, False), (38, 64, False), (40, 128, True)):
+        consts = {"HEADS": heads, "HEAD": head_dim, "NORM": True, "ALL": every, "ROPE": True}
+        consts |= head_norm_rope.launch_options(heads, head_dim)
+        name = f"head_norm_rope {heads}x{head_dim} all={every}"
+        yield name, head_norm_rope.head_norm_rope_kernel, types, consts
+
+
+def attention_cases(capability: int) -> Iterator[Case]:
+    for head_dim in (64, 72, 128):
+        types = {**dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "y_ptr"), "*bf16"), "scale": "fp32"}
+        types |= dict.fromkeys(("TQ", "TK", "HEADS"), "i32")
+        types |= {f"{tensor}_{stride}": "i32" for tensor in "qkv" for stride in "bth"}
+        main, tail = attention.parts(head_dim)
+        consts = {"HEAD": head_dim, "MAIN": main, "TAIL": tail, "DOT": triton.language.bfloat16}
+        consts |= attention.launch_options(head_dim, capability == 90)
+        yield f"attention hd={head_dim}", attention.attention_kernel, types, consts
+
+
 def compile_case(kernel: Any, types: dict[str, str], consts: dict[str, Any], capability: int) -> dict[str, Any]:
     """Compile one kernel and return its register, stack and shared memory use and its matrix instructions."""
     options = {name: consts.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in consts}
@@ -125,8 +152,8 @@ def compile_case(kernel: Any, types: dict[str, str], consts: dict[str, Any], cap
             constants[(index,)] = consts[name]
             continue
         signature[name] = types[name]
-        # M is not specialised by the kernels; everything else is a multiple of 16 in every layer of a DiT.
-        if name not in ("M", "ROWS", "BLOCKS", "TOKENS", "factor"):
+        # Everything else is a multiple of 16 in every layer of a DiT.
+        if name not in UNALIGNED:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -148,7 +175,8 @@ def inspect_cubin(cubin: bytes) -> dict[str, Any]:
 
 
 def main(file: str, capability: int) -> None:
-    for name, kernel, types, consts in globals()[f"{file}_cases"]():
+    cases = globals()[f"{file}_cases"]
+    for name, kernel, types, consts in cases(capability) if parameters_of(cases).parameters else cases():
         result = compile_case(kernel, types, consts, capability)
         sys.stdout.write(json.dumps({"name": name, **result}) + "\n")
         sys.stdout.flush()

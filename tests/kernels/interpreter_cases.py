@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from vdit_quant.kernels._triton import attention as attention_twin
 from vdit_quant.kernels._triton import hadamard as hadamard_twin
+from vdit_quant.kernels._triton import head_norm_rope as head_norm_rope_twin
 from vdit_quant.kernels._triton import int4_decode as decode_twin
 from vdit_quant.kernels._triton import int4_linear as int4_twin
 from vdit_quant.kernels._triton import int8_linear as int8_twin
@@ -13,7 +15,9 @@ from vdit_quant.kernels._triton import packed_decode as packed_twin
 from vdit_quant.kernels._triton import quant_token as quant_twin
 from vdit_quant.kernels._triton import weight_linear as weight_twin
 from vdit_quant.kernels._triton.tiles import INTERPRETED
+from vdit_quant.kernels.attention import attention
 from vdit_quant.kernels.hadamard import hadamard
+from vdit_quant.kernels.head_norm_rope import head_norm_rope
 from vdit_quant.kernels.int4_linear import int4_linear, int4_to_int8, int4_weight_linear
 from vdit_quant.kernels.int8_linear import int8_linear, int8_weight_linear
 from vdit_quant.kernels.int8_linear_add import int8_linear_add
@@ -150,6 +154,50 @@ def test_hadamard(size: int, kind: str, dtype: torch.dtype, relative_rms) -> Non
     for chosen in (signs, None):
         got = hadamard_twin.run("hadamard", x, chosen, size, kind)
         assert relative_rms(got, hadamard(x, chosen, size, kind)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("heads", "head_dim"), [(3, 72), (2, 16)])
+@pytest.mark.parametrize("every", [False, True])
+def test_head_norm_rope(heads: int, head_dim: int, every: bool, dtype: torch.dtype, relative_rms) -> None:
+    g = torch.Generator().manual_seed(0)
+    width = heads * head_dim
+    first, second = (torch.randn(2, t, 4 * width, generator=g).to(dtype)[..., : 3 * width] for t in (3, 4))
+    weights = [torch.randn(width if every else head_dim, generator=g).to(dtype) for _ in range(4)]
+    rope = [torch.randn(7, head_dim, generator=g) for _ in range(2)]
+    for args in (
+        (first, weights[:2], second, weights[2:], rope, heads, 1e-6),
+        (first, [], second, weights[2:], [], heads, 1e-6),
+        (second, weights[:2], None, [], [table[:4] for table in rope], heads, 1e-6),
+    ):
+        got, want = head_norm_rope_twin.run("head_norm_rope", *args), head_norm_rope(*args)
+        assert got.dtype == dtype
+        assert relative_rms(got, want) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("tokens", "keys", "head_dim"), [(130, 70, 72), (5, 129, 16), (64, 128, 128), (1, 1, 80)])
+def test_attention(tokens: int, keys: int, head_dim: int, dtype: torch.dtype, relative_rms) -> None:
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(2, tokens, 3, 2, head_dim, generator=g).to(dtype)[:, :, 1]
+    k, v = torch.randn(2, keys, 2, 2, head_dim, generator=g).to(dtype).unbind(2)
+    args = (q, k, v, head_dim**-0.5)
+    got = attention_twin.run("attention", *args)
+    assert got.dtype == dtype
+    # Weights are rounded to the dtype before they meet the values, as in every 16-bit attention.
+    assert relative_rms(got, attention(*args)) < 2 * TOLERANCE[dtype]
+
+
+def test_attention_copies_only_views_that_vectors_do_not_fit() -> None:
+    merged = torch.randn(2, 5, 3, 2, 24)
+    q, k, v = merged.unbind(2)
+    view, strides = attention_twin.in_vectors(k)
+    assert view is k
+    assert strides == [90, 18, 3]
+    shifted = torch.randn(2, 5, 3, 49)[..., 1:].unflatten(-1, (2, 24)).unbind(2)
+    assert attention_twin.in_vectors(shifted[0])[0].is_contiguous()
+    for args in ((q, k, v), shifted, tuple(x.mT.contiguous().mT for x in (q, k, v))):
+        torch.testing.assert_close(attention_twin.run("attention", *args, 0.2), attention(*args, 0.2))
 
 
 def test_views_are_made_contiguous(make_layer) -> None:

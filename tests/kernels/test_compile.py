@@ -18,6 +18,8 @@ FILES = (
     "int4_linear",
     "packed_decode",
     "hadamard",
+    "head_norm_rope",
+    "attention",
 )
 CAPABILITIES = (80, 90)
 
@@ -58,3 +60,14 @@ def test_int8_products_use_the_matrix_units(compiled: dict[tuple[str, int], Any]
         if "mma" not in large[0]:
             pytest.skip("NVIDIA's cuobjdump is not part of this Triton")
         assert all(kernel["mma"] == [unit] for kernel in large)
+
+
+def test_attention_uses_the_matrix_units_without_padding_72_to_96(compiled: dict[tuple[str, int], Any]) -> None:
+    for capability, unit in ((80, "HMMA"), (90, "HGMMA")):
+        kernels = [json.loads(line) for line in compiled["attention", capability].stdout.splitlines()]
+        if "mma" not in kernels[0]:
+            pytest.skip("NVIDIA's cuobjdump is not part of this Triton")
+        assert all(kernel["mma"] == [unit] for kernel in kernels)
+        # K and V of a stage: 80 columns for 72 channels, beside the 64 and 128 of the others.
+        assert [kernel["shared"] for kernel in kernels] == sorted(kernel["shared"] for kernel in kernels)
+        assert kernels[1]["shared"] < kernels[2]["shared"] * 96 / 128

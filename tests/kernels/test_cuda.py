@@ -5,15 +5,19 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from vdit_quant.kernels import attention as attention_module
 from vdit_quant.kernels import dispatch
 from vdit_quant.kernels import hadamard as hadamard_module
+from vdit_quant.kernels import head_norm_rope as head_norm_rope_module
 from vdit_quant.kernels import int4_linear as int4_module
 from vdit_quant.kernels import int8_linear as int8_module
 from vdit_quant.kernels import int8_linear_add as add_module
 from vdit_quant.kernels import int8_linear_low_rank as low_rank_module
 from vdit_quant.kernels import packed_decode as packed_module
 from vdit_quant.kernels import quant_token as quant_module
+from vdit_quant.kernels.attention import attention
 from vdit_quant.kernels.hadamard import hadamard
+from vdit_quant.kernels.head_norm_rope import head_norm_rope
 from vdit_quant.kernels.int4_linear import int4_linear, int4_to_int8, int4_weight_linear
 from vdit_quant.kernels.int8_linear import int8_linear, int8_weight_linear
 from vdit_quant.kernels.int8_linear_add import int8_linear_add
@@ -146,6 +150,50 @@ def test_hadamard(kind: str, size: int, dtype: torch.dtype, make_layer, relative
         want = ((a.x.double() * signs).view(-1, size) @ h).view(m, -1)
         reference = hadamard_module._reference(a.x, signs, size, kind)
         as_good_as(reference, hadamard(a.x, signs, size, kind), want, relative_rms)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("heads", "head_dim", "every"), [(24, 128, False), (38, 64, False), (16, 72, True)])
+def test_head_norm_rope(heads: int, head_dim: int, every: bool, dtype: torch.dtype, relative_rms) -> None:
+    g = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, device="cuda").to(dtype)
+
+    width = heads * head_dim
+    first, second = (normal(2, tokens, 4 * width)[..., : 3 * width] for tokens in (77, 300))
+    weights = [normal(width if every else head_dim) for _ in range(4)]
+    rope = [normal(377, head_dim).float() for _ in range(2)]
+    for args in (
+        (first, weights[:2], second, weights[2:], rope, heads, 1e-6),
+        (second, weights[:2], None, [], [], heads, 1e-6),
+        (first, [], None, [], [table[:77] for table in rope], heads, 1e-6),
+    ):
+        wide = [[x.float() for x in a] if isinstance(a, list) else a for a in args]
+        wide[0], wide[2] = args[0].float(), None if args[2] is None else args[2].float()
+        want = head_norm_rope_module._reference(*wide)
+        as_good_as(head_norm_rope_module._reference(*args), head_norm_rope(*args), want, relative_rms)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [16, 64, 72, 128])
+def test_attention(head_dim: int, dtype: torch.dtype, relative_rms) -> None:
+    for tokens, keys in ((1, 1), (17, 300), (300, 17), (256, 256), (1000, 1000), (64, 4429)):
+        g = torch.Generator("cuda").manual_seed(tokens + keys)
+        q = torch.randn(2, tokens, 3, 6, head_dim, generator=g, device="cuda").to(dtype)[:, :, 0]
+        k, v = torch.randn(2, keys, 2, 6, head_dim, generator=g, device="cuda").to(dtype).unbind(2)
+        want = attention_module._reference(q.float(), k.float(), v.float(), head_dim**-0.5)
+        usual = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+        got = attention(q, k, v, head_dim**-0.5)
+        as_good_as(usual.transpose(1, 2).flatten(2), got, want, relative_rms)
+
+
+@pytest.mark.parametrize("head_dim", [72, 128])
+def test_attention_of_a_sample_does_not_depend_on_its_batch(head_dim: int) -> None:
+    q, k, v = torch.randn(5, 300, 3, 16, head_dim, device="cuda", dtype=torch.bfloat16).unbind(2)
+    together = attention(q, k, v, 0.1)
+    for i in range(5):
+        assert torch.equal(attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], 0.1), together[i : i + 1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

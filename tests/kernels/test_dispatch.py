@@ -100,7 +100,7 @@ def test_explain_answers_without_running(accelerator) -> None:
     assert dispatch.explain("int8_linear", "cuda", k=1) == Choice("int8_linear", "reference", "too small")
     with dispatch.use(mode="reference"):
         assert dispatch.explain("int8_linear", "cuda") == Choice("int8_linear", "reference", "the mode is 'reference'")
-    with pytest.raises(ValueError, match="unknown op 'int3_linear'; the ops are hadamard"):
+    with pytest.raises(ValueError, match="unknown op 'int3_linear'; the ops are attention, hadamard"):
         dispatch.explain("int3_linear", "cuda")
 
 
@@ -119,6 +119,10 @@ def test_explain_on_cpu(op: str) -> None:
         ("int4_linear", {"group": 48}, "groups of 48 are not supported"),
         ("hadamard", {"block_size": 8}, "block_size 8 is outside 16 to 1024"),
         ("hadamard", {"block_size": 128, "dtype": torch.bfloat16, "k": 1152}, None),
+        ("head_norm_rope", {"width": 32768}, "H * hd = 32768 is larger than 16384"),
+        ("attention", {"dtype": torch.float32}, "dtype torch.float32 is not supported"),
+        ("attention", {"head_dim": 96}, "head_dim 96 is not 16, 32, 64 or 128, nor 8 or 16 more"),
+        ("attention", {"head_dim": 72, "dtype": torch.bfloat16}, None),
     ],
 )
 def test_explain_knows_the_limits_of_the_real_kernels(op: str, facts, reason, monkeypatch) -> None:
