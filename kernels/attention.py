@@ -21,9 +21,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     _check(q, k, v, scale)
-    wide = (x.float().transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(*wide, scale=scale)
-    return y.transpose(1, 2).reshape(*q.shape[:2], -1).to(q.dtype)
+    wide_q, wide_k, wide_v = (x.float().transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, scale=scale)
+    return y.transpose(1, 2).flatten(2).contiguous().to(q.dtype)
 
 
 @torch.library.custom_op("vdit_quant::attention", mutates_args=())

@@ -1,4 +1,4 @@
-"""From merged q/k/v projections to attention's inputs: RMSNorm and rotary embedding, two streams joined, in one pass."""
+"""From merged q/k/v projections to attention's inputs: RMSNorm, rotary embedding and joining of two streams."""
 
 import torch
 from torch import Tensor

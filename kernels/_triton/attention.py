@@ -1,7 +1,7 @@
-"""Triton twin of `attention`: online softmax in base 2 (Dao 2023, FlashAttention-2), no padding of the head beyond 16.
+"""Triton twin of `attention`: online softmax in base 2 (Dao 2023, FlashAttention-2, arXiv 2307.08691).
 
-A head of 72 channels, as of DiT-XL/2 and PixArt, is a main part of 64 and a tail of 16, of which 8 are masked: 80 columns
-where FlashAttention-2 computes 96 and a power of two would be 128.
+A head of 72 channels, as of DiT-XL/2 and PixArt, is a main part of 64 and a tail of 16, of which 8 are masked: 80
+columns where the next power of two would be 128.
 """
 
 # Kernel parameters are typed by what is launched, not by annotations.
@@ -32,8 +32,8 @@ def attend(
     rt = MAIN + tl.arange(0, TAIL)
     for start in range(first, last, BN):
         rn = start + tl.arange(0, BN)
-        k_at = k_ptr + rn[:, None] * k_t
-        v_at = v_ptr + rn[:, None] * v_t
+        k_at = k_ptr + rn.to(tl.int64)[:, None] * k_t * 8
+        v_at = v_ptr + rn.to(tl.int64)[:, None] * v_t * 8
         inside = (rn < last)[:, None]
         tail = (rt < HEAD)[None, :] if EVEN else (rt < HEAD)[None, :] & inside
         if EVEN:
@@ -61,27 +61,27 @@ def attend(
     return acc, acc_tail, sums, top
 
 
-@triton.jit(do_not_specialize=["TQ", "TK"])
+@triton.jit(do_not_specialize=["TQ", "TK", "HEADS"])
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, y_ptr, scale, TQ, TK, HEADS,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     HEAD: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """BM queries of one head per program; `scale` holds log2(e)."""
+    """BM queries of one head per program; `scale` holds log2(e), and the strides count vectors of 8 channels."""
     batch = (tl.program_id(1) // HEADS).to(tl.int64)
     head = (tl.program_id(1) % HEADS).to(tl.int64)
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     rd = tl.arange(0, MAIN)
     rt = MAIN + tl.arange(0, TAIL)
     inside = (rm < TQ)[:, None]
-    q_at = q_ptr + batch * q_b + head * q_h + rm.to(tl.int64)[:, None] * q_t
+    q_at = q_ptr + (batch * q_b + head * q_h + rm.to(tl.int64)[:, None] * q_t) * 8
     q = tl.load(q_at + rd[None, :], mask=inside, other=0.0).to(DOT)
     q_tail = q
     if HEAD > MAIN:
         q_tail = tl.load(q_at + rt[None, :], mask=inside & (rt < HEAD)[None, :], other=0.0).to(DOT)
-    k_ptr += batch * k_b + head * k_h
-    v_ptr += batch * v_b + head * v_h
+    k_ptr += (batch * k_b + head * k_h) * 8
+    v_ptr += (batch * v_b + head * v_h) * 8
     acc = tl.zeros((BM, MAIN), dtype=tl.float32)
     acc_tail = tl.zeros((BM, TAIL), dtype=tl.float32)
     sums = tl.zeros((BM,), dtype=tl.float32)
@@ -95,7 +95,7 @@ def attention_kernel(
             acc, acc_tail, sums, top, q, q_tail, k_ptr, v_ptr, k_t, v_t, whole, TK, scale,
             HEAD, MAIN, TAIL, BN, False, DOT,
         )  # fmt: skip
-    y_at = y_ptr + ((batch * TQ + rm.to(tl.int64)) * HEADS + head)[:, None] * HEAD
+    y_at = y_ptr + ((batch * TQ + rm) * HEADS + head)[:, None] * HEAD
     share = (1.0 / sums)[:, None]
     tl.store(y_at + rd[None, :], (acc * share).to(y_ptr.dtype.element_ty), mask=inside)
     if HEAD > MAIN:
@@ -116,7 +116,7 @@ def limits(op: str, dtype: torch.dtype | None = None, head_dim: int | None = Non
     if dtype is not None and dtype not in HALVES and not INTERPRETED:
         return f"dtype {dtype} is not supported"
     if head_dim is not None and parts(head_dim) is None:
-        return f"head_dim {head_dim} is not 16, 32, 64 or 128, or one of these and 8 or 16"
+        return f"head_dim {head_dim} is not 16, 32, 64 or 128, nor 8 or 16 more"
     return None
 
 
@@ -125,16 +125,20 @@ def supports(op: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | No
     return limits(op, dtype=q.dtype, head_dim=q.shape[3])
 
 
-def launch_options(head_dim: int, keys: int) -> dict[str, int]:
-    """Tile, warps and stages."""
-    if head_dim > 96:
-        return {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2}
-    return {"BM": 128, "BN": 64, "num_warps": 4, "num_stages": 2}
+def launch_options(head_dim: int, hopper: bool) -> dict[str, int]:
+    """Tile, warps and stages; without Hopper's products from shared memory, 64 keys of 128 channels spill."""
+    keys, stages = (32, 3) if head_dim > 96 and not hopper else (64, 2)
+    return {"BM": 128, "BN": keys, "num_warps": 8, "num_stages": stages}
 
 
-def dense_last(x: Tensor) -> Tensor:
-    """The same values with neighbouring channels side by side, copied only when they are not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def in_vectors(x: Tensor) -> tuple[Tensor, list[int]]:
+    """The same values in rows of whole 8-channel vectors, copied only when needed, and the strides in such vectors.
+
+    Triton finds 16-byte loads through a stride that it knows to be a multiple of 8: a head of 72 is one, not of 16.
+    """
+    if x.stride(3) != 1 or any(stride % 8 for stride in x.stride()[:3]):
+        x = x.contiguous()
+    return x, [stride // 8 for stride in x.stride()[:3]]
 
 
 def run(op: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -142,17 +146,18 @@ def run(op: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     batch, tokens, heads, head_dim = q.shape
     y = torch.empty((batch, tokens, heads * head_dim), dtype=q.dtype, device=q.device)
     if y.numel():
-        launch(y, q, k, v, scale, launch_options(head_dim, k.shape[1]))
+        hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
+        launch(y, q, k, v, scale, launch_options(head_dim, hopper))
     return y
 
 
 def launch(y: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, options: dict[str, int]) -> None:
     """Run the kernel with these launch options."""
     batch, tokens, heads, head_dim = q.shape
-    q, k, v = dense_last(q), dense_last(k), dense_last(v)
+    (q, q_strides), (k, k_strides), (v, v_strides) = in_vectors(q), in_vectors(k), in_vectors(v)
     main, tail = parts(head_dim) or (0, 0)
     attention_kernel[(triton.cdiv(tokens, options["BM"]), batch * heads)](
         q, k, v, y, scale * LOG2_E, tokens, k.shape[1], heads,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        *q_strides, *k_strides, *v_strides,
         HEAD=head_dim, MAIN=main, TAIL=tail, DOT=dot_dtype(q.dtype), **options,
     )  # fmt: skip

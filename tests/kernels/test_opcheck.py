@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from vdit_quant.kernels.act_quant import ACTS, act_quant
+from vdit_quant.kernels.attention import attention
 from vdit_quant.kernels.dispatch import TWINS
 from vdit_quant.kernels.fp8_linear import fp8_linear, quant_token_fp8
 from vdit_quant.kernels.hadamard import hadamard
+from vdit_quant.kernels.head_norm_rope import head_norm_rope
 from vdit_quant.kernels.int4_linear import int4_linear, int4_to_int8, int4_weight_linear
 from vdit_quant.kernels.int8_linear import int8_linear, int8_weight_linear
 from vdit_quant.kernels.int8_linear_add import int8_linear_add
@@ -104,6 +106,25 @@ CASES: dict[str, tuple[Callable[..., object], Callable[..., list[tuple[object, .
             (a.x.bfloat16(), "gelu_tanh", a.x[0], SIGNS, 16, "regular", "fp8"),
             (a.x.repeat(1, 3)[:, 64:], "swiglu", None, None, 64, "regular"),
         ],
+    ),
+    "head_norm_rope": (
+        head_norm_rope,
+        lambda a: [
+            (
+                a.x.view(3, 1, 64)[..., :48],
+                [a.x[0, :8]] * 2,
+                a.x.view(3, 1, 64)[..., :48],
+                [],
+                [a.x[:2, :8]] * 2,
+                2,
+                1e-6,
+            ),
+            (a.x.view(1, 3, 64)[..., :48], [a.x[0, :16]] * 2, None, [], [], 2, 1e-6),
+        ],
+    ),
+    "attention": (
+        attention,
+        lambda a: [(a.x.view(1, 3, 4, 16), a.x.view(1, 3, 4, 16)[:, :2], a.x.view(1, 3, 4, 16)[:, 1:], 0.25)],
     ),
 }
 
