@@ -19,8 +19,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vdit_quant.kernels._triton import hadamard, int4_linear, int8_linear, packed_decode, quant_token
+from vdit_quant.kernels._triton import (
+    act_quant,
+    hadamard,
+    int4_linear,
+    int8_linear,
+    norm_quant,
+    packed_decode,
+    quant_token,
+    rows,
+)
 from vdit_quant.kernels._triton.tiles import ROUND_EACH_STEP
+from vdit_quant.kernels.transform import Transform
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8"}
@@ -79,6 +89,42 @@ def hadamard_cases() -> Iterator[Case]:
         yield f"hadamard b={size} {dtype}", hadamard.hadamard_kernel, types, consts
 
 
+PRODUCER = {"pre_scale_ptr": "*fp32", "signs_ptr": "*i8", "pairs_ptr": "*i16", "scale_ptr": "*fp32", "x_stride": "i32"}
+# bfloat16 is read as pairs, see `rows.readable`
+PRODUCER |= {"x_ptr": "*i32", "hadamard_ptr": "*fp16", "M": "i32"}
+
+
+def producer_consts(
+    k: int, block_size: int, whole: bool = True, code_dtype: torch.dtype = torch.int8
+) -> dict[str, Any]:
+    pre_scale, signs = torch.ones(k), torch.ones(k, dtype=torch.int8)
+    return rows.tile_options(k, Transform(*((pre_scale, signs) if whole else (None, None)), block_size, "", code_dtype))
+
+
+def norm_quant_cases() -> Iterator[Case]:
+    types = dict.fromkeys(("branch_ptr", "gate_ptr", "shift_ptr", "mod_scale_ptr", "weight_ptr", "bias_ptr"), "*i32")
+    types |= {"h_ptr": "*bf16", "TOKENS": "i32", "eps": "fp32", **PRODUCER}
+    types |= {f"{name}_stride": "i32" for name in ("branch", "gate", "shift", "mod_scale")}
+    for k in (1152, 3072, 5120, 2240):
+        for block_size, gated in ((0, False), (0, True), (64, True), (128, k != 5120)):
+            if k % max(block_size, 1):
+                continue
+            consts = {"HAS_BRANCH": gated, "HAS_GATE": gated, "HAS_MOD": True, "LAYER": True, "AFFINE": 0}
+            consts |= producer_consts(k, block_size, block_size > 0)
+            yield f"norm_quant K={k} b={block_size} gated={gated}", norm_quant.norm_quant_kernel, types, consts
+
+
+def act_quant_cases() -> Iterator[Case]:
+    types = {"HALF": "i32", **PRODUCER}
+    wide = ((4608, 0), (4608, 128), (12288, 0), (12288, 128), (13824, 0), (13824, 128), (15360, 0), (15360, 128))
+    for k, block_size in ((1152, 0), (1152, 16), (1152, 128), (3072, 128), *wide):
+        consts = {"ACT": "gelu_tanh" if k > 4000 else "none", **producer_consts(k, block_size, block_size > 0)}
+        yield f"act_quant K={k} b={block_size}", act_quant.act_quant_kernel, types, consts
+    for act in ("gelu", "swiglu", "geglu"):
+        consts = {"ACT": act, **producer_consts(12288, 0, False)}
+        yield f"act_quant K=12288 {act}", act_quant.act_quant_kernel, types, consts
+
+
 def compile_case(kernel: Any, types: dict[str, str], consts: dict[str, Any], capability: int) -> dict[str, Any]:
     """Compile one kernel and return its register, stack and shared memory use and its matrix instructions."""
     options = {name: consts.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in consts}
@@ -90,7 +136,7 @@ def compile_case(kernel: Any, types: dict[str, str], consts: dict[str, Any], cap
             continue
         signature[name] = types[name]
         # M is not specialised by the kernels; everything else is a multiple of 16 in every layer of a DiT.
-        if name not in ("M", "ROWS", "BLOCKS", "factor"):
+        if name not in ("M", "ROWS", "BLOCKS", "TOKENS", "factor", "eps"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

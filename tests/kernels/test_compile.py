@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).with_name("compile_cases.py")
-FILES = ("quant_token", "int8_linear", "int4_linear", "packed_decode", "hadamard")
+FILES = ("quant_token", "int8_linear", "int4_linear", "packed_decode", "hadamard", "norm_quant", "act_quant")
 CAPABILITIES = (80, 90)
 
 
