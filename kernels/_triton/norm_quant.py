@@ -146,7 +146,7 @@ def run(op: str, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _launch(stream: list[Tensor], h: Tensor, norm: Norm, transform: Transform, out: tuple[Tensor, Tensor]) -> None:
-    (m, k), options = h.shape, tile_options(h.shape[1], transform)
+    m, options = h.shape[0], tile_options(h.shape[1], transform)
     x, branch, gate = [*(readable(t) for t in stream), h, h][:3]
     shift, mod_scale = [readable(t) for t in norm.mod] or [h, h]
     weight, bias = [*(readable(t) for t in norm.affine), h, h][:2]

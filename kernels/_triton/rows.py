@@ -258,9 +258,12 @@ def launch_options(k: int, block_size: int) -> dict[str, Any]:
         warps = max(1, triton.next_power_of_2(triton.cdiv(k * r, 32 * 80)))
     else:
         r, first = 1, 1 << (k.bit_length() - 1)
-        # Hopper multiplies 64 rows at a time; and chunks that fit the lanes keep most sums inside threads.
-        while r * first < 64 * block_size or r * k < 4096 or (r * chunk < 1024 and r * k <= 64 * 80):
+        # Hopper multiplies 64 rows at a time; and tokens enough for every lane keep most sums inside threads.
+        while r * first < 64 * block_size or r * k < 4096 or r * chunk < 256:
             r *= 2
+        spread = max(1, 32 * LANE * 4 // chunk)
+        if spread * k <= 128 * 80:
+            r = max(r, spread)
         warps = 4 if r * k <= 128 * 80 else 8
     width = min(chunk, max(block_size, 32 * LANE * warps // r, 16))
     return {"R": r, "W": width, "num_warps": warps, "DOT": "fp16", "MIN_ROWS": 16, "num_stages": 1}

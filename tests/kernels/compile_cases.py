@@ -94,35 +94,40 @@ PRODUCER = {"pre_scale_ptr": "*fp32", "signs_ptr": "*i8", "pairs_ptr": "*i16", "
 PRODUCER |= {"x_ptr": "*i32", "hadamard_ptr": "*fp16", "M": "i32"}
 
 
-def producer_consts(
-    k: int, block_size: int, whole: bool = True, code_dtype: torch.dtype = torch.int8
-) -> dict[str, Any]:
-    pre_scale, signs = torch.ones(k), torch.ones(k, dtype=torch.int8)
-    return rows.tile_options(k, Transform(*((pre_scale, signs) if whole else (None, None)), block_size, "", code_dtype))
+def producer_consts(k: int, block_size: int, dtype: torch.dtype = torch.int8) -> dict[str, Any]:
+    """Tiles for rows of k channels; with a rotation also a channel scale and signs."""
+    vectors = (torch.ones(k), torch.ones(k, dtype=torch.int8)) if block_size else (None, None)
+    return rows.tile_options(k, Transform(*vectors, block_size, "sylvester", dtype))
 
 
 def norm_quant_cases() -> Iterator[Case]:
     types = dict.fromkeys(("branch_ptr", "gate_ptr", "shift_ptr", "mod_scale_ptr", "weight_ptr", "bias_ptr"), "*i32")
     types |= {"h_ptr": "*bf16", "TOKENS": "i32", "eps": "fp32", **PRODUCER}
     types |= {f"{name}_stride": "i32" for name in ("branch", "gate", "shift", "mod_scale")}
-    for k in (1152, 3072, 5120, 2240):
-        for block_size, gated in ((0, False), (0, True), (64, True), (128, k != 5120)):
-            if k % max(block_size, 1):
-                continue
+    gates = ((1152, 0), (1152, 64), (1152, 128), (1536, 64), (3072, 0), (3072, 128), (5120, 128))
+    for gated, cases in ((True, gates), (False, ((1152, 0), (2240, 0), (2240, 64), (3072, 64), (5120, 0)))):
+        for k, block_size in cases:
             consts = {"HAS_BRANCH": gated, "HAS_GATE": gated, "HAS_MOD": True, "LAYER": True, "AFFINE": 0}
-            consts |= producer_consts(k, block_size, block_size > 0)
+            consts |= producer_consts(k, block_size)
             yield f"norm_quant K={k} b={block_size} gated={gated}", norm_quant.norm_quant_kernel, types, consts
 
 
 def act_quant_cases() -> Iterator[Case]:
     types = {"HALF": "i32", **PRODUCER}
-    wide = ((4608, 0), (4608, 128), (12288, 0), (12288, 128), (13824, 0), (13824, 128), (15360, 0), (15360, 128))
-    for k, block_size in ((1152, 0), (1152, 16), (1152, 128), (3072, 128), *wide):
-        consts = {"ACT": "gelu_tanh" if k > 4000 else "none", **producer_consts(k, block_size, block_size > 0)}
+    shapes = ((1152, 0), (1152, 16), (4608, 0), (4608, 128), (12288, 0), (12288, 128), (13824, 128), (15360, 64))
+    for k, block_size in shapes:
+        consts = {"ACT": "gelu_tanh" if k > 4000 else "none", **producer_consts(k, block_size)}
         yield f"act_quant K={k} b={block_size}", act_quant.act_quant_kernel, types, consts
     for act in ("gelu", "swiglu", "geglu"):
-        consts = {"ACT": act, **producer_consts(12288, 0, False)}
+        consts = {"ACT": act, **producer_consts(12288, 0)}
         yield f"act_quant K=12288 {act}", act_quant.act_quant_kernel, types, consts
+
+
+def fp8_quant_cases() -> Iterator[Case]:
+    types = {"HALF": "i32", **PRODUCER}
+    for block_size in (0, 128):
+        consts = {"ACT": "none", **producer_consts(3072, block_size, torch.float8_e4m3fn)}
+        yield f"act_quant to fp8 b={block_size}", act_quant.act_quant_kernel, types, consts
 
 
 def compile_case(kernel: Any, types: dict[str, str], consts: dict[str, Any], capability: int) -> dict[str, Any]:

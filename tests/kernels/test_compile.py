@@ -24,7 +24,7 @@ def compiled(child_environment: dict[str, str], tmp_path_factory) -> dict[tuple[
         command = [sys.executable, str(SCRIPT), target[0], str(target[1])]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
-    targets = [(file, capability) for file in FILES for capability in CAPABILITIES]
+    targets = [(file, capability) for file in FILES for capability in CAPABILITIES] + [("fp8_quant", 90)]
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(targets, pool.map(build, targets), strict=True))
 
@@ -50,3 +50,13 @@ def test_int8_products_use_the_matrix_units(compiled: dict[tuple[str, int], Any]
         if "mma" not in large[0]:
             pytest.skip("NVIDIA's cuobjdump is not part of this Triton")
         assert all(kernel["mma"] == [unit] for kernel in large)
+
+
+def test_rotations_use_the_matrix_units_and_fp8_compiles(compiled: dict[tuple[str, int], Any]) -> None:
+    for file, capability, unit in (("norm_quant", 80, "HMMA"), ("act_quant", 90, "HGMMA"), ("fp8_quant", 90, "HGMMA")):
+        done = compiled[file, capability]
+        assert done.returncode == 0, done.stderr[-4000:]
+        rotated = [json.loads(line) for line in done.stdout.splitlines() if "b=128" in line]
+        if "mma" not in rotated[0]:
+            pytest.skip("NVIDIA's cuobjdump is not part of this Triton")
+        assert all(unit in kernel["mma"] and kernel["stack"] == 0 for kernel in rotated)

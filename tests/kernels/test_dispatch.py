@@ -100,7 +100,7 @@ def test_explain_answers_without_running(accelerator) -> None:
     assert dispatch.explain("int8_linear", "cuda", k=1) == Choice("int8_linear", "reference", "too small")
     with dispatch.use(mode="reference"):
         assert dispatch.explain("int8_linear", "cuda") == Choice("int8_linear", "reference", "the mode is 'reference'")
-    with pytest.raises(ValueError, match="unknown op 'int3_linear'; the ops are hadamard"):
+    with pytest.raises(ValueError, match="unknown op 'int3_linear'; the ops are .*hadamard, int4_linear"):
         dispatch.explain("int3_linear", "cuda")
 
 
@@ -119,6 +119,10 @@ def test_explain_on_cpu(op: str) -> None:
         ("int4_linear", {"group": 48}, "groups of 48 are not supported"),
         ("hadamard", {"block_size": 8}, "block_size 8 is outside 16 to 1024"),
         ("hadamard", {"block_size": 128, "dtype": torch.bfloat16, "k": 1152}, None),
+        ("norm_quant", {"k": 1000}, "K=1000 is not a multiple of 16"),
+        ("gate_norm_quant_fp8", {"k": 32768}, "K=32768 is larger than 16384"),
+        ("act_quant", {"block_size": 256, "k": 3072}, "block_size 256 is outside 16 to 128"),
+        ("act_quant", {"block_size": 64, "k": 13824, "dtype": torch.bfloat16}, None),
     ],
 )
 def test_explain_knows_the_limits_of_the_real_kernels(op: str, facts, reason, monkeypatch) -> None:
@@ -171,7 +175,8 @@ WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch
-from vdit_quant.kernels import dispatch, hadamard, int4_linear, int8_linear, pack, packed_decode, quant_token
+from vdit_quant.kernels import act_quant, dispatch, hadamard, int4_linear, int8_linear, norm_quant
+from vdit_quant.kernels import pack, packed_decode, quant_token
 codes, scale = quant_token.quant_token(torch.randn(3, 32))
 y = int8_linear.int8_linear(codes, scale, codes, scale, None, torch.float32)
 assert y.shape == (3, 3)
@@ -183,7 +188,8 @@ assert dispatch.explain("int8_linear", "cuda").reason == "triton is not installe
 
 WITHOUT_RUNNING = """
 import sys
-from vdit_quant.kernels import dispatch, hadamard, int4_linear, int8_linear, pack, packed_decode, quant_token
+from vdit_quant.kernels import act_quant, dispatch, hadamard, int4_linear, int8_linear, norm_quant
+from vdit_quant.kernels import pack, packed_decode, quant_token
 assert not [name for name in sys.modules if name.startswith("vdit_quant.kernels._triton")]
 assert "diffusers" not in sys.modules and "scipy" not in sys.modules
 """
