@@ -65,8 +65,8 @@ def act_quant(
     """Codes and scales of T(act(x)), as `quant_token` defines them.
 
     T(y) = (y * pre_scale * signs)[m, block] @ H / sqrt(block_size) for every block of channels, see `hadamard`. All of
-    it is fp32: nothing is rounded to x's dtype between x and the codes. The Triton twin rounds once more, to fp16 with
-    a power-of-two scale per row, on the way into the product with H.
+    it is fp32: nothing is rounded to x's dtype between x and the codes. The Triton twin rounds once, on the way into
+    the product with H: to fp16, after a power of two per row that keeps it in range.
 
     x: fp32 | bf16 | fp16 [M, K], any row stride; [M, 2K] for swiglu and geglu, where y = x[:, :K] * act(x[:, K:])
     act: none, gelu (erf), gelu_tanh, silu, swiglu (SiLU of the gate) or geglu (erf GELU of the gate)

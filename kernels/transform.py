@@ -1,4 +1,4 @@
-"""What a quantised layer wants of its input: channel scale, block Hadamard, per-token codes. Every fused op ends in it."""
+"""What a quantised layer wants of its input, and every fused op ends in: channel scale, block Hadamard, token codes."""
 
 from dataclasses import dataclass
 
@@ -60,7 +60,7 @@ class Transform:
 def parse_transform(
     op: str, tensors: list[Tensor], block_size: int, hadamard_kind: str, code_dtype: torch.dtype
 ) -> Transform:
-    """The transform of an op's list: at most one fp32 pre_scale and one int8 signs, told apart by dtype, in this order."""
+    """The transform of an op's list: an fp32 pre_scale or int8 signs, told apart by dtype, or both in this order."""
     kinds = [t.dtype for t in tensors]
     ok = kinds in ([], [torch.float32], [torch.int8], [torch.float32, torch.int8])
     found = [describe(t) for t in tensors]
