@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch
 from .int8_linear import check_float, expect
+from .op import define_op
 from .transform import CODE_DTYPES, Transform
 
 
@@ -52,7 +52,7 @@ def _width(x: Tensor, act: str) -> int:
     return x.shape[1] // 2 if act in GATED else x.shape[1]
 
 
-@torch.library.custom_op("vdit_quant::act_quant", mutates_args=())
+@define_op("act_quant")
 def act_quant(
     x: Tensor,
     act: str,
@@ -94,7 +94,7 @@ def _(
     return transform.empty(x, _width(x, act))
 
 
-@act_quant.register_kernel("cuda")
+@act_quant.register_cuda
 def _(
     x: Tensor,
     act: str,

@@ -1,11 +1,11 @@
 """Softmax attention without mask or dropout, from strided views to the layout that the output projection reads."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import dispatch
 from .int8_linear import describe, expect
+from .op import define_op
 from .quant_token import FLOATS
 
 
@@ -26,7 +26,7 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return y.transpose(1, 2).flatten(2).contiguous().to(q.dtype)
 
 
-@torch.library.custom_op("vdit_quant::attention", mutates_args=())
+@define_op("attention")
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """y[b, t, h] = sum_s softmax_s(scale * q[b, t, h] . k[b, s, h]) v[b, s, h], the heads side by side.
 
@@ -45,7 +45,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[1], q.shape[2] * q.shape[3]))
 
 
-@attention.register_kernel("cuda")
+@attention.register_cuda
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     _check(q, k, v, scale)
     return dispatch.run("attention", _reference, q, k, v, scale)

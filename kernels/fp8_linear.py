@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import dispatch
 from .int8_linear import check_vectors, describe, expect
+from .op import define_op
 from .quant_token import FLOATS, TINY
 
 E4M3 = torch.float8_e4m3fn
@@ -31,7 +32,7 @@ def _quant_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, amax / limit
 
 
-@torch.library.custom_op("vdit_quant::quant_token_fp8", mutates_args=())
+@define_op("quant_token_fp8")
 def quant_token_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """codes[m, k] = e4m3(x[m, k] * (448 / amax[m])), scale[m] = amax[m] / 448, amax[m] = max_k |x[m, k]|.
 
@@ -51,7 +52,7 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=E4M3), x.new_empty((x.shape[0],), dtype=torch.float32)
 
 
-@quant_token_fp8.register_kernel("cuda")
+@quant_token_fp8.register_cuda
 def _(x: Tensor) -> tuple[Tensor, Tensor]:
     return dispatch.run("quant_token_fp8", _quant_reference, x)
 
@@ -80,7 +81,7 @@ def _reference(
     return y.to(out_dtype)
 
 
-@torch.library.custom_op("vdit_quant::fp8_linear", mutates_args=())
+@define_op("fp8_linear")
 def fp8_linear(
     codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
@@ -106,7 +107,7 @@ def _(
     return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=out_dtype)
 
 
-@fp8_linear.register_kernel("cuda")
+@fp8_linear.register_cuda
 def _(
     codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:

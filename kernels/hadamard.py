@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import dispatch
 from .int8_linear import check_float, describe, expect
+from .op import define_op
 
 SEEDS = {"sylvester": ((1, 1), (1, -1)), "regular": ((-1, 1, 1, 1), (1, -1, 1, 1), (1, 1, -1, 1), (1, 1, 1, -1))}
 """The symmetric matrices whose Kronecker powers are H."""
@@ -81,7 +82,7 @@ def _reference(x: Tensor, signs: Tensor | None, block_size: int, kind: str) -> T
     return rotate(x.float(), signs, block_size, kind).to(x.dtype)
 
 
-@torch.library.custom_op("vdit_quant::hadamard", mutates_args=())
+@define_op("hadamard")
 def hadamard(x: Tensor, signs: Tensor | None, block_size: int, kind: str) -> Tensor:
     """y[m, block] = ((x * signs)[m, block] @ H) / sqrt(b) for every run of b = block_size consecutive channels.
 
@@ -100,7 +101,7 @@ def _(x: Tensor, signs: Tensor | None, block_size: int, kind: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@hadamard.register_kernel("cuda")
+@hadamard.register_cuda
 def _(x: Tensor, signs: Tensor | None, block_size: int, kind: str) -> Tensor:
     _check(x, signs, block_size, kind)
     return dispatch.run("hadamard", _reference, x, signs, block_size, kind)

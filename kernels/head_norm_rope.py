@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import dispatch
 from .int8_linear import describe, expect
+from .op import define_op
 from .quant_token import FLOATS
 
 OP = "head_norm_rope"
@@ -86,7 +87,7 @@ def _reference(
     return out.to(qkv.dtype)
 
 
-@torch.library.custom_op(f"vdit_quant::{OP}", mutates_args=())
+@define_op(OP)
 def head_norm_rope(
     qkv: Tensor,
     weights: list[Tensor],
@@ -127,7 +128,7 @@ def _(
     return qkv.new_empty((3, qkv.shape[0], tokens, heads, qkv.shape[2] // (3 * heads)))
 
 
-@head_norm_rope.register_kernel("cuda")
+@head_norm_rope.register_cuda
 def _(
     qkv: Tensor,
     weights: list[Tensor],

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import dispatch
 from .int8_linear import check_codes, check_float, check_vectors, describe, expect, scaled_matmul, weight_only_matmul
+from .op import define_op
 from .pack import unpack_int4
 
 GROUPS = (16, 32, 64, 128)
@@ -45,7 +46,7 @@ def _decode_reference(weight: Tensor, group_scale: Tensor | None, k: int) -> Ten
     return _decode(weight, group_scale, k)
 
 
-@torch.library.custom_op("vdit_quant::int4_to_int8", mutates_args=())
+@define_op("int4_to_int8")
 def int4_to_int8(weight: Tensor, group_scale: Tensor | None, k: int) -> Tensor:
     """v[n, k] = q[n, k] without group_scale, else (q[n, k] * group_scale[n, k // g] + 8) >> 4 (arithmetic shift).
 
@@ -63,7 +64,7 @@ def _(weight: Tensor, group_scale: Tensor | None, k: int) -> Tensor:
     return weight.new_empty((weight.shape[0], k), dtype=torch.int8)
 
 
-@int4_to_int8.register_kernel("cuda")
+@int4_to_int8.register_cuda
 def _(weight: Tensor, group_scale: Tensor | None, k: int) -> Tensor:
     _check_weight("int4_to_int8", k, weight, group_scale)
     return dispatch.run("int4_to_int8", _decode_reference, weight, group_scale, k)
@@ -120,7 +121,7 @@ def _reference(
     return scaled_matmul(codes, scale, decoded, weight_scale, bias, out_dtype)
 
 
-@torch.library.custom_op("vdit_quant::int4_linear", mutates_args=())
+@define_op("int4_linear")
 def int4_linear(
     codes: Tensor,
     scale: Tensor,
@@ -156,7 +157,7 @@ def _(
     return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=out_dtype)
 
 
-@int4_linear.register_kernel("cuda")
+@int4_linear.register_cuda
 def _(
     codes: Tensor,
     scale: Tensor,
@@ -185,7 +186,7 @@ def _weight_only_reference(
     return weight_only_matmul(x, _decode(weight, group_scale, x.shape[1]), weight_scale, bias)
 
 
-@torch.library.custom_op("vdit_quant::int4_weight_linear", mutates_args=())
+@define_op("int4_weight_linear")
 def int4_weight_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, group_scale: Tensor | None, bias: Tensor | None
 ) -> Tensor:
@@ -207,7 +208,7 @@ def _(x: Tensor, weight: Tensor, weight_scale: Tensor, group_scale: Tensor | Non
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
-@int4_weight_linear.register_kernel("cuda")
+@int4_weight_linear.register_cuda
 def _(x: Tensor, weight: Tensor, weight_scale: Tensor, group_scale: Tensor | None, bias: Tensor | None) -> Tensor:
     _check_weight_only(x, weight, weight_scale, group_scale, bias)
     return dispatch.run("int4_weight_linear", _weight_only_reference, x, weight, weight_scale, group_scale, bias)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch
+from .op import define_op
 from .quant_token import FLOATS
 
 CHUNK = 1024
@@ -118,7 +119,7 @@ def _reference(
     return scaled_matmul(codes, scale, weight, weight_scale, bias, out_dtype)
 
 
-@torch.library.custom_op("vdit_quant::int8_linear", mutates_args=())
+@define_op("int8_linear")
 def int8_linear(
     codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
@@ -141,7 +142,7 @@ def _(
     return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=out_dtype)
 
 
-@int8_linear.register_kernel("cuda")
+@int8_linear.register_cuda
 def _(
     codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
@@ -160,7 +161,7 @@ def _weight_only_reference(x: Tensor, weight: Tensor, weight_scale: Tensor, bias
     return weight_only_matmul(x, weight, weight_scale, bias)
 
 
-@torch.library.custom_op("vdit_quant::int8_weight_linear", mutates_args=())
+@define_op("int8_weight_linear")
 def int8_weight_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """y[m, n] = (sum_k x[m, k] * weight[n, k]) * weight_scale[n] + bias[n], accumulated in fp32.
 
@@ -179,7 +180,7 @@ def _(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> T
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
-@int8_weight_linear.register_kernel("cuda")
+@int8_weight_linear.register_cuda
 def _(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     _check_weight_only(x, weight, weight_scale, bias)
     return dispatch.run("int8_weight_linear", _weight_only_reference, x, weight, weight_scale, bias)

@@ -1,10 +1,10 @@
 """W8A8 linear layer whose output is gated and added to the residual stream, as at the end of every DiT branch."""
 
-import torch
 from torch import Tensor
 
 from . import dispatch
 from .int8_linear import check_codes, check_int8_weight, check_vectors, describe, expect, int_matmul
+from .op import define_op
 from .quant_token import FLOATS
 
 OP = "int8_linear_add"
@@ -51,7 +51,7 @@ def _reference(
     return y.add_(residual.float()).to(residual.dtype)
 
 
-@torch.library.custom_op("vdit_quant::int8_linear_add", mutates_args=())
+@define_op("int8_linear_add")
 def int8_linear_add(
     codes: Tensor,
     scale: Tensor,
@@ -88,7 +88,7 @@ def _(
     return residual.new_empty(residual.shape)
 
 
-@int8_linear_add.register_kernel("cuda")
+@int8_linear_add.register_cuda
 def _(
     codes: Tensor,
     scale: Tensor,

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import dispatch
 from .int8_linear import check_codes, check_int8_weight, check_vectors, describe, expect, int_matmul
+from .op import define_op
 from .quant_token import FLOATS
 
 OP = "int8_linear_low_rank"
@@ -48,7 +49,7 @@ def _reference(
     return y.to(out_dtype)
 
 
-@torch.library.custom_op("vdit_quant::int8_linear_low_rank", mutates_args=())
+@define_op("int8_linear_low_rank")
 def int8_linear_low_rank(
     codes: Tensor,
     scale: Tensor,
@@ -86,7 +87,7 @@ def _(
     return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=out_dtype)
 
 
-@int8_linear_low_rank.register_kernel("cuda")
+@int8_linear_low_rank.register_cuda
 def _(
     codes: Tensor,
     scale: Tensor,

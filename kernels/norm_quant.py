@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import dispatch
 from .int8_linear import check_float, describe, expect
+from .op import define_op
 from .quant_token import FLOATS
 from .transform import Transform, parse_transform
 
@@ -108,7 +109,7 @@ def _parse(op: str, code_dtype: torch.dtype, x: Tensor, *args: Any) -> tuple[Nor
 
 
 def _define_norm_quant(name: str, code_dtype: torch.dtype) -> Any:
-    @torch.library.custom_op(f"vdit_quant::{name}", mutates_args=())
+    @define_op(name)
     def op(
         x: Tensor,
         mod: list[Tensor],
@@ -127,7 +128,7 @@ def _define_norm_quant(name: str, code_dtype: torch.dtype) -> Any:
         _, transform = _parse(name, code_dtype, x, *args)
         return transform.empty(x, x.shape[1])
 
-    @op.register_kernel("cuda")
+    @op.register_cuda
     def _(x: Tensor, *args: Any) -> Quantized:
         found: Quantized = dispatch.run(name, _reference, x, *_parse(name, code_dtype, x, *args))
         return found
@@ -136,7 +137,7 @@ def _define_norm_quant(name: str, code_dtype: torch.dtype) -> Any:
 
 
 def _define_gate_norm_quant(name: str, code_dtype: torch.dtype) -> Any:
-    @torch.library.custom_op(f"vdit_quant::{name}", mutates_args=())
+    @define_op(name)
     def op(
         stream: list[Tensor],
         mod: list[Tensor],
@@ -157,7 +158,7 @@ def _define_gate_norm_quant(name: str, code_dtype: torch.dtype) -> Any:
         _, transform = _parse(name, code_dtype, stream[0], *args)
         return stream[0].new_empty(stream[0].shape), *transform.empty(stream[0], stream[0].shape[1])
 
-    @op.register_kernel("cuda")
+    @op.register_cuda
     def _(stream: list[Tensor], *args: Any) -> Gated:
         _check_stream(name, stream)
         parsed = _parse(name, code_dtype, stream[0], *args)

@@ -9,6 +9,7 @@ from torch import Tensor
 from . import dispatch
 from .int4_linear import check_groups
 from .int8_linear import describe, expect
+from .op import define_op
 from .pack import WIDTHS, unpack_bits
 
 OP = "packed_to_int8"
@@ -35,7 +36,7 @@ def _reference(weight: Tensor, group_scale: Tensor | None, k: int, bits: int, od
     return wide.add_(1 << (shift - 1)).bitwise_right_shift_(shift).to(torch.int8).view(n, k)
 
 
-@torch.library.custom_op("vdit_quant::packed_to_int8", mutates_args=())
+@define_op("packed_to_int8")
 def packed_to_int8(weight: Tensor, group_scale: Tensor | None, k: int, bits: int, odd: bool) -> Tensor:
     """v[n, k] = c[n, k] without group_scale, else (c[n, k] * group_scale[n, k // g] + 2^(f-1)) >> f (arithmetic shift),
     where c = q, f = bits, or on an odd grid c = 2q + 1, f = bits + 1.
@@ -55,7 +56,7 @@ def _(weight: Tensor, group_scale: Tensor | None, k: int, bits: int, odd: bool) 
     return weight.new_empty((weight.shape[0], k), dtype=torch.int8)
 
 
-@packed_to_int8.register_kernel("cuda")
+@packed_to_int8.register_cuda
 def _(weight: Tensor, group_scale: Tensor | None, k: int, bits: int, odd: bool) -> Tensor:
     _check(weight, group_scale, k, bits)
     return dispatch.run(OP, _reference, weight, group_scale, k, bits, odd)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .op import define_op
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,7 +41,7 @@ def _reference(x: Tensor) -> tuple[Tensor, Tensor]:
     return round_rows(x.float(), torch.int8)
 
 
-@torch.library.custom_op("vdit_quant::quant_token", mutates_args=())
+@define_op("quant_token")
 def quant_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """codes[m, k] = round_half_even(x[m, k] * (127 / amax[m])), scale[m] = amax[m] / 127, amax[m] = max_k |x[m, k]|.
 
@@ -58,6 +59,6 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((x.shape[0],), dtype=torch.float32)
 
 
-@quant_token.register_kernel("cuda")
+@quant_token.register_cuda
 def _(x: Tensor) -> tuple[Tensor, Tensor]:
     return dispatch.run("quant_token", _reference, x)
