@@ -34,7 +34,7 @@ class Options:
     search      how long the learned criterion trains: steps or time
     recover     how long the pruned model trains: steps or time; "0" writes an initialisation
     distill     what recovery learns from: features and outputs of the teacher, its outputs, or none (fine-tuning)
-    output      weight of the teacher's outputs, the rest is the diffusion loss. Default: 1, or 0.9 with `data`
+    output_weight   weight of the teacher's outputs; the rest, of the diffusion loss. Default: 1, or 0.9 with `data`
     features    weight of the feature loss at the start of the run
     mask        sigmas beyond which activations are left out of the feature loss; None: none are
     samples, steps, guidance, conditions   how the teacher samples its own training data, without `data`
@@ -57,7 +57,7 @@ class Options:
     search: str = "60s"
     recover: str = "8min"
     distill: str = "features"
-    output: float | None = None
+    output_weight: float | None = None
     features: float = 0.02
     mask: float | None = 2.0
     samples: int | None = None
@@ -89,7 +89,7 @@ class Options:
             raise unknown("criterion", self.criterion, criterion_names())
         if self.distill not in DISTILL:
             raise unknown("--distill", self.distill, DISTILL)
-        for name, low, high in (("output", 0, 1), ("drop", 0, 1), ("ema", 0, 1)):
+        for name, low, high in (("output_weight", 0, 1), ("drop", 0, 1), ("ema", 0, 1)):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise InputError(f"{name} {value}: expected {low} to {high}")
@@ -106,7 +106,7 @@ class Options:
     def distillation(self, has_data: bool) -> Distillation:
         if self.distill == "none":
             return Distillation(0.0, 0.0, None)
-        output = (0.9 if has_data else 1.0) if self.output is None else self.output
+        output = (0.9 if has_data else 1.0) if self.output_weight is None else self.output_weight
         return Distillation(output, self.features if self.distill == "features" else 0.0, self.mask)
 
     def training(self, budget: str) -> Training:

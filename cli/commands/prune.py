@@ -83,7 +83,7 @@ def run(
         search=search,
         recover=recover,
         distill=distill,
-        output=output_weight,
+        output_weight=output_weight,
         features=features,
         mask=mask or None,
         samples=samples,
