@@ -99,9 +99,8 @@ def main() -> None:
         return
     if not options.render:
         options.work.mkdir(parents=True, exist_ok=True)
-        found = drive(options)
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        drive(options)
     table = render(json.loads(options.json.read_text(encoding="utf-8")))
     for document in options.markdown:
         quality.rewrite(document, options.name, table)
@@ -141,8 +140,8 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def drive(options: argparse.Namespace) -> dict[str, Any]:
-    """Runs the rows, each in a process of its own, and gathers what they found."""
+def drive(options: argparse.Namespace) -> None:
+    """Runs the rows, each in a process of its own; what they found is written whenever one ends."""
     waiting, running = rows(options), {}
     devices = options.devices.split(",")
     start = time.monotonic()
@@ -151,6 +150,7 @@ def drive(options: argparse.Namespace) -> dict[str, Any]:
             process, index, _ = running.pop(name)
             told = summary(options, name, process.returncode)
             print(f"[{time.monotonic() - start:5.0f} s] {name} on {devices[index]}: {told}", flush=True)
+            gather(options, time.monotonic() - start)
         index = None
         for row in list(waiting):
             index = place(row, waiting, running, options)
@@ -164,10 +164,15 @@ def drive(options: argparse.Namespace) -> dict[str, Any]:
         time.sleep(0.2)
     for process, *_ in running.values():
         process.terminate()
+    gather(options, time.monotonic() - start)
+
+
+def gather(options: argparse.Namespace, seconds: float) -> None:
     files = [path for row in rows(options) if (path := result(options, row.name)).exists()]
     settings = {k: v for k, v in vars(options).items() if isinstance(v, int | float | str) and k not in ("row", "name")}
     found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-    return {"model": options.name, "settings": settings, "seconds": round(time.monotonic() - start), "rows": found}
+    data = {"model": options.name, "settings": settings, "seconds": round(seconds), "rows": found}
+    options.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def place(row: Row, waiting: list[Row], running: dict[str, Any], options: argparse.Namespace) -> int | None:
@@ -286,6 +291,7 @@ def measure_row(row: Row, options: argparse.Namespace, note: Any) -> None:
             seconds={**record["seconds"], **seconds},
             steps=dict(zip(record["log"], steps, strict=True)),
             batch_size=record["batch_size"],
+            **({"plan_found": record["plan"], "log": record["log"]} if row.table == "headline" else {}),
         )
     if row.table != "search":
         note(distance=distance(model, row.label, options))
@@ -294,6 +300,7 @@ def measure_row(row: Row, options: argparse.Namespace, note: Any) -> None:
         sides = {"teacher": options.model, "pruned": model, "compound": compressed}
         note(speed={side: speed(path, options) for side, path in sides.items()})
         note(compound=distance(compressed, f"{row.label}, w4a8", options))
+        draw(sides, options)
 
 
 def row_settings(row: Row, options: argparse.Namespace) -> dict[str, Any]:
@@ -334,6 +341,23 @@ def distance(model: Any, label: str, options: argparse.Namespace) -> float | Non
     workload = Workload(options.samples, options.steps, options.seed, options.guidance, min(1000, options.samples))
     found = frechet.measure(label, model, workload, frechet.load_yardstick(options.yardstick), None)
     return round(found["distance"], 4)
+
+
+def draw(sides: dict[str, Any], options: argparse.Namespace) -> None:
+    """What the same labels and noise give, full depth above pruned and pruned above compressed, beside the JSON."""
+    from vdit_quant.evaluate.picture import save_pairs
+    from vdit_quant.evaluate.sampling import Workload, make_sampler
+    from vdit_quant.runtime.load import default_device, default_dtype
+    from vdit_quant.runtime.source import find_source
+
+    device = default_device()
+    workload = Workload(8, options.steps, options.seed, options.guidance)
+    images = {
+        side: make_sampler(find_source(path), default_dtype(device), device).run(workload).images
+        for side, path in sides.items()
+    }
+    save_pairs(options.json.with_name(f"{options.json.stem}-pruned.png"), images["teacher"], images["pruned"])
+    save_pairs(options.json.with_name(f"{options.json.stem}-compound.png"), images["pruned"], images["compound"])
 
 
 def speed(model: Any, options: argparse.Namespace) -> dict[str, Any]:

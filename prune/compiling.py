@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -29,10 +30,14 @@ def compiled_blocks(models: Sequence[tuple[nn.Module, Sequence[str]]], on: bool)
         remove()
 
 
-def rehearse(run: Callable[[], object], remove: Callable[[], None], progress: Progress) -> None:
-    """Runs one step, in which everything compiles; where that fails the blocks go on as they are, and it is said."""
+def rehearse(run: Callable[[], object], remove: Callable[[], None], progress: Progress) -> float:
+    """Runs one step, in which everything compiles, and returns the seconds it took. Where that fails the blocks go on
+    as they are, and it is said."""
+    start = time.perf_counter()
+    progress.note("compiling the blocks")
     try:
         run()
     except Exception as error:  # a compiler that is missing or broken must not cost the run
         remove()
         progress.note(f"blocks run uncompiled: {type(error).__name__}: {str(error).strip().splitlines()[0][:160]}")
+    return time.perf_counter() - start

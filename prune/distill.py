@@ -86,12 +86,14 @@ def ask(teacher: nn.Module, batch: Batch) -> Tensor:
 def feature_loss(ours: Tensor, theirs: Tensor, mask: float | None) -> Tensor:
     """Squared error between two activations [n, ...] relative to the mean square of the second: float32 scalar.
 
-    `mask` zeroes, on each side by itself, what lies further than so many standard deviations from a sample's mean:
-    massive activations would be all that is learned. Dividing by the square makes beta mean the same in every model.
+    `mask` leaves out what lies further than so many standard deviations from its sample's mean, on either side: massive
+    activations would be all that is learned. (TinyFusion zeroes each side by itself, which pulls the student to zero
+    where only the teacher is masked.) Dividing by the square makes beta mean the same in every model.
     """
     s, t = ours.float(), theirs.float()
     if mask is not None:
-        s, t = s * within(s.detach(), mask), t * within(t, mask)
+        kept = within(s.detach(), mask) & within(t, mask)
+        s, t = s * kept, t * kept
     return F.mse_loss(s, t) / t.square().mean().clamp_min(1e-12)
 
 

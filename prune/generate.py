@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,9 @@ def generate_latents(
         return folder
     progress.stage("sampling training data from the teacher", workload.samples)
     conditions = sampler.conditions(workload)
+    unguided = conditions.unguided
+    if settings.guidance == 1.0:  # the unguided branch would be multiplied by zero
+        conditions = replace(conditions, unguided=None)
     for number, (start, stop) in missing[team.rank :: team.world]:
         progress.advance(start)
         with torch.no_grad():
@@ -79,8 +82,8 @@ def generate_latents(
         if not torch.isfinite(latents).all():
             raise InputError(f"the teacher sampled NaN or infinity in samples {start} to {stop}; nothing to learn from")
         shard = {LATENTS: latents, **{name: t[start:stop] for name, t in conditions.guided.items()}}
-        if conditions.unguided is not None:
-            shard.update({UNGUIDED + name: t[:1] for name, t in conditions.unguided.items()})
+        if unguided is not None:
+            shard.update({UNGUIDED + name: t[:1] for name, t in unguided.items()})
         _write(_shard(folder, number), shard)
     progress.advance(workload.samples)
     team.wait()

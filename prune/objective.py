@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,9 @@ class Objective:
     shift: float = 1.0
     steps: int = 1000
     scale: float = 1.0
+
+    def to(self, device: torch.device) -> Objective:
+        return self if self.alphas is None else replace(self, alphas=self.alphas.to(device))
 
     def noise(self, clean: Tensor, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(noised, timestep, target) of float32 clean and noise [n, ...] and u [n] uniform in 0..1."""

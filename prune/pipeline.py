@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..calibrate.progress import Progress
 from ..calibrate.workspace import Workspace
 from ..evaluate.sampling import load_scheduler
-from ..quantize.errors import InputError
+from ..quantize.errors import InputError, OutputError
 from ..runtime.artifact import is_artifact
 from ..runtime.checkpoint import read_json
 from ..runtime.demo import DEMO
@@ -70,27 +70,40 @@ def prune_model(
         progress.note("resuming: finished parts of the interrupted run are used")
     team.wait()
     run = Run(source, settings, workspace, team, device, progress if team.is_main else Progress())
-    teacher = load_teacher(source, device)
+    try:
+        plan, student, found = train(run, keep, data)
+    except OutputError:
+        raise
+    except InputError:  # the input must change first; what has been trained is kept
+        if not workspace.has("search") and not workspace.has("recovery"):
+            workspace.remove()
+        raise
+    if team.is_main:
+        if can_plot():
+            plot_run(found["log"], plan, workspace.folder / "prune.png")
+        write_pruned(source, plan, student, {**record, **found}, workspace.folder, target, settings.overwrite)
+        workspace.remove()
+    team.wait()
+    return target
+
+
+def train(run: Run, keep: tuple[int, ...], data: Data | None) -> tuple[PrunePlan, nn.Module, dict[str, Any]]:
+    """The plan, the pruned model, and what is worth recording of how it came about."""
+    teacher = load_teacher(run.source, run.device)
     stacks = find_stacks(teacher, find_family(teacher))
-    latents, seconds = timed(lambda: gather_latents(run, teacher, data))
+    latents, gathering = timed(lambda: gather_latents(run, teacher, data))
     stream, held = make_stream(run, teacher, latents)
     (plan, search), searching = timed(lambda: choose_plan(run, teacher, stacks, keep, stream, data is not None))
     student, outcome = recover(run, teacher, plan, stream, held, data is not None)
-    if not team.is_main:
-        return target
-    record |= {
+    found = {
         "plan": plan.to_dict(),
         "recovered": bool(outcome.history),
         "losses": {"teacher": measure(teacher, teacher, held), **outcome.losses},
-        "seconds": {"data": seconds, "search": searching, "recovery": outcome.seconds},
+        "seconds": {"data": gathering, "search": searching, "recovery": outcome.seconds},
         "batch_size": stream.batch_size,
         "log": {"search": search, "recovery": outcome.history},
     }
-    if can_plot():
-        plot_run(record["log"], plan, workspace.folder / "prune.png")
-    write_pruned(source, plan, student, record, workspace.folder, target, settings.overwrite)
-    workspace.remove()
-    return target
+    return plan, student, found
 
 
 @dataclass(frozen=True)
@@ -179,7 +192,7 @@ def make_stream(run: Run, teacher: nn.Module, latents: Latents) -> tuple[Stream,
     trained, held = latents.split(max(1, min(_HELD_OUT, len(latents) // 8)))
     batch = run.settings.batch(torch.Size(latents.shape).numel(), run.device)
     place = (run.device, run.settings.seed, run.settings.drop, run.team.rank, run.team.world)
-    objective = objective_of(load_scheduler(run.source), family)
+    objective = objective_of(load_scheduler(run.source), family).to(run.device)
     stream = Stream(trained.resident(run.device), objective, batch, *place)
     return stream, stream.fixed(held)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from .plan import PrunePlan
+
+_SPARK = "▁▂▃▄▅▆▇█"
 
 Histories = Mapping[str, Sequence[Mapping[str, float]]]
 
@@ -62,3 +65,12 @@ def _draw_plan(axes: Any, plan: PrunePlan) -> None:
     axes.set_title(f"blocks kept ({plan.criterion})", fontsize=9)
     for side in ("top", "right", "bottom", "left"):
         axes.spines[side].set_visible(False)
+
+
+def sparkline(values: Sequence[float], width: int = 16) -> str:
+    """A line of `width` bars for positive values, on a logarithmic scale."""
+    cells = min(width, len(values))
+    picked = [values[(i * (len(values) - 1)) // max(1, cells - 1)] for i in range(cells)]
+    logs = [math.log(max(v, 1e-12)) for v in picked]
+    low, span = min(logs), max(max(logs) - min(logs), 1e-9)
+    return "".join(_SPARK[min(7, int(8 * (v - low) / span))] for v in logs)

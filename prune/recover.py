@@ -60,13 +60,13 @@ def recover(
     grid = Grid(run, student, trainer)
     with loss, compiled_blocks(blocks, _compiles(run)) as remove:
         if _compiles(run):
-            rehearse(trainer.rehearse, remove, run.progress)
+            trainer.spent = rehearse(trainer.rehearse, remove, run.progress)
         trainer.run(Listener(run.progress, grid.on_step))
     with torch.no_grad():
         torch._foreach_copy_(trainer.parameters, trainer.averages)
     student.requires_grad_(False)
     outcome.losses["recovered"] = measure(student, teacher, held)
-    outcome.history, outcome.seconds = trainer.history, round(trainer.seconds, 1)
+    outcome.history, outcome.seconds = trainer.history, round(trainer.seconds + trainer.spent, 1)
     return student, outcome
 
 
@@ -98,7 +98,8 @@ class Grid:
 
     def on_step(self, step: int, total: int) -> None:
         if self.count and step * self.count // total > (step - 1) * self.count // total:
-            with self.trainer.averaged():
+            # eager: another batch size would be compiled for
+            with self.trainer.averaged(), torch.compiler.set_stance("force_eager"):
                 self.draw(self.run.workspace.folder / f"samples-{step:06d}.png")
 
     def draw(self, path: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,13 +12,13 @@ from torch import Tensor
 from .latents import LATENTS, Latents
 from .objective import Batch, Objective
 
-STAGES = ("validation", "criterion", "search", "gates", "recovery")
-
 
 def step_generator(seed: int, stage: str, step: int, device: torch.device) -> torch.Generator:
     """The randomness of one step. No state is carried from step to step, so a resumed run repeats nothing and
     skips nothing."""
-    mixed = ((seed & 0xFFFFFF) << 36) | (STAGES.index(stage) << 33) | (step & 0x1FFFFFFFF)
+    # hashed, because a CPU generator looks at the low 32 bits alone
+    name = f"{seed} {stage} {step}".encode()
+    mixed = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
     return torch.Generator(device=device).manual_seed(mixed)
 
 

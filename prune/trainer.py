@@ -19,12 +19,12 @@ from .budget import Duration
 from .diverged import Diverged, first_nonfinite
 from .objective import Batch
 from .optimizer import make_optimizer, pack_state, unpack_state
+from .plot import sparkline
 from .stream import Stream, step_generator
 from .team import Team
 
 _TIMED = 10  # steps timed, at most, before a budget in seconds becomes a number of steps
 _LOGGED = 200
-_SPARK = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Trainer:
         self.optimizer = make_optimizer(settings.optimizer, [(g.lr, list(g.parameters.values())) for g in groups])
         self.step, self.total = 0, 0
         self.history: list[dict[str, float]] = []
-        self.seconds = 0.0
+        self.seconds = self.spent = 0.0  # spent: of a budget in seconds, on preparations
         self._sums: dict[str, Any] = {}
         self._summed = 0
 
@@ -199,7 +199,7 @@ class Trainer:
             self._wait()
             timed += 1
         each = 1.1 * (time.monotonic() - began) / timed  # the optimiser takes a part as well
-        left = duration.seconds - (time.monotonic() - start)
+        left = duration.seconds - self.spent - (time.monotonic() - start)
         total = torch.tensor(max(10, round(left / each)), device=self.stream.device)
         if self.team.world > 1:
             torch.distributed.broadcast(total, 0)
@@ -252,7 +252,8 @@ class Trainer:
         def again() -> None:
             self._gradients(moment)
 
-        where = first_nonfinite(self.models, self.named, again)
+        with torch.compiler.set_stance("force_eager"):
+            where = first_nonfinite(self.models, self.named, again)
         kept = f"the state before it is kept in {self.workspace.folder}"
         raise Diverged(
             f"{self.stage} stopped at step {moment.step + 1} of {self.total}: {where}; {kept}. "
@@ -291,12 +292,3 @@ class Trainer:
 def autocast(device: torch.device) -> Any:
     """bfloat16 where the parameters are float32, on an accelerator; on a CPU everything stays float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type != "cpu")
-
-
-def sparkline(values: Sequence[float], width: int = 16) -> str:
-    """A line of `width` bars for positive values, on a logarithmic scale."""
-    cells = min(width, len(values))
-    picked = [values[(i * (len(values) - 1)) // max(1, cells - 1)] for i in range(cells)]
-    logs = [math.log(max(v, 1e-12)) for v in picked]
-    low, span = min(logs), max(max(logs) - min(logs), 1e-9)
-    return "".join(_SPARK[min(7, int(8 * (v - low) / span))] for v in logs)

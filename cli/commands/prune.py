@@ -63,6 +63,9 @@ def run(
         bool | None, typer.Option("--compile/--no-compile", help="Compile blocks. Default: for long runs on a GPU.")
     ] = None,
     grids: Annotated[int, typer.Option(min=0, help="Pictures of samples during the recovery.")] = 4,
+    save_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps between checkpoints. Default: one a minute.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of data, search and recovery.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: the GPU if there is one.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done; touch no weights.")] = False,
@@ -100,6 +103,7 @@ def run(
         checkpointing=checkpointing,
         compile=compile_,
         grids=grids,
+        save_steps=save_steps,
         seed=seed,
         device=device,
         resume=resume,
