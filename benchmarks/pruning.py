@@ -25,6 +25,9 @@ from typing import Any
 
 import frechet
 import quality
+from safetensors import SafetensorError
+
+import vdit_quant
 
 HEADLINE = "learned-6"
 PACE = "teacher"  # measures full depth, and how long a training step takes, from which the rows' steps follow
@@ -205,15 +208,20 @@ def pace(options: argparse.Namespace) -> int:
 def ready(options: argparse.Namespace, need: str, row: Row) -> bool:
     """Whether `row` finds what it takes from the row `need`: its plan, or only the data. A row that failed holds up
     nobody for ever: those behind it start, and fail by themselves."""
-    if result(options, need).exists() or need not in {r.name for r in rows(options)}:
-        return True
+    over = result(options, need).exists() or need not in {r.name for r in rows(options)}
     if need == PACE:
-        return False
+        return over
     if row.plan == need:
-        return saved_plan(options, need) is not None
+        plan = saved_plan(options, need)
+        if plan is not None:
+            plan_file(options, row).write_text(json.dumps(plan), encoding="utf-8")
+        return over or plan is not None
     from vdit_quant.prune.generate import is_complete
 
-    return is_complete(options.work / "latents")
+    try:
+        return over or is_complete(options.work / "latents")
+    except vdit_quant.InputError:  # its note is being written
+        return False
 
 
 def saved_plan(options: argparse.Namespace, name: str) -> dict[str, Any] | None:
@@ -222,9 +230,16 @@ def saved_plan(options: argparse.Namespace, name: str) -> dict[str, Any] | None:
     from vdit_quant.prune.writer import read_record
 
     target, workspace = options.work / name, Workspace(options.work / name)
-    if target.exists():
-        return read_record(target)["plan"]
-    return json.loads(workspace.notes("plan")["plan"]) if workspace.has("plan") else None
+    try:
+        if target.exists():
+            return read_record(target)["plan"]
+        return json.loads(workspace.notes("plan")["plan"]) if workspace.has("plan") else None
+    except (OSError, vdit_quant.InputError, SafetensorError):  # it is just being moved
+        return None
+
+
+def plan_file(options: argparse.Namespace, row: Row) -> Path:
+    return options.work / f"{row.name}-plan.json"
 
 
 def launch(row: Row, device: str, options: argparse.Namespace) -> subprocess.Popen[bytes]:
@@ -269,7 +284,6 @@ def run_row(row: Row, options: argparse.Namespace) -> None:
 
 
 def measure_row(row: Row, options: argparse.Namespace, note: Any) -> None:
-    import vdit_quant
     from vdit_quant.prune.writer import read_record
 
     model: Any = options.model
@@ -323,9 +337,7 @@ def row_settings(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         settings.update(data=latents, output_weight=1.0)
     settings.update(row.options)
     if row.plan is not None:
-        path = options.work / f"{row.name}-plan.json"
-        path.write_text(json.dumps(saved_plan(options, row.plan)), encoding="utf-8")
-        settings["plan"] = str(path)
+        settings["plan"] = str(plan_file(options, row))
     return settings
 
 

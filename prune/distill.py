@@ -84,7 +84,8 @@ def ask(teacher: nn.Module, batch: Batch) -> Tensor:
 
 
 def feature_loss(ours: Tensor, theirs: Tensor, mask: float | None) -> Tensor:
-    """Squared error between two activations [n, ...] relative to the mean square of the second: float32 scalar.
+    """Squared error between two activations [n, ...] relative to the square of the second, sample by sample: the mean
+    over the samples, float32 scalar.
 
     `mask` leaves out what lies further than so many standard deviations from its sample's mean, on either side: massive
     activations would be all that is learned. (TinyFusion zeroes each side by itself, which pulls the student to zero
@@ -94,7 +95,8 @@ def feature_loss(ours: Tensor, theirs: Tensor, mask: float | None) -> Tensor:
     if mask is not None:
         kept = within(s.detach(), mask) & within(t, mask)
         s, t = s * kept, t * kept
-    return F.mse_loss(s, t) / t.square().mean().clamp_min(1e-12)
+    dims = tuple(range(1, t.dim()))
+    return ((s - t).square().mean(dims) / t.square().mean(dims).clamp_min(1e-12)).mean()
 
 
 def within(h: Tensor, sigmas: float) -> Tensor:
