@@ -56,6 +56,7 @@ class Family:
     roles    (glob on the full layer name, role) in order, the first match decides; roles are listed in
              `quantize.recipe.ROLES`. A linear layer outside the blocks that nothing matches has the role "other".
     timestep_scale  what a scheduler's timestep is multiplied by before the model sees it
+    depths   config names of the number of blocks, one for each of `blocks`; none: blocks cannot be taken out
     """
 
     name: str
@@ -63,6 +64,7 @@ class Family:
     blocks: tuple[str, ...]
     roles: tuple[tuple[str, str], ...]
     timestep_scale: float = 1.0
+    depths: tuple[str, ...] = ()
 
     def matches(self, model: nn.Module) -> bool:
         return any(base.__name__ in self.classes for base in type(model).__mro__)
@@ -84,6 +86,10 @@ class Family:
             blocks = model.get_submodule(attribute)
             names += [f"{attribute}.{i}" for i in range(len(list(blocks.children())))]
         return names
+
+    def pinned_blocks(self, model: nn.Module) -> tuple[str, ...]:
+        """Full names of blocks that the rest of the model reads from, so that they cannot be taken out."""
+        return ()
 
     def folds(self, model: nn.Module) -> list[Fold]:
         """Every place where an input scale can be folded away; none unless the family knows its blocks."""

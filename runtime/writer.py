@@ -26,12 +26,12 @@ Entry = tuple[tuple[int, ...], torch.dtype]
 
 
 @contextmanager
-def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
+def staged(output: Path, overwrite: bool = False, is_ours: Callable[[Path], bool] = is_artifact) -> Iterator[Path]:
     """A temporary folder that becomes `output` when the block ends well, and is removed when it does not.
 
-    Raises InputError when `output` exists and `overwrite` is false, or when the disk cannot hold it.
+    Raises InputError as `check_output` does, or when the disk cannot hold it.
     """
-    check_output(output, overwrite)
+    check_output(output, overwrite, is_ours)
     temporary = output.parent / f".{output.name}.writing"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -46,17 +46,18 @@ def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_output(output: Path, overwrite: bool) -> None:
+def check_output(output: Path, overwrite: bool, is_ours: Callable[[Path], bool] = is_artifact) -> None:
     """Raises InputError when something is at `output` that must not go: anything, or with `overwrite` anything that is
-    no artifact (a checkpoint, a folder of other files)."""
+    not of the kind being written (a checkpoint, a folder of other files). `is_ours` tells by a transformer folder."""
     if not output.exists():
         return
     if not overwrite:
         raise InputError(f"{output} exists; name another output, or pass --overwrite")
     empty = output.is_dir() and not any(output.iterdir())
-    if not empty and not is_artifact(output) and not is_artifact(output / "transformer"):
+    if not empty and not is_ours(output) and not is_ours(output / "transformer"):
+        kind = "is no artifact" if is_ours is is_artifact else "was not written by this command"
         raise InputError(
-            f"{output} exists and is no artifact, and --overwrite replaces nothing else; name another output"
+            f"{output} exists and {kind}, and --overwrite replaces nothing else; name another output"
         )
 
 

@@ -14,6 +14,13 @@ NULL_LABEL = 1000  # DiTPipeline's label for the unguided branch
 
 
 class Dit(Family):
+    def pinned_blocks(self, model: nn.Module) -> tuple[str, ...]:
+        # the output layer reads the first block's embedder; every block has an equal copy, unless they were tuned apart
+        blocks = self.block_names(model)
+        first, *others = (dict(model.get_submodule(f"{block}.norm1.emb").named_parameters()) for block in blocks)
+        same = all(torch.equal(first[name], other[name]) for other in others for name in first)
+        return () if same else (blocks[0],)
+
     def folds(self, model: nn.Module) -> list[Fold]:
         found = []
         for block in self.block_names(model):
@@ -68,4 +75,5 @@ FAMILY = Dit(
         ("transformer_blocks.*.ff.*", "feed_forward"),
         ("proj_out_*", "output"),
     ),
+    depths=("num_layers",),
 )

@@ -58,4 +58,5 @@ FAMILY = Flux(
         ("proj_out", "output"),
     ),
     timestep_scale=0.001,
+    depths=("num_layers", "num_single_layers"),
 )

@@ -39,4 +39,5 @@ FAMILY = PixArt(
         ("transformer_blocks.*.ff.*", "feed_forward"),
         ("proj_out", "output"),
     ),
+    depths=("num_layers",),
 )

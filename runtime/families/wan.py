@@ -36,4 +36,5 @@ FAMILY = Wan(
         ("blocks.*.ffn.*", "feed_forward"),
         ("proj_out", "output"),
     ),
+    depths=("num_layers",),
 )

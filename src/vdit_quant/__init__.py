@@ -7,7 +7,7 @@ from importlib import import_module, metadata
 
 from .runtime.registration import register_with_diffusers
 
-__all__ = ["InputError", "compare", "compress", "load", "load_into"]
+__all__ = ["InputError", "compare", "compress", "load", "load_into", "prune_model"]
 
 _PLACES = {
     "InputError": ".quantize.errors",
@@ -15,6 +15,7 @@ _PLACES = {
     "compare": ".evaluate.compare",
     "load": ".runtime.load",
     "load_into": ".runtime.load",
+    "prune_model": ".prune.pipeline",
 }
 
 try:

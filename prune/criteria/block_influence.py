@@ -1,0 +1,28 @@
+"""Block influence (ShortGPT, Men et al. 2024, arXiv 2403.03853): `1 - mean cos(x_i, x_i+1)` over tokens, x_i being what
+goes into block i. A block that hardly turns its input is taken to be dispensable."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..criterion import ScoreCriterion, Study
+from ..masking import Inputs
+
+
+class BlockInfluence(ScoreCriterion):
+    def scores(self, study: Study) -> dict[str, float]:
+        total = dict.fromkeys(study.blocks, torch.zeros((), dtype=torch.float64))
+
+        def see(name: str, before: Tensor, after: Tensor) -> None:
+            cosine = F.cosine_similarity(before.float(), after.float(), dim=-1)
+            total[name] = total[name] + (1 - cosine.double().mean()).cpu()
+
+        with Inputs(study.model, study.blocks, see):
+            for batch in study.batches():
+                batch.predict(study.model)
+        return {name: float(value) / study.measured for name, value in total.items()}
+
+
+CRITERION = BlockInfluence()

@@ -1,0 +1,161 @@
+"""Training data: shards, iterables, and what a teacher samples by itself."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vdit_quant.prune.generate import Generation, generate_latents, is_complete
+from vdit_quant.prune.latents import Latents, collect_latents, read_latents
+from vdit_quant.quantize.errors import InputError
+from vdit_quant.runtime.families.dit import FAMILY
+
+SIZES = (3, 5, 2)
+
+
+def _shards() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {"latents": torch.randn(n, 4, 8, 8, generator=generator), "class_labels": torch.arange(n) + 10 * i}
+        for i, n in enumerate(SIZES)
+    ]
+
+
+def _write(folder: Path, shards: list[dict[str, torch.Tensor]]) -> Path:
+    folder.mkdir()
+    for number, shard in enumerate(shards):
+        save_file(shard, folder / f"shard-{number}.safetensors")
+    return folder
+
+
+def test_rows_come_from_every_shard(dit: Any, tmp_path: Path) -> None:
+    shards = _shards()
+    found = read_latents(_write(tmp_path / "data", shards), dit, FAMILY)
+    assert len(found) == 10
+    assert found.shape == (4, 8, 8)
+    assert found.arguments == ("class_labels",)
+    assert found.unguided["class_labels"].tolist() == [1000]
+    index = torch.tensor([9, 0, 3, 7, 2, 8])
+    everything = {name: torch.cat([s[name] for s in shards]) for name in shards[0]}
+    for latents in (found, found.resident(torch.device("cpu")), collect_latents(shards, dit, FAMILY)):
+        rows = latents.rows(index)
+        assert all(torch.equal(rows[name], tensor[index]) for name, tensor in everything.items())
+
+
+def test_a_held_out_part_is_not_trained_on(dit: Any) -> None:
+    shards = _shards()
+    trained, held = collect_latents(shards, dit, FAMILY).split(4)
+    whole = torch.cat([s["latents"] for s in shards])
+    assert torch.equal(torch.cat([p["latents"] for p in trained.parts]), whole[:6])
+    assert torch.equal(held.parts[0]["latents"], whole[6:])
+
+
+def test_unguided_conditions_can_be_given(dit: Any, tmp_path: Path) -> None:
+    shards = _shards()
+    shards[0]["uncond.class_labels"] = torch.tensor([7])
+    assert read_latents(_write(tmp_path / "data", shards), dit, FAMILY).unguided["class_labels"].tolist() == [7]
+
+
+def _drop(key: str) -> Callable[[list[dict[str, torch.Tensor]]], None]:
+    return lambda shards: shards[1].__delitem__(key) or None
+
+
+BROKEN: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "no latents": (_drop("latents"), "no tensor 'latents'"),
+    "no labels": (_drop("class_labels"), "expected class_labels, latents as in the first shard"),
+    "labels short": (lambda s: s[2].update(class_labels=torch.zeros(1).long()), "2 latents but 1 class_labels"),
+    "another shape": (lambda s: s[1].update(latents=torch.randn(5, 4, 6, 6)), r"\[5, 4, 6, 6\], in the first shard"),
+    "not the model's": (
+        lambda s: [x.update(latents=x["latents"][:, :2].contiguous()) for x in s],
+        r"expected \[n, 4, 8, 8\]",
+    ),
+    "nan": (lambda s: s[1]["latents"][3].fill_(float("nan")), "sample 3 holds NaN"),
+    "integers": (lambda s: s[0].update(latents=torch.zeros(3, 4, 8, 8).long()), "expected floating point"),
+    "labels of two": (
+        lambda s: [x.update(class_labels=x["class_labels"][:, None]) for x in s],
+        "class_labels: expected",
+    ),
+    "no labels at all": (lambda s: [x.pop("class_labels") for x in s], "needs 'class_labels'"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_shards_are_refused_by_name(case: str, dit: Any, tmp_path: Path) -> None:
+    change, words = BROKEN[case]
+    shards = _shards()
+    change(shards)
+    with pytest.raises(InputError, match=words) as error:
+        read_latents(_write(tmp_path / "data", shards), dit, FAMILY)
+    assert "shard-" in str(error.value)
+
+
+def test_other_data_is_refused(dit: Any, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with pytest.raises(InputError, match="found none"):
+        read_latents(tmp_path / "data", dit, FAMILY)
+    (tmp_path / "data" / "a.safetensors").write_bytes(b"something else")
+    with pytest.raises(InputError, match=r"a\.safetensors: expected latents as safetensors"):
+        read_latents(tmp_path / "data", dit, FAMILY)
+    with pytest.raises(InputError, match="no batch"):
+        collect_latents([], dit, FAMILY)
+    with pytest.raises(InputError, match="batch 0 of the data: expected a mapping of tensors"):
+        collect_latents([torch.zeros(3)], dit, FAMILY)  # type: ignore[list-item]
+
+
+@pytest.fixture
+def sampled(dit: Any, tmp_path: Path) -> Callable[..., Path]:
+    def make(name: str = "data", **options: Any) -> Path:
+        from vdit_quant.calibrate.progress import Progress
+
+        scheduler = diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False)
+        settings = Generation(**{"samples": 7, "steps": 2, "batch_size": 3, **options})
+        return generate_latents(dit, scheduler, settings, tmp_path / name, "a teacher", Progress())
+
+    return make
+
+
+def test_a_teacher_samples_its_own_data(sampled: Callable[..., Path], dit: Any) -> None:
+    folder = sampled()
+    found = read_latents(folder, dit, FAMILY)
+    assert len(found) == 7
+    assert is_complete(folder)
+    assert found.unguided["class_labels"].tolist() == [1000]
+    again = read_latents(sampled("again", batch_size=7), dit, FAMILY)
+    for name in ("latents", "class_labels"):  # a sample depends on its number, not on its batch
+        got, want = (torch.cat([part[name] for part in latents.parts]) for latents in (again, found))
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    guided = read_latents(sampled("guided", guidance=3.0), dit, FAMILY)
+    assert not torch.allclose(guided.parts[0]["latents"], found.parts[0]["latents"], atol=1e-3)
+
+
+def test_an_interrupted_sampling_goes_on(sampled: Callable[..., Path]) -> None:
+    folder = sampled()
+    before = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    (folder / "latents-00001.safetensors").unlink()
+    kept = (folder / "latents-00000.safetensors").stat().st_mtime_ns
+    assert not is_complete(folder)
+    sampled()
+    assert {path.name: path.read_bytes() for path in folder.glob("*.safetensors")} == before
+    assert (folder / "latents-00000.safetensors").stat().st_mtime_ns == kept
+
+
+def test_a_cache_of_other_settings_is_not_used(sampled: Callable[..., Path], tmp_path: Path) -> None:
+    folder = sampled()
+    with pytest.raises(InputError, match=r"other settings \(guidance, samples\)"):
+        sampled(guidance=2.0, samples=9)
+    assert json.loads((folder / "generated.json").read_text())["samples"] == 7
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    with pytest.raises(InputError, match="not empty"):
+        sampled("mine")
+
+
+def test_rows_can_be_loaded_anywhere(sampled: Callable[..., Path]) -> None:
+    tensors = load_file(sampled() / "latents-00000.safetensors")
+    assert set(tensors) == {"latents", "class_labels", "uncond.class_labels"}
+    assert isinstance(Latents(({"latents": tensors["latents"]},), {}), Latents)

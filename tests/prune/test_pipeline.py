@@ -1,0 +1,225 @@
+"""Pruning from a checkpoint to a checkpoint: what is written, that recovery helps, and that the result is an ordinary
+model for every other command."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vdit_quant.prune.pipeline import prune_model
+from vdit_quant.prune.writer import read_record
+from vdit_quant.quantize.errors import InputError
+from vdit_quant.runtime.checkpoint import WEIGHTS
+from vdit_quant.runtime.source import find_source, load_transformer
+
+FEW = {"samples": 16, "steps": 2, "batch_size": 4, "search": "3", "recover": "4", "grids": 0}
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo with four of its eight blocks, trained by the clock for some seconds: read it, do not write it."""
+    folder = tmp_path_factory.mktemp("pruned") / "digits-d4"
+    options = {"samples": 64, "steps": 6, "batch_size": 8, "grids": 1, "seed": 1}
+    return prune_model(None, folder, keep="4", search="6s", recover="15s", **options)
+
+
+def test_recovery_improves_on_no_recovery(pruned: Path) -> None:
+    losses = read_record(pruned)["losses"]
+    assert losses["recovered"]["output"] < 0.6 * losses["pruned"]["output"]
+    assert losses["recovered"]["diffusion"] < losses["pruned"]["diffusion"]
+    assert losses["teacher"]["output"] == 0
+    assert losses["teacher"]["diffusion"] < losses["recovered"]["diffusion"]
+
+
+def test_the_result_is_an_ordinary_pipeline(pruned: Path, demo: Path) -> None:
+    import diffusers
+
+    pipe = diffusers.DiTPipeline.from_pretrained(pruned)
+    assert len(pipe.transformer.transformer_blocks) == pipe.transformer.config.num_layers == 4
+    want, got = (json.loads((folder / "transformer" / "config.json").read_text()) for folder in (demo, pruned))
+    assert got == {**want, "num_layers": 4}
+    before, after = (load_file(folder / "transformer" / WEIGHTS) for folder in (demo, pruned))
+    assert {t.dtype for t in after.values()} == {torch.bfloat16}
+    assert set(after) == {
+        name for name in before if not name.startswith(tuple(f"transformer_blocks.{i}." for i in range(4, 8)))
+    }
+    assert (pruned / "vae" / WEIGHTS).read_bytes() == (demo / "vae" / WEIGHTS).read_bytes()
+    assert {path.name for path in pruned.glob("*.png")} >= {"prune.png"}
+    assert len(list(pruned.glob("samples-*.png"))) == 1
+    assert not list(pruned.parent.glob(".*")), "something was left behind"
+
+
+def test_the_sidecar_says_how_it_came_about(pruned: Path) -> None:
+    record = read_record(pruned)
+    (stack,) = record["plan"]["stacks"]
+    assert len(stack["kept"]) == 4
+    assert record["plan"]["criterion"] == "learned"
+    assert record["recovered"] is True
+    assert record["source"] == "demo"
+    assert record["settings"]["seed"] == 1
+    for stage, total in (("search", 6), ("recovery", 15)):
+        log = record["log"][stage]
+        assert log[-1]["step"] >= 10
+        assert log[-1]["seconds"] < 3 * total
+        assert all({"loss", "output", "lr", "norm"} <= set(entry) for entry in log)
+
+
+def test_pruned_calibrated_compared_in_three_commands(cli: Callable[..., Any]) -> None:
+    few = ("--samples", "16", "--steps", "2", "--batch-size", "4", "--search", "3", "--recover", "4", "--grids", "0")
+    done = cli("prune", "--keep", "6", "demo", "-o", "d6", *few)
+    assert done.code == 0, done.err
+    assert "right after pruning" in done.out
+    assert "recovered" in done.out
+    assert "kept" in done.out
+    done = cli("calibrate", "d6", "--bits", "w4a8", "-o", "d6-w4a8", "--steps", "3", "--samples", "2")
+    assert done.code == 0, done.err
+    done = cli("compare", "d6-w4a8", "--steps", "3", "--samples", "2", "--seed", "1", "-o", "report")
+    assert done.code == 0, done.err
+    report = json.loads(Path("report/comparison.json").read_text())
+    assert report["baseline"] == "d6"
+    assert 10 < report["psnr"] < 80
+
+
+def test_without_recovery_it_is_called_an_initialisation(cli: Callable[..., Any], demo: Path) -> None:
+    done = cli(
+        "prune", "--keep", "5", "-o", "d5", "--criterion", "even", "--recover", "0", "--samples", "8", "--steps", "1"
+    )
+    assert done.code == 0, done.err
+    assert done.out.count("this is an initialisation") == 2
+    record = read_record("d5")
+    assert record["recovered"] is False
+    assert set(record["losses"]) == {"teacher", "pruned"}
+    kept = record["plan"]["stacks"][0]["kept"]
+    before, after = (load_file(folder / "transformer" / WEIGHTS) for folder in (demo, Path("d5")))
+    for new, old in enumerate(kept):
+        name = "ff.net.2.weight"
+        assert torch.equal(after[f"transformer_blocks.{new}.{name}"], before[f"transformer_blocks.{old}.{name}"])
+
+
+def test_a_bare_transformer_gives_a_bare_transformer(tiny_folder: Path, tmp_path: Path) -> None:
+    target = prune_model(tiny_folder, tmp_path / "one", keep=1, criterion="magnitude", **FEW)
+    assert sorted(path.name for path in target.iterdir()) == ["config.json", WEIGHTS, "prune.json", "prune.png"]
+    assert len(load_transformer(find_source(target), torch.float32).transformer_blocks) == 1
+
+
+def test_data_of_the_users_own_is_what_is_learned_from(tiny_folder: Path, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = {"latents": torch.randn(12, 4, 8, 8, generator=generator), "class_labels": torch.arange(12) % 10}
+    (tmp_path / "data").mkdir()
+    save_file(rows, tmp_path / "data" / "a.safetensors")
+    few = {**FEW, "keep": 1, "criterion": "even", "seed": 3}
+    batches = [{name: t[:5] for name, t in rows.items()}, {name: t[5:] for name, t in rows.items()}]
+    folders = [
+        prune_model(tiny_folder, tmp_path / f"out-{i}", data, **few)
+        for i, data in enumerate((tmp_path / "data", batches))
+    ]
+    first, second = (load_file(folder / WEIGHTS) for folder in folders)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    log = read_record(folders[0])["log"]["recovery"]
+    assert "diffusion" in log[0], "with data of one's own a part of the loss is the data's"
+    own = prune_model(tiny_folder, tmp_path / "own", **few)
+    assert any(not torch.equal(first[name], t) for name, t in load_file(own / WEIGHTS).items())
+
+
+def test_a_plan_of_an_earlier_run_can_be_used(pruned: Path, tmp_path: Path) -> None:
+    plan = pruned / "transformer" / "prune.json"
+    again = prune_model(None, tmp_path / "again", plan=str(plan), recover="0", samples=8, steps=1)
+    stacks = read_record(again)["plan"]["stacks"]
+    assert stacks == read_record(pruned)["plan"]["stacks"]
+    with pytest.raises(InputError, match="keeps 4"):
+        prune_model(None, tmp_path / "other", plan=str(plan), keep="5")
+
+
+KILLED = """
+import os, signal, sys
+from vdit_quant.prune.trainer import Trainer
+from vdit_quant.cli.main import main
+
+stage, step = sys.argv[1], int(sys.argv[2])
+original = Trainer._train
+
+def dying(self):
+    if self.stage == stage and self.step == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self)
+
+Trainer._train = dying
+sys.argv = ["vdit-quant", *sys.argv[3:]]
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+@pytest.mark.parametrize(("stage", "step"), [("search", 3), ("recovery", 25)])
+def test_a_killed_run_resumes_to_the_same_bits(
+    stage: str,
+    step: int,
+    shared: Path,
+    python: Callable[..., subprocess.CompletedProcess[str]],
+    cli: Callable[..., Any],
+) -> None:
+    model = shared / "testbeds" / "mnist-dit"
+    options = {**FEW, "search": "5", "recover": "30", "save_steps": 10}
+    want = prune_model(model, "whole", keep="4", **options)
+    line = ["prune", str(model), "--keep", "4", "-o", "out", "--samples", "16", "--steps", "2", "--batch-size", "4"]
+    line += ["--search", "5", "--recover", "30", "--grids", "0", "--save-steps", "10"]
+    done = python("-c", KILLED, stage, str(step), *line, cwd=Path.cwd())
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not Path("out").exists()
+    result = cli(*line, "--resume")
+    assert result.code == 0, result.err
+    assert "resuming" in result.out
+    assert ("search (5)" in result.out) == (stage == "search"), "finished work was done again"
+    for name in ("transformer/" + WEIGHTS, "transformer/config.json"):
+        assert (Path("out") / name).read_bytes() == (want / name).read_bytes()
+    ours, theirs = read_record("out"), read_record(want)
+    assert ours["plan"] == theirs["plan"]
+    assert ours["losses"] == theirs["losses"]
+
+
+REFUSED = {
+    "nothing to keep": ((), ("--keep N is needed", "8 transformer_blocks")),
+    "too many": (("--keep", "9"), ("expected 1 to 8 blocks",)),
+    "a criterion that does not exist": (("--keep", "4", "--criterion", "magnitute"), ("did you mean 'magnitude'",)),
+    "no budget": (("--keep", "4", "--recover", "soon"), ("'soon'", "such as 3000, 90s, 8min")),
+    "no such data": (("--keep", "4", "--data", "nowhere"), ("nowhere", "found none")),
+    "groups that do not add up": (("--keep", "4", "--group", "1:4"), ("keep 2 of 8",)),
+    "an optimiser that is not here": (("--keep", "4", "--optimizer", "adamw4bit"), ("adamw8bit",)),
+    "no such plan": (("--plan", "plan.json"), ("plan.json", "no such file")),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_in_one_line(case: str, cli: Callable[..., Any]) -> None:
+    arguments, words = REFUSED[case]
+    done = cli("prune", *arguments, "-o", "out")
+    assert done.code == 2, done.out
+    assert len(done.err.strip().splitlines()) == 1
+    assert all(word in done.err for word in words), done.err
+    assert not list(Path().iterdir()), "something was left behind"
+
+
+def test_what_was_not_written_here_is_not_replaced(cli: Callable[..., Any], demo_artifact: Callable[..., Path]) -> None:
+    Path("out").mkdir()
+    (Path("out") / "thesis.txt").write_text("all of it")
+    done = cli("prune", "--keep", "4", "-o", "out", "--overwrite")
+    assert done.code == 2
+    assert "replaces nothing else" in done.err
+    done = cli("prune", demo_artifact(), "--keep", "4", "-o", "other")
+    assert done.code == 2
+    assert "prune first, then calibrate" in done.err
+
+
+def test_a_dry_run_shows_what_would_be_done(cli: Callable[..., Any]) -> None:
+    done = cli("prune", "--keep", "4", "--dry-run")
+    assert done.code == 0, done.err
+    for words in ("demo-d4", "groups 1:2 1:2 1:2 1:2", "samples of the teacher", "480 s", "transformer_blocks"):
+        assert words in done.out
+    assert not list(Path().iterdir())
