@@ -141,7 +141,7 @@ def test_opcheck(op: str, make_layer) -> None:
     for args in samples(make_layer(3, 64, 8, 32)):
         # The schema check compares tensors with operations that float8 does not have.
         floats8 = any(isinstance(t, torch.Tensor) and t.dtype == E4M3 for t in args) or op == "quant_token_fp8"
-        torch.library.opcheck(call, args, test_utils=CHECKS[1:] if floats8 else CHECKS)
+        torch.library.opcheck(call.overload, args, test_utils=CHECKS[1:] if floats8 else CHECKS)
 
 
 def test_fake_tensors_are_checked_too(make_layer) -> None:
