@@ -23,6 +23,9 @@ from .tiles import INTERPRETED, rows_contiguous
 MAX_K = 16384
 """Longest token kept in registers."""
 
+RESIDENT_WARPS = 16
+"""Warps of a multiprocessor that share its work where every program must read H first."""
+
 LANE = 8
 """Channels that a lane holds side by side: 16 bytes of a 2-byte type."""
 
@@ -259,11 +262,13 @@ def launch_options(k: int, block_size: int) -> dict[str, Any]:
     else:
         r, first = 1, 1 << (k.bit_length() - 1)
         # Hopper multiplies 64 rows at a time; and tokens enough for every lane keep most sums inside threads.
-        while r * first < 64 * block_size or r * k < 4096 or r * chunk < 256:
+        while r * first < 64 * block_size or r * k < 4096:
             r *= 2
         spread = max(1, 32 * LANE * 4 // chunk)
         if spread * k <= 128 * 80:
             r = max(r, spread)
+        elif chunk < 128:
+            r = 1  # chunks spread thin take many registers
         warps = 4 if r * k <= 128 * 80 else 8
     width = min(chunk, max(block_size, 32 * LANE * warps // r, 16))
     return {"R": r, "W": width, "num_warps": warps, "DOT": "fp16", "MIN_ROWS": 16, "num_stages": 1}
@@ -305,7 +310,7 @@ def programs(tokens: int, options: dict[str, Any], device: torch.device) -> tupl
     if options["SIZE"] == 0:
         return (tiles,)
     units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return (min(tiles, units * 16 // options["num_warps"]),)
+    return (min(tiles, units * RESIDENT_WARPS // options["num_warps"]),)
 
 
 def hadamard_operand(transform: Transform, options: dict[str, Any], like: Tensor) -> Tensor:

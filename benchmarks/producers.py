@@ -1,0 +1,382 @@
+"""Fused producers against the bandwidth of a copy, and against the unfused chain in torch, eager and compiled.
+
+    python benchmarks/producers.py                      # measure, check, write the JSON and the table
+    python benchmarks/producers.py --no-compiled        # the same without torch.compile of the chains
+    python benchmarks/producers.py --variants           # time launch configurations instead; prints, writes nothing
+    python benchmarks/producers.py --render             # write the table again from the JSON
+
+A row's bytes are those that any implementation must move: every input read once, every output written once. The copy
+moves as many, in the same process. Inputs rotate through more memory than the cache holds. Every timed result is
+checked: codes within 1 of the torch reference, and no farther from float64 than the bfloat16 chain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vdit_quant.kernels import act_quant as act_module
+from vdit_quant.kernels import dispatch
+from vdit_quant.kernels import norm_quant as norm_module
+from vdit_quant.kernels.act_quant import act_quant
+from vdit_quant.kernels.hadamard import hadamard_matrix
+from vdit_quant.kernels.norm_quant import Norm, gate_norm_quant, norm_quant
+from vdit_quant.kernels.transform import Transform
+
+JSON = Path(__file__).parent / "results" / "producers.json"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+CACHE_BYTES = 200 * 2**20
+"""Inputs and outputs of all rotated sets together: several times the L2 cache."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One producer at one shape. transform: "", "s" (channel scale), "sh64", "sh128" (also signs and rotation)."""
+
+    model: str
+    op: str
+    m: int
+    k: int
+    tokens: int
+    transform: str
+
+    @property
+    def block_size(self) -> int:
+        return int(self.transform.partition("h")[2] or 0)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that must move: bfloat16 in, int8 out; the gated form reads a second tensor and writes a third."""
+        rows = {"norm": 3, "gate": 7, "none": 3, "gelu_tanh": 3}[self.op]
+        return self.m * (self.k * rows + 4)
+
+
+MODELS = (
+    ("DiT-XL, PixArt", 8192, 1152, 4608, 256),
+    ("FLUX", 4608, 3072, 12288, 4608),
+    ("Wan 14B", 8192, 5120, 13824, 8192),
+    ("one small image", 512, 1152, 4608, 256),
+)
+TRANSFORMS = {"norm": ("", "s", "sh64", "sh128"), "gate": ("", "sh128"), "none": ("", "sh128")}
+
+
+def cases() -> Iterator[Case]:
+    for model, m, k, wide, tokens in MODELS:
+        for op in ("norm", "gate", "none"):
+            for transform in TRANSFORMS[op]:
+                yield Case(model, op, m, k, tokens, transform)
+        for transform in ("", "s", "sh128"):
+            yield Case(model, "gelu_tanh", m, wide, tokens, transform)
+
+
+class Operands:
+    """Random inputs of a case and the four ways to run it."""
+
+    def __init__(self, case: Case, device: str = "cuda", m: int | None = None) -> None:
+        self.case, m = case, m or case.m
+        k, samples = case.k, max(1, m // case.tokens)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, device=device).bfloat16()
+
+        self.x, self.branch = draw(m, k) * 2 + 0.5, draw(m, k) if case.op == "gate" else None
+        self.shift, self.scale, self.gate = draw(samples, 6 * k).chunk(6, dim=1)[:3]
+        self.pre_scale = torch.rand(k, device=device) + 0.5 if "s" in case.transform else None
+        signed = "h" in case.transform
+        self.signs = (torch.randint(2, (k,), device=device) * 2 - 1).to(torch.int8) if signed else None
+        self.h = hadamard_matrix(case.block_size, "sylvester").to(device) if signed else None
+        self.transform = Transform(self.pre_scale, self.signs, case.block_size, "sylvester", torch.int8)
+        self.norm = Norm([self.shift, self.scale], [], "layer", 1e-6)
+
+    def fused(self) -> tuple[Tensor, ...]:
+        case, last = self.case, (self.case.block_size, "sylvester")
+        if case.op in ("none", "gelu_tanh"):
+            return act_quant(self.x, case.op, self.pre_scale, self.signs, *last)
+        vectors = [t for t in (self.pre_scale, self.signs) if t is not None]
+        args = (self.norm.mod, [], vectors, "layer", 1e-6, *last)
+        if case.op == "norm":
+            return norm_quant(self.x, *args)
+        return gate_norm_quant([self.x, self.branch, self.gate], *args)
+
+    def reference(self) -> tuple[Tensor, ...]:
+        if self.case.op in ("none", "gelu_tanh"):
+            return act_module._reference(self.x, self.case.op, self.transform)
+        if self.case.op == "norm":
+            return norm_module._reference(self.x, self.norm, self.transform)
+        return norm_module._gate_reference(self.x, [self.branch, self.gate], self.norm, self.transform)
+
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        return (self.x, self.branch, self.gate, self.shift, self.scale, self.pre_scale, self.signs, self.h)
+
+
+def transformed(case: Case, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
+    """What is quantised, in the dtype of x as a model computes it, and the residual stream if there is one."""
+    x, branch, gate, shift, scale, pre_scale, signs, h = inputs
+    stream = None
+    if case.op in ("norm", "gate"):
+        b, k = len(shift), x.shape[1]
+        x = x.view(b, -1, k)
+        if case.op == "gate":
+            x = stream = x + gate[:, None] * branch.view(b, -1, k)
+        x = (F.layer_norm(x, (k,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]).view(-1, k)
+        stream = None if stream is None else stream.view(-1, k)
+    elif case.op == "gelu_tanh":
+        x = F.gelu(x, approximate="tanh")
+    if pre_scale is not None:
+        x = x * pre_scale.to(x.dtype)
+    if h is not None:
+        x = x * signs.to(x.dtype)
+        x = (x.view(-1, len(h)) @ h.to(x.dtype) * len(h) ** -0.5).view(x.shape)
+    return x, stream
+
+
+def chain(case: Case, *inputs: Any) -> tuple[Tensor, ...]:
+    """The unfused form: one torch operation after another, then symmetric codes per token."""
+    y, stream = transformed(case, inputs)
+    wide = y.float()
+    amax = wide.abs().amax(dim=1).clamp_min(1e-30)
+    codes = torch.round(wide * (127 / amax)[:, None]).to(torch.int8)
+    return (codes, amax / 127) if stream is None else (stream, codes, amax / 127)
+
+
+def check(
+    case: Case, operands: Operands, unfused: Callable[..., tuple[Tensor, ...]], slack: float = 1.0001
+) -> dict[str, float]:
+    """Errors of the fused codes and of the chain's to float64. Raises SystemExit where the fused ones are worse."""
+    wide = tuple(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in operands.inputs())
+    found, reference = operands.fused(), operands.reference()
+
+    def error(result: tuple[Tensor, ...]) -> float:
+        exact = wide
+        if case.op == "gate":  # what follows the residual is compared for the residual as it was stored
+            torch.testing.assert_close(result[0], reference[0], rtol=2**-6, atol=2**-6)
+            exact = (result[0].double(), torch.zeros_like(wide[1]), *wide[2:])
+        want, _ = transformed(case, exact)
+        return float((result[-2].double() * result[-1].double()[:, None] - want).norm() / want.norm())
+
+    off = int((found[-2].int() - reference[-2].int()).abs().max())
+    flips = float((found[-2] != reference[-2]).double().mean())
+    errors = {"error": error(found), "chain_error": error(unfused(*operands.inputs())), "flips": flips}
+    if off > 1 or not errors["error"] <= errors["chain_error"] * slack:
+        raise SystemExit(f"{case}: codes are off by up to {off}, {errors}")
+    return errors
+
+
+def seconds(calls: list[Callable[[], Any]], repeats: int = 15) -> float:
+    """Median seconds of one call, from replays of one graph that makes every call once."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3 / len(calls))
+    return statistics.median(times)
+
+
+def sets_of(nbytes: int) -> int:
+    return max(2, min(64, -(-CACHE_BYTES // nbytes)))
+
+
+def copy_seconds(nbytes: int) -> float:
+    """Seconds of a copy that reads nbytes / 2 and writes as many."""
+    pairs = [[torch.randint(255, (nbytes // 2,), device="cuda", dtype=torch.uint8) for _ in range(2)]]
+    pairs += [[pairs[0][0].clone(), pairs[0][1].clone()] for _ in range(sets_of(nbytes) - 1)]
+    return seconds([lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs])
+
+
+def measure(case: Case, compiled: bool) -> dict[str, Any]:
+    rotated = [Operands(case) for _ in range(sets_of(case.bytes))]
+
+    def unfused(*inputs: Any) -> tuple[Tensor, ...]:
+        return chain(case, *inputs)
+
+    row: dict[str, Any] = {**vars(case), "bytes": case.bytes, **check(case, rotated[0], unfused)}
+    row["copy"] = copy_seconds(case.bytes)
+    row["fused"] = seconds([each.fused for each in rotated])
+    row["eager"] = seconds([lambda each=each: unfused(*each.inputs()) for each in rotated[:8]])
+    if compiled and case.transform in ("", "sh128") and (case.m > 1000 or case.transform == ""):
+        torch._dynamo.reset()
+        fast = torch.compile(unfused, dynamic=False)
+        check(case, rotated[0], fast, slack=1.02)  # compiled, much of the chain is fp32 too
+        row["compiled"] = seconds([lambda each=each: fast(*each.inputs()) for each in rotated])
+    print(line(row), flush=True)
+    return row
+
+
+def line(row: dict[str, Any]) -> str:
+    rate = row["bytes"] / row["fused"] / 1e9
+    others = "  ".join(f"{name} {row[name] * 1e6:8.1f}" for name in ("eager", "compiled") if name in row)
+    return (
+        f"{row['model']:16} {row['op']:9} {row['m']:5}x{row['k']:<5} {row['transform']:5} {row['fused'] * 1e6:7.1f} us "
+        f"{rate:6.0f} GB/s {row['copy'] / row['fused']:5.2f} of copy ({row['copy'] * 1e6:.1f})  {others}  "
+        f"error {row['error']:.5f} (chain {row['chain_error']:.5f}) flips {row['flips']:.4f}"
+    )
+
+
+def configurations(case: Case) -> list[dict[str, Any]]:
+    """Overrides of `rows.launch_options` to try at a case, and RESIDENT_WARPS."""
+    wide = case.k > 4000
+    if not case.block_size:
+        shapes = [(1, 1), (1, 2), (2, 1), (2, 2), (4, 2), (4, 4)] if not wide else [(1, w) for w in (2, 4, 8, 16)]
+        if case.k == 3072:
+            shapes = [(1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (2, 8)]
+        return [{}, *({"R": r, "num_warps": w} for r, w in shapes)]
+    default: list[dict[str, Any]] = [{}, {"DOT": "bf16"}, {"DOT": "bf16x2"}, {"DOT": "tf32"}, {"MIN_ROWS": 64}]
+    default += [{"num_stages": 2}, {"maxnreg": 168}, {"maxnreg": 128}, {"RESIDENT_WARPS": 8}, {"RESIDENT_WARPS": 32}]
+    narrow = [(8, 8), (16, 8), (4, 4)] if case.k == 1152 else [(1, 4), (2, 4), (2, 8), (4, 4), (4, 8)]
+    shapes = narrow if not wide else [(1, 4), (1, 8), (2, 8), (1, 16)]
+    return default + [{"R": r, "num_warps": w} for r, w in shapes]
+
+
+def configure(case: Case, changes: dict[str, Any]) -> None:
+    """Launch with `changes` from here on; the chunk width follows from them."""
+    from vdit_quant.kernels._triton import rows
+
+    original = getattr(rows.launch_options, "original", rows.launch_options)
+
+    def launch_options(k: int, block_size: int) -> dict[str, Any]:
+        options = {**original(k, block_size), **changes}
+        width = max(block_size, 32 * rows.LANE * options["num_warps"] // options["R"], 16)
+        options["W"] = min(rows._power_of_two(k), width)
+        return {name: value for name, value in options.items() if name != "RESIDENT_WARPS"}
+
+    launch_options.original = original  # type: ignore[attr-defined]
+    rows.launch_options = launch_options
+    rows.RESIDENT_WARPS = changes.get("RESIDENT_WARPS", 16)
+
+
+def variants() -> None:
+    """Times every configuration of the cases that matter; one that fails says so."""
+    chosen = [case for case in cases() if case.model != "one small image" and case.transform in ("", "sh64", "sh128")]
+    work = [(case, changes) for case in chosen if case.op != "none" for changes in configurations(case)]
+    warm_up([item for item in work if "RESIDENT_WARPS" not in item[1]])
+    for case in dict.fromkeys(case for case, _ in work):
+        rotated = [Operands(case) for _ in range(sets_of(case.bytes))]
+        copy = copy_seconds(case.bytes)
+        print(f"{case.op} {case.m}x{case.k} {case.transform}: copy {copy * 1e6:.1f} us", flush=True)
+        for changes in configurations(case):
+            configure(case, changes)
+            try:
+                off = (rotated[0].fused()[-2].int() - rotated[0].reference()[-2].int()).abs().max()
+                time = seconds([each.fused for each in rotated])
+                print(f"  {copy / time:5.2f} {time * 1e6:7.1f} us  off by {int(off)}  {changes}", flush=True)
+            except Exception as error:
+                print(f"  failed: {type(error).__name__} {str(error)[:90]!r}  {changes}", flush=True)
+        configure(case, {})
+
+
+def compile_one(item: tuple[Case, dict[str, Any]]) -> None:
+    """In a process of its own: compile the kernel of a case into Triton's cache on disk."""
+    case, changes = item
+    configure(case, changes)
+    try:
+        with dispatch.use(strict=True):
+            Operands(case, m=min(case.m, 2 * case.tokens, 512)).fused()
+    except Exception as error:
+        print(f"{case} {changes}: {type(error).__name__}", file=sys.stderr)
+
+
+def warm_up(work: list[tuple[Case, dict[str, Any]]]) -> None:
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(12, mp_context=context) as pool:
+        list(pool.map(compile_one, work))
+
+
+def render(found: dict[str, Any]) -> str:
+    """The table, under the machine that it was measured on."""
+    names = {"norm": "LayerNorm, modulate", "gate": "gated residual, LayerNorm, modulate", "none": "nothing"}
+    kinds = {"": "none", "s": "scale", "sh64": "scale, H64", "sh128": "scale, H128"}
+    lines = [
+        f"{found['machine']}; torch {found['torch']}, Triton {found['triton']}. Medians; {found['method']}.",
+        "",
+        "| before the codes | M x K | transform | µs | GB/s | of a copy | eager | compiled | error (bf16 chain) |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in found["rows"]:
+        compiled = f"{row['compiled'] / row['fused']:.1f}x" if "compiled" in row else ""
+        lines.append(
+            f"| {names.get(row['op'], 'GELU (tanh)')} | {row['m']} x {row['k']} | {kinds[row['transform']]} "
+            f"| {row['fused'] * 1e6:.1f} | {row['bytes'] / row['fused'] / 1e9:.0f} "
+            f"| {100 * row['copy'] / row['fused']:.0f} % | {row['eager'] / row['fused']:.1f}x | {compiled} "
+            f"| {100 * row['error']:.3f} % ({100 * row['chain_error']:.3f} %) |"
+        )
+    return "\n".join(lines)
+
+
+def rewrite(document: Path, table: str) -> None:
+    """Replaces the marked region of `document`. Raises SystemExit when the marks are not there."""
+    begin, end = "<!-- producers:begin -->", "<!-- producers:end -->"
+    text = document.read_text(encoding="utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise SystemExit(f"{document}: expected one {begin} ... {end}")
+    before, rest = text.split(begin)
+    document.write_text(f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+
+
+def benchmark(options: argparse.Namespace) -> dict[str, Any]:
+    chosen = [case for case in cases() if not options.only or options.only in f"{case.op} {case.m}x{case.k}"]
+    warm_up([(case, {}) for case in chosen])
+    with dispatch.use(strict=True):
+        rows = [measure(case, options.compiled) for case in chosen]
+    return {
+        "machine": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": dispatch.triton_version(),
+        "method": "CUDA graphs over inputs that rotate through more than the cache holds",
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--json", type=Path, default=JSON)
+    add("--markdown", type=Path, action="append", default=[], help="document with the marked region; may be repeated")
+    add("--only", help='cases whose "op MxK" contains this')
+    add("--no-compiled", dest="compiled", action="store_false", help="leave out torch.compile of the chains")
+    add("--variants", action="store_true", help="time launch configurations; writes nothing")
+    add("--render", action="store_true", help="measure nothing; write the document from the JSON")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    if options.variants:
+        variants()
+        return
+    if not options.render:
+        found = benchmark(options)
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    else:
+        options.markdown = options.markdown or [DOCUMENT]
+    table = render(json.loads(options.json.read_text(encoding="utf-8")))
+    for document in options.markdown:
+        rewrite(document, table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
