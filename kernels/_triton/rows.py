@@ -8,6 +8,7 @@ A token of K channels is K / W chunks of W channels, W a power of two. A program
 # Kernel parameters are typed by what is launched, not by annotations.
 # mypy: disable-error-code="no-untyped-def"
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..hadamard import matrix_on
 from ..quant_token import FLOATS, TINY
 from ..transform import Transform
-from .tiles import INTERPRETED, rows_contiguous
+from .tiles import rows_contiguous
 
 MAX_K = 16384
 """Longest token kept in registers."""
@@ -250,6 +251,7 @@ def _power_of_two(n: int) -> int:
     return n & -n
 
 
+@cache
 def launch_options(k: int, block_size: int) -> dict[str, Any]:
     """Tokens, chunk width and warps of a program, and the type of the rotation's operands.
 
@@ -289,8 +291,6 @@ def tile_options(k: int, transform: Transform) -> dict[str, Any]:
     options = launch_options(k, transform.block_size)
     first, rest = chunks(k, options["W"])
     flat = options["R"] * options["W"] < 32 * LANE * options["num_warps"]
-    if INTERPRETED and options["DOT"] != "fp16":
-        options["DOT"] = "fp32"  # the interpreter cannot multiply bfloat16
     return options | {
         "K": k,
         "FIRST": first,
@@ -313,12 +313,16 @@ def programs(tokens: int, options: dict[str, Any], device: torch.device) -> tupl
     return (min(tiles, units * RESIDENT_WARPS // options["num_warps"]),)
 
 
+@cache
+def _hadamard(block_size: int, kind: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return matrix_on(block_size, kind, torch.empty((), dtype=dtype, device=device))
+
+
 def hadamard_operand(transform: Transform, options: dict[str, Any], like: Tensor) -> Tensor:
     """H in the type of the product; some tensor where there is none."""
     if transform.block_size == 0:
         return like
-    dtype = DOT_TYPES.get(options["DOT"], torch.float32)
-    return matrix_on(transform.block_size, transform.hadamard_kind, torch.empty((), dtype=dtype, device=like.device))
+    return _hadamard(transform.block_size, transform.hadamard_kind, DOT_TYPES[options["DOT"]], like.device)
 
 
 def readable(rows: Tensor) -> Tensor:
