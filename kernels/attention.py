@@ -4,17 +4,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import dispatch
-from .int8_linear import describe, expect
+from .int8_linear import expect
 from .op import define_op
 from .quant_token import FLOATS
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-    expect(q.dim() == 4 and q.dtype in FLOATS, "attention", "q float32, bfloat16 or float16 [B, T, H, hd]", describe(q))
+    expect(q.dim() == 4 and q.dtype in FLOATS, "attention", "q float32, bfloat16 or float16 [B, T, H, hd]", q)
     batch, _, heads, head_dim = q.shape
     for name, x in (("k", k), ("v", v)):
         ok = x.dim() == 4 and x.dtype == q.dtype and (x.shape[0], *x.shape[2:]) == (batch, heads, head_dim)
-        expect(ok, "attention", f"{name} {q.dtype} [{batch}, S, {heads}, {head_dim}]", describe(x))
+        expect(ok, "attention", f"{name} {q.dtype} [{batch}, S, {heads}, {head_dim}]", x)
     expect(k.shape[1] == v.shape[1] > 0, "attention", "as many values as keys, and at least one", v.shape[1])
     expect(scale > 0, "attention", "a positive scale", scale)
 

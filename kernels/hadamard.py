@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .int8_linear import check_float, describe, expect
+from .int8_linear import check_float, expect
 from .op import define_op
 
 SEEDS = {"sylvester": ((1, 1), (1, -1)), "regular": ((-1, 1, 1, 1), (1, -1, 1, 1), (1, 1, -1, 1), (1, 1, 1, -1))}
@@ -66,7 +66,7 @@ def _check(x: Tensor, signs: Tensor | None, block_size: int, kind: str) -> None:
     expect(k > 0 and k % block_size == 0, "hadamard", f"K to be a multiple of block_size {block_size}", f"K={k}")
     if signs is not None:
         ok = signs.dtype == torch.int8 and signs.shape == (k,)
-        expect(ok, "hadamard", f"signs torch.int8 of shape ({k},)", describe(signs))
+        expect(ok, "hadamard", f"signs torch.int8 of shape ({k},)", signs)
 
 
 def rotate(wide: Tensor, signs: Tensor | None, block_size: int, kind: str) -> Tensor:

@@ -13,7 +13,7 @@ OP = "head_norm_rope"
 
 def _check_stream(name: str, qkv: Tensor, weights: list[Tensor], heads: int) -> None:
     ok = qkv.dim() == 3 and qkv.dtype in FLOATS and qkv.shape[2] > 0 and qkv.shape[2] % (6 * heads) == 0
-    expect(ok, OP, f"{name} float32, bfloat16 or float16 [B, T, 3 * {heads} * hd] with an even hd", describe(qkv))
+    expect(ok, OP, f"{name} float32, bfloat16 or float16 [B, T, 3 * {heads} * hd] with an even hd", qkv)
     width = qkv.shape[2] // 3
     expect(len(weights) in (0, 2), OP, f"no norm weights of {name}, or those of q and k", len(weights))
     for weight in weights:
@@ -41,12 +41,12 @@ def _check(
     if other is not None:
         _check_stream("other", other, other_weights, heads)
         same = (other.dtype, other.shape[0], other.shape[2]) == (qkv.dtype, qkv.shape[0], qkv.shape[2])
-        expect(same, OP, f"other {qkv.dtype} [{qkv.shape[0]}, T, {qkv.shape[2]}]", describe(other))
+        expect(same, OP, f"other {qkv.dtype} [{qkv.shape[0]}, T, {qkv.shape[2]}]", other)
         tokens += other.shape[1]
     expect(len(rope) in (0, 2), OP, "no rope, or its cosines and sines", len(rope))
     for table in rope:
         ok = table.dtype == torch.float32 and table.shape == (tokens, qkv.shape[2] // (3 * heads))
-        expect(ok, OP, f"rope torch.float32 of shape ({tokens}, {qkv.shape[2] // (3 * heads)})", describe(table))
+        expect(ok, OP, f"rope torch.float32 of shape ({tokens}, {qkv.shape[2] // (3 * heads)})", table)
 
 
 def _normed(part: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .int8_linear import check_codes, check_float, check_vectors, describe, expect, scaled_matmul, weight_only_matmul
+from .int8_linear import check_codes, check_float, check_vectors, expect, scaled_matmul, weight_only_matmul
 from .op import define_op
 from .pack import unpack_int4
 
@@ -17,7 +17,7 @@ GROUPS = (16, 32, 64, 128)
 def _check_weight(op: str, k: int, weight: Tensor, group_scale: Tensor | None) -> None:
     width = (k + 1) // 2
     ok = weight.dtype == torch.uint8 and weight.dim() == 2 and weight.shape[1] == width
-    expect(ok and k > 0, op, f"packed weight torch.uint8 [N, {width}] for K={k}", describe(weight))
+    expect(ok and k > 0, op, f"packed weight torch.uint8 [N, {width}] for K={k}", weight)
     check_groups(op, weight.shape[0], k, group_scale)
 
 
@@ -26,7 +26,7 @@ def check_groups(op: str, n: int, k: int, group_scale: Tensor | None) -> None:
     if group_scale is None:
         return
     ok = group_scale.dtype == torch.uint8 and group_scale.dim() == 2 and group_scale.shape[0] == n
-    expect(ok, op, f"group_scale torch.uint8 [{n}, K/group]", describe(group_scale))
+    expect(ok, op, f"group_scale torch.uint8 [{n}, K/group]", group_scale)
     columns = group_scale.shape[1]
     fits = columns > 0 and k % columns == 0 and k // columns in GROUPS
     expect(fits, op, f"group_scale columns that cut K={k} into groups of 16, 32, 64 or 128", f"{columns} columns")
@@ -83,11 +83,11 @@ def int4_to_int8_many(weight: Tensor, group_scale: Tensor | None, shapes: list[t
     sizes = [n * k for n, k in shapes]
     expect(all(k % 128 == 0 for _, k in shapes), "int4_to_int8_many", "every K to be a multiple of 128", shapes)
     ok = weight.dim() == 1 and 2 * weight.numel() == sum(sizes)
-    expect(ok, "int4_to_int8_many", f"packed weights torch.uint8 [{sum(sizes) // 2}]", describe(weight))
+    expect(ok, "int4_to_int8_many", f"packed weights torch.uint8 [{sum(sizes) // 2}]", weight)
     rows = sum(sizes) // 128
     if group_scale is not None:
         whole = group_scale.dim() == 1 and rows > 0 and group_scale.numel() % rows == 0
-        expect(whole, "int4_to_int8_many", f"group scales torch.uint8 [{sum(sizes)}/group]", describe(group_scale))
+        expect(whole, "int4_to_int8_many", f"group scales torch.uint8 [{sum(sizes)}/group]", group_scale)
         group_scale = group_scale.view(rows, -1)
     flat = int4_to_int8(weight.view(rows, 64), group_scale, 128).view(-1)
     return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]

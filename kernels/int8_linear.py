@@ -16,7 +16,9 @@ CHUNK = 1024
 
 def expect(ok: bool, op: str, expected: str, found: object) -> None:
     """Raise ValueError naming the op, what it needs and what it got."""
-    torch._check_value(ok, lambda: f"{op}: expected {expected}, found {found}")
+    if not ok:  # the message is made only now: this runs before every kernel launch
+        shown = describe(found) if isinstance(found, Tensor) else found
+        raise ValueError(f"{op}: expected {expected}, found {shown}")
 
 
 def describe(tensor: Tensor) -> str:
@@ -27,28 +29,28 @@ def describe(tensor: Tensor) -> str:
 def check_vectors(op: str, n: int, weight_scale: Tensor, bias: Tensor | None) -> None:
     """Check the per-row weight scale and the optional bias of a linear op with `n` outputs."""
     ok = weight_scale.dtype == torch.float32 and weight_scale.shape == (n,)
-    expect(ok, op, f"weight_scale torch.float32 of shape ({n},)", describe(weight_scale))
+    expect(ok, op, f"weight_scale torch.float32 of shape ({n},)", weight_scale)
     if bias is not None:
-        expect(bias.shape == (n,) and bias.dtype in FLOATS, op, f"a float bias of shape ({n},)", describe(bias))
+        expect(bias.shape == (n,) and bias.dtype in FLOATS, op, f"a float bias of shape ({n},)", bias)
 
 
 def check_codes(op: str, codes: Tensor, scale: Tensor, out_dtype: torch.dtype) -> None:
     """Check int8 activations and their per-token scale."""
-    expect(codes.dtype == torch.int8 and codes.dim() == 2, op, "codes torch.int8 [M, K]", describe(codes))
+    expect(codes.dtype == torch.int8 and codes.dim() == 2, op, "codes torch.int8 [M, K]", codes)
     ok = scale.dtype == torch.float32 and scale.shape == (codes.shape[0],)
-    expect(ok, op, f"scale torch.float32 of shape ({codes.shape[0]},)", describe(scale))
+    expect(ok, op, f"scale torch.float32 of shape ({codes.shape[0]},)", scale)
     expect(out_dtype in FLOATS, op, "out_dtype float32, bfloat16 or float16", out_dtype)
 
 
 def check_float(op: str, x: Tensor) -> None:
     """Check float activations."""
-    expect(x.dtype in FLOATS and x.dim() == 2, op, "x float32, bfloat16 or float16 [M, K]", describe(x))
+    expect(x.dtype in FLOATS and x.dim() == 2, op, "x float32, bfloat16 or float16 [M, K]", x)
 
 
 def check_int8_weight(op: str, k: int, weight: Tensor) -> None:
     """Check an int8 weight for activations of width `k`."""
     ok = weight.dtype == torch.int8 and weight.dim() == 2 and weight.shape[1] == k
-    expect(ok, op, f"weight torch.int8 [N, {k}]", describe(weight))
+    expect(ok, op, f"weight torch.int8 [N, {k}]", weight)
 
 
 @cache

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .int8_linear import check_codes, check_int8_weight, check_vectors, describe, expect, int_matmul
+from .int8_linear import check_codes, check_int8_weight, check_vectors, expect, int_matmul
 from .op import define_op
 from .quant_token import FLOATS
 
@@ -26,9 +26,9 @@ def _check(
     check_int8_weight(OP, codes.shape[1], weight)
     check_vectors(OP, n, weight_scale, bias)
     ok = low.dim() == 2 and low.shape[0] == m and low.shape[1] > 0 and low.dtype in FLOATS
-    expect(ok, OP, f"a float low [{m}, R]", describe(low))
+    expect(ok, OP, f"a float low [{m}, R]", low)
     ok = up.shape == (n, low.shape[1]) and up.dtype == low.dtype
-    expect(ok, OP, f"up {low.dtype} of shape ({n}, {low.shape[1]})", describe(up))
+    expect(ok, OP, f"up {low.dtype} of shape ({n}, {low.shape[1]})", up)
 
 
 def _reference(

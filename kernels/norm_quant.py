@@ -34,12 +34,12 @@ class Norm:
         expect(len(self.affine) < 3, op, "affine to be [], [weight] or [weight, bias]", f"{len(self.affine)} tensors")
         for vector in self.affine:
             ok = vector.shape == (k,) and vector.dtype in FLOATS
-            expect(ok, op, f"a float affine of shape ({k},)", describe(vector))
+            expect(ok, op, f"a float affine of shape ({k},)", vector)
         for rows in self.mod:
             check_rows(op, "mod", rows, m, k)
         if self.mod:
             shift, scale = self.mod
-            expect(shift.shape == scale.shape, op, f"scale like shift, {describe(shift)}", describe(scale))
+            expect(shift.shape == scale.shape, op, f"scale like shift, {describe(shift)}", scale)
 
     def apply(self, x: Tensor) -> Tensor:
         """Float rows [M, K] -> fp32 [M, K]: the torch reference."""
@@ -59,9 +59,9 @@ class Norm:
 def check_rows(op: str, name: str, rows: Tensor, m: int, k: int) -> None:
     """Check a [B, K] tensor that every run of M / B rows shares."""
     ok = rows.dim() == 2 and rows.dtype in FLOATS and rows.shape[1] == k
-    expect(ok, op, f"float {name} of shape (B, {k})", describe(rows))
+    expect(ok, op, f"float {name} of shape (B, {k})", rows)
     ok = rows.shape[0] > 0 and m % rows.shape[0] == 0
-    expect(ok, op, f"{name} with a number of rows that divides M={m}", describe(rows))
+    expect(ok, op, f"{name} with a number of rows that divides M={m}", rows)
 
 
 def spread(rows: Tensor, m: int) -> Tensor:
@@ -92,7 +92,7 @@ def _check_stream(op: str, stream: list[Tensor]) -> None:
     residual, branch, *gate = stream
     check_float(op, residual)
     ok = branch.shape == residual.shape and branch.dtype in FLOATS
-    expect(ok, op, f"a float branch of shape {tuple(residual.shape)}", describe(branch))
+    expect(ok, op, f"a float branch of shape {tuple(residual.shape)}", branch)
     for rows in gate:
         check_rows(op, "gate", rows, *residual.shape)
 

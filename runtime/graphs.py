@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .linear import CompressedLinear
+
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 WARMUP = 2
 
@@ -40,12 +42,12 @@ class GraphedForward:
         self.captures = 0
         self._graphs: OrderedDict[Any, _Capture] = OrderedDict()
         self._pool: Any = None
+        self._watched = [(m, m.__dict__.get("forward")) for m in _outer_modules(model)]
+        self._layer = next((m for m in model.modules() if _is_quantized(m)), None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves, tree = pytree.tree_flatten((args, kwargs))
-        # a LoRA is switched and scaled by plain attributes, which a graph would not see
-        lora = getattr(self.model, "_hf_peft_config_loaded", False)
-        key = None if lora or torch.compiler.is_compiling() else _key(leaves, tree)
+        key = None if torch.compiler.is_compiling() or self._is_disturbed() else _key(leaves, tree, self._state())
         if key is None:
             return self.own(*args, **kwargs)
         capture = self._graphs.pop(key, None) or self._capture(leaves, tree)
@@ -66,6 +68,20 @@ class GraphedForward:
         """The model's `_apply`: a graph reads the weights where they were, so moving or casting them voids it."""
         self.reset()
         return type(self.model)._apply(self.model, *args, **kwargs)
+
+    def _is_disturbed(self) -> bool:
+        """Whether something acts inside the model that a graph would not see: a LoRA, which is switched and scaled by
+        plain attributes, or a hook or another forward on a block (caching, offloading)."""
+        if getattr(self.model, "_hf_peft_config_loaded", False):
+            return True
+        return any(
+            m.__dict__.get("forward") != forward or m._forward_hooks or m._forward_pre_hooks
+            for m, forward in self._watched
+        )
+
+    def _state(self) -> bool:
+        """What a step plan changes between calls of the same shape."""
+        return self._layer is not None and self._layer.active_spec is not self._layer.spec
 
     def _capture(self, leaves: list[Any], tree: Any) -> _Capture:
         inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -106,7 +122,17 @@ def _is_own(forward: Any, model: nn.Module) -> bool:
     return inspect.ismethod(forward) and forward.__func__ is type(model).forward
 
 
-def _key(leaves: list[Any], tree: Any) -> Any:
+def _is_quantized(module: nn.Module) -> bool:
+    return isinstance(module, CompressedLinear) and module.spec.activation is not None
+
+
+def _outer_modules(model: nn.Module) -> list[nn.Module]:
+    """The model's parts down to its blocks, without the model itself, whose hooks run outside its forward."""
+    children = list(model.children())
+    return children + [block for child in children if isinstance(child, nn.ModuleList) for block in child]
+
+
+def _key(leaves: list[Any], tree: Any, state: bool) -> Any:
     """What a graph is captured for; None when the call cannot be captured."""
     parts: list[Any] = []
     for leaf in leaves:
@@ -118,4 +144,4 @@ def _key(leaves: list[Any], tree: Any) -> Any:
             parts.append((type(leaf), leaf))
         else:
             return None
-    return tree, tuple(parts)
+    return tree, tuple(parts), state

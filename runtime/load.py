@@ -63,13 +63,14 @@ def load(
     path: str | Path,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    cuda_graphs: bool = False,
+    cuda_graphs: bool | None = None,
 ) -> Any:
     """The model behind an artifact: a pipeline when the artifact is a pipeline folder, else the transformer.
 
     device  default: the GPU when there is one
     dtype   compute dtype; scales stay as stored whatever it is. Default: bfloat16 on a GPU, float32 on a CPU
-    cuda_graphs  capture the denoiser's forward once for each shape and replay it: for small batches (runtime/graphs.py)
+    cuda_graphs  capture the denoiser's forward once for each shape and replay it (runtime/graphs.py): without it, and
+                 without torch.compile, starting the kernels takes longer than running them. Default: on a GPU, yes
     Raises InputError when the folder is no artifact, or is damaged, or config and tensors disagree.
     """
     source = find_source(path)
@@ -77,7 +78,7 @@ def load(
     device = pick_device(device)
     dtype = default_dtype(device) if dtype is None else dtype
     model: Any = load_pipeline(source, dtype, device) if source.is_pipeline else load_transformer(source, dtype, device)
-    if cuda_graphs:
+    if device.type == "cuda" if cuda_graphs is None else cuda_graphs:
         replay_graphs(model.transformer if source.is_pipeline else model)
     return model
 

@@ -56,9 +56,7 @@ def check_output(output: Path, overwrite: bool, is_ours: Callable[[Path], bool] 
     empty = output.is_dir() and not any(output.iterdir())
     if not empty and not is_ours(output) and not is_ours(output / "transformer"):
         kind = "is no artifact" if is_ours is is_artifact else "was not written by this command"
-        raise InputError(
-            f"{output} exists and {kind}, and --overwrite replaces nothing else; name another output"
-        )
+        raise InputError(f"{output} exists and {kind}, and --overwrite replaces nothing else; name another output")
 
 
 def write_tensors(folder: Path, entries: Mapping[str, Entry], get: Callable[[str], Tensor]) -> int:
