@@ -1,6 +1,6 @@
 """Compile cases for GPUs that are not here; prints one JSON line per kernel and architecture.
 
-    python compile_cases.py [FILE:ARCHITECTURE ...]        default: all of cases/, for every architecture
+    python compile_cases.py [PART/PARTS] [FILE] [ARCHITECTURE]        default: all of them
 
 A separate program because a compiler failure can abort the process, and because the interpreter must be off.
 """
@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from cases import _case
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from cases import _case
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Everything else is a multiple of 16 in every layer of a DiT, or the kernels do not specialise it.
@@ -41,7 +42,10 @@ def compile_case(case: _case.Compile, architecture: str) -> dict[str, Any]:
     amd = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture), 32)
     compiled = triton.compile(source, target=target, options=options)
-    found = inspect_amdgcn(compiled.asm["amdgcn"]) if amd else inspect_cubin(compiled.asm["cubin"])
+    if amd:
+        found = inspect_amdgcn(compiled.asm["amdgcn"])
+    else:
+        found = inspect_cubin(compiled.asm["cubin"], disassemble=architecture in case.units)
     return {"shared": compiled.metadata.shared, **found}
 
 
@@ -52,31 +56,36 @@ def inspect_amdgcn(text: str) -> dict[str, Any]:
     return {"stack": int(scratch.group(1)), "mma": sorted(set(re.findall(r"\bv_mfma_[a-z0-9]+", text)))}
 
 
-def inspect_cubin(cubin: bytes) -> dict[str, Any]:
-    """Registers, stack bytes and matrix instructions of a compiled kernel; empty without NVIDIA's tools."""
+def inspect_cubin(cubin: bytes, disassemble: bool) -> dict[str, Any]:
+    """Registers, stack bytes and, on request, matrix instructions of a kernel; empty without NVIDIA's tools."""
     if not (BIN / "cuobjdump").exists():
         return {}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [BIN / "cuobjdump", "-res-usage", "-sass", file.name]
+        command = [BIN / "cuobjdump", "-res-usage", *(["-sass"] if disassemble else []), file.name]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     text = done.stdout + done.stderr
     usage = {name: re.search(rf"\b{name}:(\d+)", text) for name in ("REG", "STACK")}
-    found = {name.lower(): int(match.group(1)) for name, match in usage.items() if match}
+    found: dict[str, Any] = {name.lower(): int(match.group(1)) for name, match in usage.items() if match}
     assert len(found) == 2, text[:2000]
-    return {**found, "mma": sorted(set(re.findall(UNITS, done.stdout)))}
+    return found | ({"mma": sorted(set(re.findall(UNITS, done.stdout)))} if disassemble else {})
 
 
 def main(wanted: list[str]) -> None:
-    pairs = [pair.split(":") for pair in wanted] or [(f, a) for f in _case.names() for a in _case.ARCHITECTURES]
-    for name, architecture in pairs:
-        for case in _case.load(name).compile_cases():
-            if case.is_for(architecture):
-                found = compile_case(case, architecture)
-                line = {"file": name, "architecture": architecture, "name": case.name, **found}
-                sys.stdout.write(json.dumps(line | {"kernel": case.kernel.__name__}) + "\n")
-                sys.stdout.flush()
+    part, parts = next((map(int, word.split("/")) for word in wanted if "/" in word), (0, 1))
+    words = {word for word in wanted if "/" not in word}
+    jobs = [
+        (name, case, architecture)
+        for name in _case.names()
+        for case in _case.load(name).compile_cases()
+        for architecture in case.on
+        if words <= {name, architecture}
+    ]
+    for name, case, architecture in jobs[part::parts]:
+        line = {"file": name, "architecture": architecture, "name": case.name, **compile_case(case, architecture)}
+        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

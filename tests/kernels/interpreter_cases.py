@@ -1,7 +1,6 @@
 """Triton twins under the interpreter against the references; `test_interpreter.py` runs this in its own process."""
 
 from cases import _case
-
 from vdit_quant.kernels.dispatch import TWINS
 
 

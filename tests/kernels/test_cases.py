@@ -3,8 +3,8 @@
 import inspect
 
 import pytest
-from cases import _case
 
+from cases import _case
 from vdit_quant.kernels.dispatch import TWINS
 
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import _case
 
+from cases import _case
 from vdit_quant.kernels import dispatch
 from vdit_quant.kernels.hadamard import hadamard
 from vdit_quant.kernels.int4_linear import int4_linear

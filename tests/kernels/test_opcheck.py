@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import _case
 
+from cases import _case
 from vdit_quant.kernels.int8_linear import int8_linear
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")

@@ -47,11 +47,11 @@ GROUPED_LAYERS = [
 ]
 ROWS = [72, 200, 1152, 2240, 3072, 15360]
 
-ARCHITECTURES = ("80", "89", "90", "100", "120", "gfx942")
-"""Compute capabilities of NVIDIA's GPUs, and AMD's name of one of its own."""
-EVERY_CASE = "90"
-"""Every case is compiled for Hopper, the hot ones for all."""
-FP8_GPUS = ("89", "90", "100", "120")
+HOPPER = ("90",)
+TWO = ("80", "90")
+NVIDIA = ("80", "89", "90", "100", "120")
+EVERYWHERE = (*NVIDIA, "gfx942")
+"""Compute capabilities of NVIDIA's GPUs, and AMD's name of one of its own: for what most of a forward pass is."""
 needs_fp8 = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="fp8 needs compute capability 8.9"
 )
@@ -62,7 +62,9 @@ INT8: Units = {
 }  # fmt: skip
 """Architecture -> the one matrix instruction of a large int8 product; of other products below."""
 FP8: Units = {"89": "QMMA", "90": "QGMMA"}
-FLOAT: Units = {"80": "HMMA", "89": "HMMA", "90": "HGMMA", "120": "HMMA", "gfx942": "v_mfma_f32"}
+FLOAT: Units = {
+    "80": "HMMA", "89": "HMMA", "90": "HGMMA", "100": "UTCHMMA", "120": "HMMA", "gfx942": "v_mfma_f32",
+}  # fmt: skip
 FEW_TOKENS: Units = {**FLOAT, "90": "HMMA", "100": "HMMA"}
 """Programs of fewer than four warps cannot use Hopper's products of a warp group."""
 
@@ -76,23 +78,18 @@ LINEAR = {"w_ptr": "*i8", "scale_ptr": "*fp32", "weight_scale_ptr": "*fp32", "bi
 class Compile:
     """A kernel with the types of its parameters, its constants and launch options, and what it must become.
 
-    units: architecture -> the matrix instruction that it must use, and no other; without an entry any will do
-    hot: much of a forward pass, and so compiled for every architecture
-    only: the architectures that the kernel is for
+    on: the architectures to compile it for; beside Hopper those where it is hot, or its layout another
+    units: architecture -> the matrix instruction that it must use
+    mixed: whether it may use others beside
     """
 
     name: str
     kernel: Any
     types: Mapping[str, str]
     constants: Mapping[str, Any]
+    on: tuple[str, ...] = HOPPER
     units: Units = field(default_factory=dict)
-    hot: bool = False
-    only: tuple[str, ...] = ARCHITECTURES
-
-    def is_for(self, architecture: str) -> bool:
-        """Whether the tests compile it for this architecture."""
-        wanted = self.hot or architecture == EVERY_CASE or (self.units and architecture == "80")
-        return bool(wanted) and architecture in self.only
+    mixed: bool = False
 
 
 def names() -> list[str]:

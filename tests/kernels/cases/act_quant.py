@@ -9,7 +9,7 @@ from vdit_quant.kernels.act_quant import ACTS, GATED, act_quant
 from vdit_quant.kernels.quant_token import quant_token
 from vdit_quant.kernels.transform import Transform
 
-from ._case import E4M3, FLOAT, FLOATS, FP8_GPUS, Compile, run_twin, twin
+from ._case import E4M3, EVERYWHERE, FLOAT, FLOATS, HOPPER, TWO, Compile, run_twin, twin
 from ._producer import (
     PLAIN,
     ROTATIONS,
@@ -46,17 +46,21 @@ def compile_cases() -> Iterator[Compile]:
     shapes = ((1152, 0), (1152, 16), (4608, 0), (4608, 128), (12288, 0), (12288, 128), (13824, 128), (15360, 64))
     for k, size in shapes:
         constants = {"ACT": "gelu_tanh" if k > 4000 else "none", **tile_constants(k, size)}
-        hot = (k, size) == (4608, 128)
-        yield Compile(f"K={k} b={size}", kernel, types, constants, FLOAT if size >= 64 else {}, hot)
+        on, units = TWO if (k, size) in ((1152, 16), (13824, 128)) else HOPPER, {}
+        if (k, size) == (4608, 128):
+            on, units = EVERYWHERE, FLOAT
+        yield Compile(f"K={k} b={size}", kernel, types, constants, on, units, mixed=True)
     for act in ("gelu", "swiglu", "geglu"):
         yield Compile(f"K=12288 {act}", kernel, types, {"ACT": act, **tile_constants(12288, 0)})
     for size in (0, 128):
         constants = {"ACT": "none", **tile_constants(3072, size, E4M3)}
-        yield Compile(f"to fp8 b={size}", kernel, types, constants, FLOAT if size else {}, only=FP8_GPUS)
+        yield Compile(f"to fp8 b={size}", kernel, types, constants, ("90",), FLOAT if size else {}, mixed=True)
 
 
-@pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize(("size", "kind"), SIZES)
+@pytest.mark.parametrize(
+    ("act", "size", "kind"),
+    [*((act, 0, "") for act in ACTS), *(("gelu_tanh", *size) for size in SIZES[1:]), ("swiglu", 64, "regular")],
+)
 def interpreter_equals_reference(act: str, size: int, kind: str, make_layer, monkeypatch) -> None:
     few_tokens(monkeypatch)
     for k, dtype in zip(WIDTHS, FLOATS, strict=True):

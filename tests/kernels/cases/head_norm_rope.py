@@ -7,7 +7,7 @@ import torch
 from vdit_quant.kernels import head_norm_rope as module
 from vdit_quant.kernels.head_norm_rope import head_norm_rope
 
-from ._case import FLOATS, TOLERANCE, Compile, assert_as_good_as, relative_rms, run_twin, twin
+from ._case import EVERYWHERE, FLOATS, HOPPER, TOLERANCE, Compile, assert_as_good_as, relative_rms, run_twin, twin
 
 OPS = {"head_norm_rope": head_norm_rope}
 LIMITS = [("head_norm_rope", {"width": 32768}, "H * hd = 32768 is larger than 16384")]
@@ -31,8 +31,8 @@ def compile_cases() -> Iterator[Compile]:
     for heads, head_dim, every in ((24, 128, False), (38, 64, False), (40, 128, True)):
         constants = {"HEADS": heads, "HEAD": head_dim, "NORM": True, "ALL": every, "ROPE": True}
         constants |= file.launch_options(heads, head_dim)
-        hot = heads == 24
-        yield Compile(f"{heads}x{head_dim} all={every}", file.head_norm_rope_kernel, types, constants, hot=hot)
+        on = EVERYWHERE if heads == 24 else HOPPER
+        yield Compile(f"{heads}x{head_dim} all={every}", file.head_norm_rope_kernel, types, constants, on)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

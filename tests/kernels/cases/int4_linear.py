@@ -11,9 +11,11 @@ from vdit_quant.kernels.int4_linear import int4_linear, int4_to_int8, int4_weigh
 from vdit_quant.kernels.int8_linear import int8_linear
 
 from ._case import (
+    EVERYWHERE,
     FLOATS,
     GROUPED,
     GROUPED_LAYERS,
+    HOPPER,
     LINEAR,
     POINTERS,
     SHAPES,
@@ -50,7 +52,8 @@ def compile_cases() -> Iterator[Compile]:
         constants = {"GROUP": group, **decode.bytes_options(1152)}
         yield Compile(f"by bytes group={group}", decode.int4_bytes_kernel, types, constants)
         constants = {"GROUP": group, **decode.words_options(1 << 20)}
-        yield Compile(f"by words group={group}", decode.int4_words_kernel, types, constants, hot=group > 0)
+        on = EVERYWHERE if group else HOPPER
+        yield Compile(f"by words group={group}", decode.int4_words_kernel, types, constants, on)
     i8, bf16 = torch.int8, torch.bfloat16
     for m, dtype, group in ((1, i8, 64), (64, i8, 0), (64, i8, 128), (1, bf16, 16), (64, bf16, 64)):
         types = {**LINEAR, "w_ptr": "*u8", "group_ptr": "*u8", "x_ptr": POINTERS[dtype], "y_ptr": "*bf16"}

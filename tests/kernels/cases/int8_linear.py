@@ -12,8 +12,11 @@ from vdit_quant.kernels import launch_table
 from vdit_quant.kernels.int8_linear import int8_linear, int8_weight_linear
 
 from ._case import (
+    EVERYWHERE,
     FEW_TOKENS,
+    FLOAT,
     FLOATS,
+    HOPPER,
     INT8,
     LAYERS,
     LINEAR,
@@ -21,6 +24,7 @@ from ._case import (
     SHAPES,
     TOKENS,
     TOLERANCE,
+    TWO,
     Compile,
     assert_as_good_as,
     relative_rms,
@@ -47,10 +51,8 @@ def compile_cases() -> Iterator[Compile]:
     for m, even in ((1, True), (17, True), (64, True), (512, True), (4096, True), (4096, False)):
         types = {**LINEAR, "x_ptr": "*i8", "y_ptr": "*bf16"}
         constants = {"HAS_BIAS": True, "EVEN_K": even, **file.int8_options(m, 3456), **file.ROUND_EACH_STEP}
-        large = m == 4096
-        yield Compile(
-            f"M={m} even={even}", file.int8_linear_kernel, types, constants, INT8 if large else {}, large and even
-        )
+        on, units = (EVERYWHERE if even else TWO, INT8) if m == 4096 else (HOPPER, {})
+        yield Compile(f"M={m} even={even}", file.int8_linear_kernel, types, constants, on, units)
     bf16, fp32 = torch.bfloat16, torch.float32
     for m, dtype in ((1, bf16), (64, bf16), (4096, bf16), (4096, fp32)):
         types = {**LINEAR, "x_ptr": POINTERS[dtype], "y_ptr": POINTERS[dtype]}
@@ -61,8 +63,8 @@ def compile_cases() -> Iterator[Compile]:
         types = {**LINEAR, "x_ptr": "*bf16", "y_ptr": "*bf16"}
         constants = {"HAS_BIAS": True, "EVEN_K": True, "BM": bm, "DOT": file.dot_dtype(bf16)}
         constants |= few.small_options(bm, n)
-        units = FEW_TOKENS if constants["num_warps"] < 4 else {}
-        yield Compile(f"few tokens BM={bm} N={n}", few.small_weight_kernel, types, constants, units, hot=bm == 16)
+        on, units = EVERYWHERE if bm == 16 else HOPPER, FEW_TOKENS if constants["num_warps"] < 4 else FLOAT
+        yield Compile(f"few tokens BM={bm} N={n}", few.small_weight_kernel, types, constants, on, units)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

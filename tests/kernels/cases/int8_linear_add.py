@@ -30,7 +30,7 @@ def compile_cases() -> Iterator[Compile]:
         constants = {"HAS_BIAS": True, "HAS_GATE": gate, "ONE_SAMPLE": one, "EVEN_K": True}
         constants |= {**options, **file.ROUND_EACH_STEP}
         units, name = INT8 if m == 8192 else {}, f"M={m} tokens={tokens} gate={gate}"
-        yield Compile(name, file.int8_linear_add_kernel, types, constants, units)
+        yield Compile(name, file.int8_linear_add_kernel, types, constants, units=units)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

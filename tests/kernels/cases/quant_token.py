@@ -7,7 +7,7 @@ import torch
 from vdit_quant.kernels import quant_token as module
 from vdit_quant.kernels.quant_token import quant_token
 
-from ._case import FLOATS, ROWS, SIZES, TOKENS, Compile, run_twin, twin
+from ._case import EVERYWHERE, FLOATS, HOPPER, ROWS, SIZES, TOKENS, Compile, run_twin, twin
 
 OPS = {"quant_token": quant_token}
 LIMITS = [
@@ -25,7 +25,7 @@ def compile_cases() -> Iterator[Compile]:
     for k in (1152, 3072, 15360):
         types = {"x_ptr": "*bf16", "codes_ptr": "*i8", "scale_ptr": "*fp32", **SIZES}
         constants = {"TINY": 1e-30, **file.launch_options(k), **file.ROUND_EACH_STEP}
-        yield Compile(f"K={k}", file.quant_token_kernel, types, constants, hot=k == 1152)
+        yield Compile(f"K={k}", file.quant_token_kernel, types, constants, on=EVERYWHERE if k == 1152 else HOPPER)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
