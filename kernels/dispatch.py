@@ -45,7 +45,6 @@ TWINS = {
     "gate_norm_quant_fp8": "norm_quant",
     "act_quant": "act_quant",
     "head_norm_rope": "head_norm_rope",
-    "attention": "attention",
     "quant_token_fp8": "fp8_linear",
     "fp8_linear": "fp8_linear",
 }
@@ -200,7 +199,7 @@ def explain(op: str, device: torch.device | str, **facts: Any) -> Choice:
     """Say what would run, without running it.
 
     `facts` are the ones a kernel may refuse: `dtype` (of the activation), `out_dtype`, `k`, `n`, `group` (int4),
-    `block_size` (hadamard), `width` (head_norm_rope), `head_dim` (attention).
+    `block_size` (hadamard), `width` (head_norm_rope).
     """
     if op not in TWINS:
         raise ValueError(f"unknown op {op!r}; the ops are {', '.join(sorted(TWINS))}")

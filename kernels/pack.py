@@ -41,49 +41,6 @@ def unpack_int4(packed: Tensor, k: int) -> Tensor:
     return both if both.shape[-1] == k else both[..., :k].contiguous()
 
 
-def block_int4(packed: Tensor) -> Tensor:
-    """Reorders `pack_int4` for kernels that multiply the two nibbles of a byte apart: in each block of 128 channels,
-    byte j holds channel j in its low nibble and channel j + 64 in its high nibble.
-
-    packed: uint8 [N, K/2], K a multiple of 128
-    returns: uint8 [N, K/2]
-    Raises ValueError when the dtype is not uint8 or K is not a multiple of 128.
-    """
-    low, high = _nibbles("block_int4", packed)
-    codes = torch.stack((low, high), dim=-1).view(len(packed), -1, 2, 64)
-    return (codes[:, :, 0] | (codes[:, :, 1] << 4)).view_as(packed)
-
-
-def unblock_int4(blocked: Tensor) -> Tensor:
-    """The exact inverse of `block_int4`."""
-    low, high = _nibbles("unblock_int4", blocked)
-    codes = torch.cat((low.view(len(blocked), -1, 64), high.view(len(blocked), -1, 64)), dim=-1)
-    return (codes[..., 0::2] | (codes[..., 1::2] << 4)).view_as(blocked)
-
-
-def _nibbles(what: str, packed: Tensor) -> tuple[Tensor, Tensor]:
-    if packed.dtype != torch.uint8 or packed.dim() != 2 or packed.shape[1] % 64:
-        found = f"{packed.dtype} of shape {tuple(packed.shape)}"
-        raise ValueError(f"{what}: expected uint8 [N, K/2] with K a multiple of 128, found {found}")
-    return packed & 15, packed >> 4
-
-
-def block_scales(group_scale: Tensor, k: int) -> Tensor:
-    """The group scales of `block_int4` weights, one word a row and block: the low half's in bits 0 to 15, the high
-    half's in bits 16 to 31. Blocks come first, so that the scales of neighbouring rows are neighbours.
-
-    group_scale: uint8 [N, k/g], g 64 or 128, k a multiple of 128
-    returns: int32 [k/128, N]
-    Raises ValueError for other groups.
-    """
-    groups = group_scale.shape[1] if group_scale.dim() == 2 else 0
-    if group_scale.dtype != torch.uint8 or k % 128 or groups not in (k // 64, k // 128):
-        found = f"{group_scale.dtype} of shape {tuple(group_scale.shape)}"
-        raise ValueError(f"block_scales: expected uint8 [N, {k}/64 or {k}/128], k a multiple of 128, found {found}")
-    halves = group_scale.to(torch.int32).view(len(group_scale), k // 128, -1)
-    return (halves[..., 0] | (halves[..., -1] << 16)).t().contiguous()
-
-
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Eight codes in `bits` bytes: code j is the bits [j * bits, (j + 1) * bits) of a little-endian word.
 

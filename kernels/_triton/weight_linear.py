@@ -3,7 +3,7 @@
 Few tokens (a modulation layer sees one a sample): the time is that of reading the weight once. The product is done
 transposed, W @ X^T, so that weights fill the tall side of the tensor core's tile, are converted in registers on their
 way and never return to shared memory, and the tokens need padding to 16 only. Every output is one sum along K in steps
-of 16, whatever the tile: it does not depend on the number of tokens.
+of 16, whatever the tile: up to `ALIKE` tokens it does not depend on their number.
 """
 
 # Kernel parameters are typed by what is launched, not by annotations.
@@ -19,7 +19,6 @@ from torch import Tensor
 from .. import launch_table
 from ..quant_token import FLOATS
 from .int4_decode import decode
-from .int4_fused import PTX, split_bytes
 from .int4_linear import matmul_decoding
 from .int8_linear import dot_dtype, matmul_weight_only
 from .tiles import rows_contiguous, store_scaled
@@ -27,26 +26,26 @@ from .tiles import rows_contiguous, store_scaled
 TUNABLE = ("int8_weight_linear",)
 
 SMALL = 64
-"""Up to this many tokens the kernels of this file run; float32 never does, it has no tensor cores at full precision."""
+"""Up to this many tokens the kernel of this file runs; float32 never does, it has no tensor cores at full precision."""
+
+ALIKE = 32
+"""Up to this many tokens programs have one or two warps: Hopper's products of four warps sum in another order."""
 
 
 @triton.jit(do_not_specialize=["M"])
 def small_weight_kernel(
-    x_ptr, w_ptr, weight_scale_ptr, group_ptr, bias_ptr, y_ptr, M, N, K,
-    HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, BITS: tl.constexpr, GROUPED: tl.constexpr, PTX: tl.constexpr,
-    DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x_ptr, w_ptr, weight_scale_ptr, bias_ptr, y_ptr, M, N, K,
+    HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, DOT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """BN outputs of all M <= BM tokens per program. BITS 4: weights in blocks of BK = 128 channels (`block_int4`)."""
+    """BN outputs of all M <= BM tokens per program."""
     pid = tl.program_id(0)
     rn = tl.minimum(pid * BN + tl.arange(0, BN), N - 1).to(tl.int64)
-    gn = pid * BN + tl.arange(0, BN)
     rm = tl.arange(0, BM)
     inside = (rm < M)[None, :]
-    HALF: tl.constexpr = BK if BITS == 8 else BK // 2
-    rk = tl.arange(0, HALF)
+    rk = tl.arange(0, BK)
     x_at = x_ptr + rm[None, :] * K + rk[:, None]
-    w_at = w_ptr + rn[:, None] * (K if BITS == 8 else tl.multiple_of(K // 2, HALF)) + rk[None, :]
-    g_at = group_ptr + gn
+    w_at = w_ptr + rn[:, None] * K + rk[None, :]
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     for k in range(0, K, BK):
         if EVEN_K:
@@ -55,20 +54,9 @@ def small_weight_kernel(
         else:
             w = tl.load(w_at, mask=(k + rk)[None, :] < K, other=0, eviction_policy="evict_first")
             x = tl.load(x_at, mask=inside & ((k + rk)[:, None] < K), other=0.0, cache_modifier=".ca")
-        if BITS == 8:
-            acc = tl.dot(w.to(DOT), x.to(DOT), acc, input_precision="ieee")
-        else:
-            high_x = tl.load(x_at + HALF, mask=inside, other=0.0, cache_modifier=".ca")
-            low_scale, high_scale = gn, gn
-            if GROUPED:
-                scales = tl.load(g_at, mask=gn < N, other=0)
-                low_scale, high_scale = scales & 0xFF, scales >> 16
-            low, high = split_bytes(w, low_scale, high_scale, GROUPED, PTX)
-            acc = tl.dot(low.to(DOT), x.to(DOT), acc, input_precision="ieee")
-            acc = tl.dot(high.to(DOT), high_x.to(DOT), acc, input_precision="ieee")
+        acc = tl.dot(w.to(DOT), x.to(DOT), acc, input_precision="ieee")
         x_at += BK
-        w_at += HALF
-        g_at += N
+        w_at += BK
     store_scaled(
         y_ptr, acc.T, weight_scale_ptr, weight_scale_ptr, bias_ptr, 0, pid, M, N,
         HAS_SCALE=False, HAS_BIAS=HAS_BIAS, BM=BM, BN=BN,
@@ -95,18 +83,19 @@ def small_tile(bn: int, bk: int, warps: int, stages: int) -> dict[str, int]:
 
 
 def small_options(m: int, n: int) -> dict[str, int]:
-    """Narrow programs while there are few, so that every SM has some; wide ones read the tokens less often. More tokens
-    leave room for fewer stages, and their sums for fewer outputs."""
-    stages = 6 if m <= 16 else 4 if m <= 32 else 3
-    return small_tile(64 if n > 1 << 14 and m <= 32 else 32, 128, 2, stages)
+    """Narrow programs while there are few, so that every SM has some; wide ones read the tokens less often."""
+    if m > ALIKE:
+        return small_tile(64, 128, 4, 4)
+    return small_tile(64 if n > 1 << 14 else 32, 128, 2, 4)
 
 
 def candidates(op: str, m: int, n: int, k: int) -> list[dict[str, int]]:
     """Launch options worth measuring; none beyond few tokens, where there is one choice."""
     if m > SMALL:
         return []
-    tiles = ((16, 128, 1, 6), (32, 128, 1, 6), (32, 128, 2, 4), (64, 128, 2, 4), (64, 128, 2, 6), (64, 128, 4, 4))
-    return [small_tile(16, 256, 1, 4), small_tile(32, 256, 2, 4), *(small_tile(*sizes) for sizes in tiles)]
+    tiles = [(16, 256, 1, 4), (32, 256, 2, 4), (16, 128, 1, 6), (32, 128, 1, 6), (32, 128, 2, 4), (64, 128, 2, 4)]
+    tiles += [(64, 128, 2, 6), (64, 128, 4, 4)] if m > ALIKE else [(64, 128, 2, 6)]
+    return [small_tile(*sizes) for sizes in tiles]
 
 
 def example(op: str, m: int, n: int, k: int, device: torch.device) -> tuple[Any, ...]:
@@ -124,11 +113,12 @@ def matmul_small(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     if y.numel() == 0:
         return y
     options = launch_table.lookup("int8_weight_linear", x.device, m, n, k) or small_options(m, n)
+    if m <= ALIKE and options["num_warps"] > 2:
+        options = small_options(m, n)  # measured for more tokens: a table's entry serves its neighbours too
     small_weight_kernel[(triton.cdiv(n, options["BN"]),)](
         rows_contiguous(x),
         rows_contiguous(weight),
         rows_contiguous(weight_scale),
-        weight_scale,
         weight_scale if bias is None else rows_contiguous(bias),
         y,
         m,
@@ -136,9 +126,6 @@ def matmul_small(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
         k,
         HAS_BIAS=bias is not None,
         EVEN_K=k % options["BK"] == 0,
-        BITS=8,
-        GROUPED=False,
-        PTX=PTX,
         DOT=dot_dtype(x.dtype),
         BM=max(16, triton.next_power_of_2(m)),
         **options,

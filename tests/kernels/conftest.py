@@ -11,6 +11,8 @@ from torch import Tensor
 
 from vdit_quant.kernels.pack import pack_int4
 
+pytest.register_assert_rewrite("cases")
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -58,11 +60,9 @@ def make_layer() -> Callable[..., Layer]:
 def relative_rms() -> Callable[[Tensor, Tensor], float]:
     """rms(got - want) / rms(want), in float64."""
 
-    def error(got: Tensor, want: Tensor) -> float:
-        got, want = got.double(), want.double()
-        return float((got - want).norm() / want.norm().clamp_min(1e-30))
+    from cases import _case
 
-    return error
+    return _case.relative_rms
 
 
 @pytest.fixture(scope="session")

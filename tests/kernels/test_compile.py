@@ -1,9 +1,7 @@
-"""Compile the Triton kernels for GPUs that are not here: no spills, and tensor cores where they are due.
-
-Every case for Hopper, the hot kernels for the others.
-"""
+"""Compile the Triton kernels for GPUs that are not here: no spills, and tensor cores where they are due."""
 
 import json
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,101 +10,63 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("compile_cases.py")
-FILES = (
-    "quant_token",
-    "int8_linear",
-    "int8_linear_add",
-    "int8_linear_low_rank",
-    "int4_linear",
-    "packed_decode",
-    "hadamard",
-    "fp8_linear",
-)
-CAPABILITIES = (80, 90)
-TARGETS = [(file, cap) for file in FILES for cap in CAPABILITIES if (file, cap) != ("fp8_linear", 80)]
-TARGETS.append(("fp8_linear", 89))  # the first GPUs with fp8
-FILES = ("quant_token+int8_linear+int4_linear+hadamard", "int4_decode+int4_fused+weight_linear+packed_decode")
-UNITS = {
-    "80": ("IMMA", "HMMA"),
-    "89": ("IMMA", "HMMA"),
-    "90": ("IGMMA", "HMMA"),
-    "100": ("IMMA", "HMMA"),
-    "120": ("IMMA", "HMMA"),
-    "gfx942": ("v_mfma_i32", "v_mfma_f32"),
-}
-"""Architecture -> the matrix instruction of int8 products, and of few float tokens x low-bit weights."""
+from cases import _case
 
-TARGETS = [(file, "90") for file in FILES] + [("hot", name) for name in UNITS if name != "90"]
-Target = tuple[str, str]
+SCRIPT = Path(__file__).with_name("compile_cases.py")
+PROCESSES = 2
+Compiled = dict[tuple[str, str], dict[str, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def compiled(child_environment: dict[str, str], tmp_path_factory) -> dict[Target, Any]:
-    """(file, architecture) -> finished process; two at a time, in a cache of their own."""
+def compiled(child_environment: dict[str, str], tmp_path_factory) -> tuple[Compiled, str]:
+    """(file, architecture) -> name of a case -> what became of it; and what went wrong. In a cache of their own."""
     pytest.importorskip("triton", reason="triton is not installed")
     environment = {**child_environment, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
 
-    def build(target: Target) -> Any:
-        command = [sys.executable, str(SCRIPT), *target]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    def build(part: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(SCRIPT), f"{part}/{PROCESSES}"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(TARGETS, pool.map(build, TARGETS), strict=True))
-
-
-@pytest.mark.parametrize(("file", "capability"), TARGETS)
-def test_compiles_without_spills(file: str, capability: int, compiled: dict[tuple[str, int], Any]) -> None:
-    done = compiled[file, capability]
-
-
-def kernels_of(done: Any) -> list[dict[str, Any]]:
-    """What one process compiled; all of it, or this fails."""
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert found
-    return found
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        done = list(pool.map(build, range(PROCESSES)))
+    found: Compiled = {}
+    for process in done:
+        for row in map(json.loads, process.stdout.splitlines()):
+            found.setdefault((row["file"], row["architecture"]), {})[row["name"]] = row
+    return found, "\n".join(process.stderr[-4000:] for process in done if process.returncode)
 
 
-@pytest.mark.parametrize("target", TARGETS, ids="-".join)
-def test_compiles_without_spills(target: Target, compiled: dict[Target, Any]) -> None:
-    for kernel in kernels_of(compiled[target]):
-        # 99 KiB is what one program may use on the consumer GPUs of every generation since 8.6, 64 KiB on AMD's.
-        assert kernel["shared"] <= (64 if target[1].startswith("gfx") else 99) * 1024, kernel
-        if "stack" in kernel:
-            assert kernel["stack"] == 0, kernel
-
-
-@pytest.mark.parametrize(
-    ("file", "capability", "unit"),
-    [
-        ("int8_linear", 80, "IMMA"),
-        ("int8_linear", 90, "IGMMA"),
-        ("int8_linear_add", 90, "IGMMA"),
-        ("fp8_linear", 89, "QMMA"),
-        ("fp8_linear", 90, "QGMMA"),
-    ],
-)
-def test_large_products_use_the_matrix_units(
-    file: str, capability: int, unit: str, compiled: dict[tuple[str, int], Any]
+@pytest.mark.parametrize("architecture", _case.EVERYWHERE)
+@pytest.mark.parametrize("file", _case.names())
+def test_compiles_without_spills_and_with_matrix_units(
+    file: str, architecture: str, compiled: tuple[Compiled, str]
 ) -> None:
-    kernels = [json.loads(line) for line in compiled[file, capability].stdout.splitlines()]
-    large = [kernel for kernel in kernels if kernel["name"].startswith((f"{file} M=4096", f"{file} M=8192"))]
-    if "mma" not in large[0]:
-        pytest.skip("NVIDIA's cuobjdump is not part of this Triton")
-    assert all(kernel["mma"] == [unit] for kernel in large)
+    kernels = compiled[0].get((file, architecture), {})
+    for case in _case.load(file).compile_cases():
+        if architecture not in case.on:
+            continue
+        assert case.name in kernels, f"not compiled: {case.name}\n{compiled[1]}"
+        kernel, unit = kernels[case.name], case.units.get(architecture)
+        # 99 KiB is what one program may use on the consumer GPUs of every generation since 8.6, 64 KiB on AMD's.
+        assert kernel["shared"] <= (64 if architecture.startswith("gfx") else 99) * 1024, kernel
+        # Without NVIDIA's tools, which not every build of Triton contains, this is all there is to see.
+        assert kernel.get("stack", 0) == 0, kernel
+        if unit and "mma" in kernel:
+            assert unit in kernel["mma"] if case.mixed else kernel["mma"] == [unit], kernel
 
 
-@pytest.mark.parametrize("architecture", UNITS)
-def test_products_use_the_matrix_units(architecture: str, compiled: dict[Target, Any]) -> None:
-    files = FILES if architecture == "90" else ("hot",)
-    found = {kernel["name"]: kernel for file in files for kernel in kernels_of(compiled[file, architecture])}
-    if any("mma" not in kernel for kernel in found.values()):
-        pytest.skip("NVIDIA's cuobjdump is not part of this Triton")
-    integer, floating = UNITS[architecture]
-    large = [kernel for name, kernel in found.items() if name.startswith(("int8_linear M=4096", "int4_fused"))]
-    small = [kernel for name, kernel in found.items() if name.startswith("small_weight")]
-    assert len(large) >= 2
-    assert len(small) >= 1
-    assert all(kernel["mma"] == [integer] for kernel in large), large
-    assert all(kernel["mma"] == [floating] for kernel in small), small
+def test_every_kernel_is_compiled_and_no_case_twice(root: Path) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    cases = [(name, case.name) for name in _case.names() for case in _case.load(name).compile_cases()]
+    assert len(cases) == len(set(cases))
+    kernels = {case.kernel.__name__ for name in _case.names() for case in _case.load(name).compile_cases()}
+    files = (root / "kernels" / "_triton").glob("*.py")
+    assert kernels == {k for file in files for k in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)}
+
+
+def test_what_is_hot_is_compiled_for_every_architecture_with_matrix_units_where_it_multiplies() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    hot = [case for name in _case.names() for case in _case.load(name).compile_cases() if case.on == _case.EVERYWHERE]
+    assert {"int8_linear_kernel", "small_weight_kernel", "quant_token_kernel"} <= {c.kernel.__name__ for c in hot}
+    for case in hot:
+        assert set(case.units) in (set(), set(_case.EVERYWHERE)), case.name

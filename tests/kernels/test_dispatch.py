@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cases import _case
 from vdit_quant.kernels import dispatch, scaled_mm
 from vdit_quant.kernels.dispatch import Choice, KernelUnavailable, Settings
 
@@ -156,14 +157,7 @@ def test_explain_on_cpu(op: str) -> None:
 
 @pytest.mark.parametrize(
     ("op", "facts", "reason"),
-    [
-        ("quant_token", {"dtype": torch.float64}, "dtype torch.float64 is not supported"),
-        ("quant_token", {"k": 65536}, "K=65536 is larger than 32768"),
-        ("int8_weight_linear", {"dtype": torch.float64}, "dtype torch.float64 is not supported"),
-        ("int4_linear", {"group": 48}, "groups of 48 are not supported"),
-        ("hadamard", {"block_size": 8}, "block_size 8 is outside 16 to 1024"),
-        ("hadamard", {"block_size": 128, "dtype": torch.bfloat16, "k": 1152}, None),
-    ],
+    [limit for name in _case.names() for limit in getattr(_case.load(name), "LIMITS", ())],
 )
 def test_explain_knows_the_limits_of_the_real_kernels(op: str, facts, reason, monkeypatch) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
@@ -215,7 +209,7 @@ WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch
-from vdit_quant.kernels import dispatch, hadamard, int4_linear, int8_linear, pack, packed_decode, quant_token
+from vdit_quant.kernels import dispatch, int8_linear, quant_token
 codes, scale = quant_token.quant_token(torch.randn(3, 32))
 y = int8_linear.int8_linear(codes, scale, codes, scale, None, torch.float32)
 assert y.shape == (3, 3)
@@ -226,8 +220,11 @@ assert dispatch.explain("int8_linear", "cuda").reason == "triton is not installe
 """
 
 WITHOUT_RUNNING = """
-import sys
-from vdit_quant.kernels import dispatch, hadamard, int4_linear, int8_linear, pack, packed_decode, quant_token
+import importlib, pkgutil, sys
+import vdit_quant.kernels
+for module in pkgutil.iter_modules(vdit_quant.kernels.__path__):
+    importlib.import_module(f"vdit_quant.kernels.{module.name}")
+assert "vdit_quant.kernels.norm_quant" in sys.modules
 assert not [name for name in sys.modules if name.startswith("vdit_quant.kernels._triton")]
 assert "diffusers" not in sys.modules and "scipy" not in sys.modules
 """

@@ -3,7 +3,7 @@ import torch
 
 from vdit_quant.kernels.int4_linear import int4_linear, int4_to_int8, int4_to_int8_many, int4_weight_linear
 from vdit_quant.kernels.int8_linear import int8_linear, int8_weight_linear
-from vdit_quant.kernels.pack import block_int4, block_scales, pack_int4, unblock_int4
+from vdit_quant.kernels.pack import pack_int4
 
 
 @pytest.mark.parametrize("group", [16, 32, 64, 128])
@@ -40,29 +40,6 @@ def test_many_weights_must_add_up(make_layer) -> None:
         int4_to_int8_many(a.packed.flatten(), None, [(10, 64)])
     with pytest.raises(ValueError, match=r"expected group scales torch.uint8 \[640/group\]"):
         int4_to_int8_many(a.packed.flatten(), a.group_scale.flatten()[:-1], [(5, 128)])
-
-
-def test_blocked_weights_hold_channel_j_and_j_plus_64_in_a_byte() -> None:
-    q = torch.randint(-8, 8, (3, 256), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
-    blocked = block_int4(pack_int4(q)).view(3, 2, 64)
-    unsigned = (q & 15).to(torch.uint8).view(3, 2, 2, 64)
-    assert torch.equal(blocked & 15, unsigned[:, :, 0])
-    assert torch.equal(blocked >> 4, unsigned[:, :, 1])
-    assert torch.equal(unblock_int4(block_int4(pack_int4(q))), pack_int4(q))
-    with pytest.raises(ValueError, match=r"block_int4: expected uint8 \[N, K/2\] with K a multiple of 128"):
-        block_int4(pack_int4(q[:, :96]))
-
-
-@pytest.mark.parametrize("group", [64, 128])
-def test_block_scales_hold_the_scale_of_each_half(group: int) -> None:
-    scale = torch.arange(3 * 384 // group, dtype=torch.uint8).view(3, -1)
-    words = block_scales(scale, 384)
-    assert words.shape == (3, 3)
-    of_channel = scale.repeat_interleave(group, 1).view(3, 3, 2, 64)
-    assert torch.equal(words.t() & 0xFFFF, of_channel[:, :, 0, 0].int())
-    assert torch.equal(words.t() >> 16, of_channel[:, :, 1, 0].int())
-    with pytest.raises(ValueError, match="block_scales: expected"):
-        block_scales(scale, 384 * 4)
 
 
 @pytest.mark.parametrize(("k", "group"), [(33, None), (192, None), (192, 16), (192, 64), (256, 128)])
