@@ -124,6 +124,11 @@ def forced(op: str, options: Mapping[str, Any]) -> Iterator[None]:
         _forced.reset(token)
 
 
+def is_forced(op: str) -> bool:
+    """Whether a `forced` block holds for `op` here."""
+    return (chosen := _forced.get()) is not None and chosen[0] == op
+
+
 @cache
 def _find(op: str, device: torch.device, m: int, n: int, k: int, facts: Facts) -> Entry | None:
     for table, _ in _tables(_device_slug(device)):

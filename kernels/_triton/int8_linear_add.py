@@ -10,9 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import launch_table
 from ..quant_token import FLOATS
-from .int8_linear import grid, int8_options, tile_product
+from . import hopper
+from .int8_linear import candidates as plain_candidates
+from .int8_linear import example as plain_example
+from .int8_linear import grid, int8_options, operands, tile_product
 from .tiles import ROUND_EACH_STEP, rows_contiguous, scaled, tile_ids
+
+TUNABLE = ("int8_linear_add",)
 
 
 @triton.jit(do_not_specialize=["M", "TOKENS"])
@@ -53,9 +59,21 @@ def supports(op: str, *_: Any) -> str | None:
     return None
 
 
-def launch_options(m: int, n: int, tokens: int) -> tuple[dict[str, int], bool]:
+def candidates(op: str, m: int, n: int, k: int) -> list[dict[str, Any]]:
+    """Launch options worth measuring."""
+    return plain_candidates(op, m, n, k)
+
+
+def example(op: str, m: int, n: int, k: int, device: torch.device) -> tuple[Any, ...]:
+    """Random arguments of the op: samples of 256 tokens, as of a DiT at 256 px, where m allows."""
+    residual = torch.randn(m, n, dtype=torch.bfloat16, device=device)
+    gate = torch.randn(m // 256 if m % 256 == 0 else 1, n, dtype=torch.bfloat16, device=device)
+    return *plain_example(op, m, n, k, device)[:5], residual, gate
+
+
+def launch_options(m: int, n: int, tokens: int, options: dict[str, int] | None = None) -> tuple[dict[str, int], bool]:
     """Tile, and whether every tile lies in one sample of `tokens` rows."""
-    options = int8_options(m, n)
+    options = dict(options or int8_options(m, n))
     one_sample = tokens == m or tokens % options["BM"] == 0
     if not one_sample and options["BM"] == 128:
         options["num_warps"] = 8  # a gate for every row: four warps would spill
@@ -81,14 +99,21 @@ def run(
     if gate is not None and gate.stride(1) != 1:
         gate = gate.contiguous()
     tokens = m if gate is None else m // gate.shape[0]
-    options, one_sample = launch_options(m, n, tokens)
+    tensors = operands(codes, scale, weight, weight_scale, bias)
+    residual = rows_contiguous(residual)
+    measured = launch_table.lookup(op, codes.device, m, n, k)
+    if hopper.launch(op, tensors, y, measured, (residual, gate, tokens)):
+        return y
+    portable = None if measured is None or "variant" in measured else measured
+    options, one_sample = launch_options(m, n, tokens, portable)
+    codes, scale, weight, weight_scale, bias = tensors
     int8_linear_add_kernel[grid(m, n, options)](
-        rows_contiguous(codes),
-        rows_contiguous(weight),
-        rows_contiguous(scale),
-        rows_contiguous(weight_scale),
-        weight_scale if bias is None else rows_contiguous(bias),
-        rows_contiguous(residual),
+        codes,
+        weight,
+        scale,
+        weight_scale,
+        weight_scale if bias is None else bias,
+        residual,
         residual if gate is None else gate,
         y,
         m,

@@ -1,0 +1,147 @@
+"""When int8 products run the Hopper kernel of `int8_hopper.py`, and with which tile; imports no Gluon.
+
+The portable Triton kernel gives the same bits: which of the two runs is a matter of speed alone. Launch options with
+`"variant": "hopper"` are for the Hopper kernel, all others for the portable one.
+"""
+
+import importlib
+import logging
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import launch_table
+from .tiles import INTERPRETED
+
+logger = logging.getLogger("vdit_quant")
+
+Options = dict[str, Any]
+
+PROCESSORS = 132
+"""Of an H100 SXM or H200: what the cost of a shape is estimated for."""
+EPILOGUE_K = 385
+"""An epilogue costs as much as this many terms of the sum (H200: 1.8 us and 4.7 ns a term, tile 256 x 128)."""
+
+_failed: dict[torch.device, str] = {}
+
+
+def tile(
+    nc: int, cm: int, bn: int, stages: int, cbufs: int, group_m: int = 8, programs: int = 1, bk: int = 128
+) -> Options:
+    """Launch options: nc warpgroups of cm rows, bn columns, load stages, store buffers, programs on one processor."""
+    sizes = {"NC": nc, "CM": cm, "BN": bn, "BK": bk, "STAGES": stages, "GROUP_M": group_m}
+    return {"variant": "hopper", **sizes, "CBUFS": cbufs, "PROGRAMS": programs}
+
+
+STORED = (
+    tile(2, 128, 128, 4, 1),
+    tile(2, 128, 128, 3, 2),
+    tile(3, 64, 128, 4, 2),
+    tile(2, 64, 192, 4, 3),
+    tile(2, 64, 256, 4, 1),
+    tile(2, 64, 128, 5, 2),
+    tile(1, 128, 128, 3, 1, programs=2),
+)
+"""Tiles of `int8_linear`."""
+
+ADDED = (
+    tile(2, 128, 128, 3, 2),
+    tile(3, 64, 128, 4, 2),
+    tile(2, 64, 192, 4, 3),
+    tile(2, 64, 256, 3, 4),
+    tile(2, 64, 128, 5, 2),
+    tile(1, 128, 128, 5, 2, programs=2, bk=64),
+)
+"""Tiles of `int8_linear_add`: their store buffers hold the residual of the whole tile."""
+
+GROUPS = (2, 4, 8)
+"""Tile rows that share the second-level cache, worth measuring."""
+
+
+@cache
+def kernels() -> ModuleType | str:
+    """The module with the kernel, or the reason why it cannot be imported."""
+    if INTERPRETED:
+        return "Triton's interpreter does not know Gluon"
+    try:
+        return importlib.import_module(".int8_hopper", __package__)
+    except Exception as error:
+        # Gluon is experimental: another version may lack any part of it.
+        return f"this Triton has no Gluon as the Hopper kernel needs it: {type(error).__name__}: {error}"
+
+
+@cache
+def _device_reason(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return "not an NVIDIA GPU"
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return "not a Hopper GPU"
+    found = kernels()
+    return found if isinstance(found, str) else None
+
+
+def blocker(device: torch.device) -> str | None:
+    """Why int8 products on `device` run the portable kernel; None when they can run the Hopper kernel."""
+    return _device_reason(device) or _failed.get(device)
+
+
+def cost(options: Options, m: int, n: int, k: int) -> float:
+    """Estimated time of a product with these options, comparable between options only.
+
+    Waves of tiles, times the size of one; small tiles load more bytes for each product.
+    """
+    bm, bn = options["NC"] * options["CM"], options["BN"]
+    waves = -(-(-(-m // bm) * -(-n // bn)) // PROCESSORS)
+    # With two programs on a processor the epilogue of one hides under the products of the other.
+    epilogue = EPILOGUE_K if options["PROGRAMS"] == 1 else EPILOGUE_K / 3
+    return waves * bm * bn * (k + epilogue) * (1 + 16 * (1 / bm + 1 / bn))
+
+
+@cache
+def heuristic(op: str, m: int, n: int, k: int) -> Options | None:
+    """The tile with the least estimated cost; None for so few tokens that the portable kernel is faster."""
+    if m < 256 or m * n < 128 * 128 * PROCESSORS:
+        return None
+    return min(ADDED if op == "int8_linear_add" else STORED, key=lambda options: cost(options, m, n, k))
+
+
+def candidates(op: str, m: int, n: int, k: int) -> list[Options]:
+    """Launch options worth measuring on the current GPU; none where the kernel does not run."""
+    if not torch.cuda.is_available() or m < 256 or k % 16 or n % 8:
+        return []
+    if blocker(torch.device("cuda", torch.cuda.current_device())) is not None:
+        return []
+    return [{**t, "GROUP_M": g} for t in (ADDED if op == "int8_linear_add" else STORED) for g in GROUPS]
+
+
+def launch(op: str, tensors: tuple[Tensor | None, ...], y: Tensor, options: Options | None, added: Any = None) -> bool:
+    """Run the Hopper kernel where it can run and is due; False: the caller runs the portable one.
+
+    tensors: codes, scale, weight, weight_scale, bias or None, all dense
+    options: of the launch table, None when it has none
+    added: residual [M, N], gate [B, N] or None, tokens of a sample; for `int8_linear_add`
+    """
+    if (options is not None and "variant" not in options) or blocker(y.device) is not None:
+        return False
+    (m, k), n = tensors[0].shape, y.shape[1]  # type: ignore[union-attr]
+    options = options or heuristic(op, m, n, k)
+    if options is None or k % 16 or n % 8 or y.itemsize != 2:
+        return False
+    addresses = 0
+    for tensor in (*tensors, *(added[:1] if added else ())):
+        addresses |= 0 if tensor is None else tensor.data_ptr()
+    if addresses % 16:
+        return False
+    try:
+        kernels().launch(*tensors, y, options, added)  # type: ignore[union-attr]
+    except Exception as error:
+        # A kernel that this Triton cannot compile leaves the portable one; while tuning it is a candidate less.
+        if launch_table.is_forced(op) or not type(error).__module__.startswith("triton"):
+            raise
+        _failed[y.device] = f"{type(error).__name__}: {error}"
+        logger.warning("int8 products run the portable Triton kernel on %s: %s", y.device, _failed[y.device])
+        return False
+    return True
