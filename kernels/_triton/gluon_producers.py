@@ -292,7 +292,10 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _steps(tokens: int, shared: int, options: dict[str, Any], device: torch.device) -> int:
-    """Tiles of one program: a power of two, so many that every multiprocessor is still busy, all in one sample."""
+    """Tiles of one program: a power of two, so many that every multiprocessor is still busy, all in one sample.
+
+    shared: tokens of a sample; 0 is all.
+    """
     steps, rows = 1, options["R"]
     if options["KEEP"]:
         programs = _multiprocessors(device) * 32 // options["num_warps"]
@@ -318,9 +321,13 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def _launch(
-    kernel: Any, programs: int, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...], constants: tuple[Any, ...],
+    kernel: Any,
+    programs: int,
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[Any, ...],
+    constants: tuple[Any, ...],
     options: dict[str, Any],
-) -> None:  # fmt: skip
+) -> None:
     """Launch on tensors that `_rows` has seen; compiled once for every set of dtypes and constants.
 
     Triton would examine every argument again at every call, which takes longer than many of these kernels.
@@ -342,19 +349,11 @@ def run_act(x: Tensor, act: str, transform: Transform, prefix: Tensor | None, k:
     options = launch_options(k, p, transform.block_size)
     if m:
         x, prefix = _rows(x), None if prefix is None else _rows(prefix)
-        steps = _steps(m, m, options, x.device)
+        steps = _steps(m, 0, options, codes.device)
         tensors = (x, prefix, *_vectors(transform), codes, scale)
         numbers = (_stride(x), _stride(prefix), m, steps)
-        _launch(
-            act_quant_kernel,
-            m,
-            tensors,
-            numbers,
-            (act, k, p, *_constants(transform, options)),
-            options,
-            steps,
-            x.device.index,
-        )
+        constants = (act, k, p, *_constants(transform, options))
+        _launch(act_quant_kernel, -(-m // (options["R"] * steps)), tensors, numbers, constants, options)
     return codes, scale
 
 
@@ -365,13 +364,15 @@ def run_norm(stream: list[Tensor], norm: Norm, transform: Transform) -> tuple[Te
     h = torch.empty((m, k), dtype=stream[0].dtype, device=stream[0].device) if len(stream) > 1 else None
     if m:
         options = launch_options(k, 0, transform.block_size)
-        shared = m // next((rows.shape[0] for rows in (*norm.mod, *stream[2:])), 1)
+        samples = next((len(rows) for rows in (*norm.mod, *stream[2:])), 1)
+        # Tokens that share a sample's rows; 0 where all do.
+        shared = m // samples if samples > 1 else 0
         x, branch, gate = [*map(_rows, stream), None, None][:3]
         shift, mod_scale = map(_rows, norm.mod) if norm.mod else (None, None)
         weight, bias = [*map(_rows, norm.affine), None, None][:2]
-        steps, alone = _steps(m, shared, options, x.device), shared % options["R"] == 0
+        steps, alone = _steps(m, shared, options, codes.device), shared % options["R"] == 0
         tensors = (x, branch, gate, h, shift, mod_scale, weight, bias, *_vectors(transform), codes, scale)
-        numbers = (*map(_stride, (x, branch, gate, shift, mod_scale)), m, shared, steps, norm.eps)
+        numbers = (*map(_stride, (x, branch, gate, shift, mod_scale)), m, shared or m, steps, norm.eps)
         constants = (norm.kind == "layer", k, alone, *_constants(transform, options))
         _launch(norm_quant_kernel, -(-m // (options["R"] * steps)), tensors, numbers, constants, options)
     return (codes, scale) if h is None else (h, codes, scale)
