@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import multiprocessing
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,8 +61,7 @@ class Case:
     @property
     def bytes(self) -> int:
         """Bytes that must move: bfloat16 in, int8 out; the gated form reads a second tensor and writes a third."""
-        rows = {"norm": 3, "gate": 7, "none": 3, "gelu_tanh": 3}[self.op]
-        return self.m * (self.k * rows + 4)
+        return self.m * (self.k * (7 if self.op == "gate" else 3) + 4)
 
 
 MODELS = (
@@ -69,7 +70,10 @@ MODELS = (
     ("Wan 14B", 8192, 5120, 13824, 8192),
     ("one small image", 512, 1152, 4608, 256),
 )
-TRANSFORMS = {"norm": ("", "s", "sh64", "sh128"), "gate": ("", "sh128"), "none": ("", "sh128")}
+ALL = ("", "s", "sh64", "sh128")
+TRANSFORMS = {"norm": ALL, "gate": ("", "sh64", "sh128"), "none": ("", "sh64")}
+PREFIX = 3072
+"""Columns of attention's output that come before those of the feed-forward network in a single block of FLUX."""
 
 
 def cases() -> Iterator[Case]:
@@ -77,8 +81,11 @@ def cases() -> Iterator[Case]:
         for op in ("norm", "gate", "none"):
             for transform in TRANSFORMS[op]:
                 yield Case(model, op, m, k, tokens, transform)
-        for transform in ("", "s", "sh128"):
+        for transform in ALL:
             yield Case(model, "gelu_tanh", m, wide, tokens, transform)
+        if model == "FLUX":
+            for transform in ("", "sh64"):
+                yield Case(model, "prefixed", m, PREFIX + wide, tokens, transform)
 
 
 class Operands:
@@ -92,6 +99,9 @@ class Operands:
             return torch.randn(*shape, device=device).bfloat16()
 
         self.x, self.branch = draw(m, k) * 2 + 0.5, draw(m, k) if case.op == "gate" else None
+        self.prefix: Tensor | None = None
+        if case.op == "prefixed":
+            self.prefix, self.x = draw(m, PREFIX), draw(m, k + 2 * PREFIX)[:, 3 * PREFIX :]
         self.shift, self.scale, self.gate = draw(samples, 6 * k).chunk(6, dim=1)[:3]
         self.pre_scale = torch.rand(k, device=device) + 0.5 if "s" in case.transform else None
         signed = "h" in case.transform
@@ -102,8 +112,9 @@ class Operands:
 
     def fused(self) -> tuple[Tensor, ...]:
         case, last = self.case, (self.case.block_size, "sylvester")
-        if case.op in ("none", "gelu_tanh"):
-            return act_quant(self.x, case.op, self.pre_scale, self.signs, *last)
+        if case.op not in ("norm", "gate"):
+            act = "none" if case.op == "none" else "gelu_tanh"
+            return act_quant(self.x, act, self.pre_scale, self.signs, *last, prefix=self.prefix)
         vectors = [t for t in (self.pre_scale, self.signs) if t is not None]
         args = (self.norm.mod, [], vectors, "layer", 1e-6, *last)
         if case.op == "norm":
@@ -111,14 +122,16 @@ class Operands:
         return gate_norm_quant([self.x, self.branch, self.gate], *args)
 
     def reference(self) -> tuple[Tensor, ...]:
-        if self.case.op in ("none", "gelu_tanh"):
-            return act_module._reference(self.x, self.case.op, self.transform)
+        if self.case.op not in ("norm", "gate"):
+            act = "none" if self.case.op == "none" else "gelu_tanh"
+            return act_module._reference(self.x, act, self.transform, self.prefix)
         if self.case.op == "norm":
             return norm_module._reference(self.x, self.norm, self.transform)
         return norm_module._gate_reference(self.x, [self.branch, self.gate], self.norm, self.transform)
 
     def inputs(self) -> tuple[Tensor | None, ...]:
-        return (self.x, self.branch, self.gate, self.shift, self.scale, self.pre_scale, self.signs, self.h)
+        branch = self.prefix if self.branch is None else self.branch
+        return (self.x, branch, self.gate, self.shift, self.scale, self.pre_scale, self.signs, self.h)
 
 
 def transformed(case: Case, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
@@ -132,8 +145,10 @@ def transformed(case: Case, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor | N
             x = stream = x + gate[:, None] * branch.view(b, -1, k)
         x = (F.layer_norm(x, (k,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]).view(-1, k)
         stream = None if stream is None else stream.view(-1, k)
-    elif case.op == "gelu_tanh":
+    elif case.op != "none":
         x = F.gelu(x, approximate="tanh")
+    if case.op == "prefixed":
+        x = torch.cat([branch, x], dim=1)
     if pre_scale is not None:
         x = x * pre_scale.to(x.dtype)
     if h is not None:
@@ -209,6 +224,18 @@ def copy_seconds(nbytes: int) -> float:
     return seconds([lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs])
 
 
+def host_seconds(call: Callable[[], Any], calls: int = 200) -> float:
+    """Median seconds that the host needs to launch once, the device keeping up."""
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) / calls)
+    return statistics.median(times)
+
+
 def measure(case: Case, compiled: bool) -> dict[str, Any]:
     rotated = [Operands(case) for _ in range(sets_of(case.bytes))]
 
@@ -218,6 +245,8 @@ def measure(case: Case, compiled: bool) -> dict[str, Any]:
     row: dict[str, Any] = {**vars(case), "bytes": case.bytes, **check(case, rotated[0], unfused)}
     row["copy"] = copy_seconds(case.bytes)
     row["fused"] = seconds([each.fused for each in rotated])
+    if case.m < 1000:
+        row["host"] = host_seconds(rotated[0].fused)
     row["eager"] = seconds([lambda each=each: unfused(*each.inputs()) for each in rotated[:8]])
     if compiled and case.transform in ("", "sh128") and (case.m > 1000 or case.transform == ""):
         torch._dynamo.reset()
@@ -230,7 +259,7 @@ def measure(case: Case, compiled: bool) -> dict[str, Any]:
 
 def line(row: dict[str, Any]) -> str:
     rate = row["bytes"] / row["fused"] / 1e9
-    others = "  ".join(f"{name} {row[name] * 1e6:8.1f}" for name in ("eager", "compiled") if name in row)
+    others = "  ".join(f"{name} {row[name] * 1e6:8.1f}" for name in ("host", "eager", "compiled") if name in row)
     return (
         f"{row['model']:16} {row['op']:9} {row['m']:5}x{row['k']:<5} {row['transform']:5} {row['fused'] * 1e6:7.1f} us "
         f"{rate:6.0f} GB/s {row['copy'] / row['fused']:5.2f} of copy ({row['copy'] * 1e6:.1f})  {others}  "
@@ -239,61 +268,62 @@ def line(row: dict[str, Any]) -> str:
 
 
 def configurations(case: Case) -> list[dict[str, Any]]:
-    """Overrides of `rows.launch_options` to try at a case, and RESIDENT_WARPS."""
-    wide = case.k > 4000
-    if not case.block_size:
-        shapes = [(1, 1), (1, 2), (2, 1), (2, 2), (4, 2), (4, 4)] if not wide else [(1, w) for w in (2, 4, 8, 16)]
-        if case.k == 3072:
-            shapes = [(1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (2, 8)]
-        return [{}, *({"R": r, "num_warps": w} for r, w in shapes)]
-    default: list[dict[str, Any]] = [{}, {"DOT": "bf16"}, {"DOT": "bf16x2"}, {"DOT": "tf32"}, {"MIN_ROWS": 64}]
-    default += [{"num_stages": 2}, {"maxnreg": 168}, {"maxnreg": 128}, {"RESIDENT_WARPS": 8}, {"RESIDENT_WARPS": 32}]
-    narrow = [(8, 8), (16, 8), (4, 4)] if case.k == 1152 else [(1, 4), (2, 4), (2, 8), (4, 4), (4, 8)]
-    shapes = narrow if not wide else [(1, 4), (1, 8), (2, 8), (1, 16)]
-    return default + [{"R": r, "num_warps": w} for r, w in shapes]
+    """Overrides of `gluon_producers.launch_options` to try at a case."""
+    shapes = {
+        1152: [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2)],
+        3072: [(1, 1), (1, 2), (2, 2), (1, 4), (2, 4)],
+        4608: [(1, 2), (1, 4), (2, 4), (2, 8)],
+        5120: [(1, 2), (1, 4), (2, 4), (2, 8)],
+    }.get(case.k, [(1, 4), (1, 8), (1, 16), (2, 16)])
+    found = [{"R": r, "num_warps": warps, "maxnreg": 200 if warps == 1 else None} for r, warps in shapes]
+    if case.block_size:
+        found += [{"HELD": held} for held in (8, 32, 64) if held <= case.block_size]
+        found += [{"maxnreg": registers} for registers in (96, 128)]
+    if case.transform or case.op == "norm":
+        found += [{"KEEP": True}, *({"KEEP": True, "R": 1, "num_warps": warps} for warps in (1, 2, 4) if case.k < 4000)]
+    return [{}, *found]
 
 
-def configure(case: Case, changes: dict[str, Any]) -> None:
-    """Launch with `changes` from here on; the chunk width follows from them."""
-    from vdit_quant.kernels._triton import rows
+def configure(changes: dict[str, Any]) -> None:
+    """Launch with `changes` from here on."""
+    from vdit_quant.kernels._triton import gluon_producers
 
-    original = getattr(rows.launch_options, "original", rows.launch_options)
+    original = getattr(gluon_producers.launch_options, "original", gluon_producers.launch_options)
 
-    def launch_options(k: int, block_size: int) -> dict[str, Any]:
-        options = {**original(k, block_size), **changes}
-        width = max(block_size, 32 * rows.LANE * options["num_warps"] // options["R"], 16)
-        options["W"] = min(rows._power_of_two(k), width)
-        return {name: value for name, value in options.items() if name != "RESIDENT_WARPS"}
+    @functools.cache
+    def launch_options(k: int, prefix: int, block_size: int) -> dict[str, Any]:
+        return {**original(k, prefix, block_size), **changes}
 
     launch_options.original = original  # type: ignore[attr-defined]
-    rows.launch_options = launch_options
-    rows.RESIDENT_WARPS = changes.get("RESIDENT_WARPS", 16)
+    gluon_producers.launch_options = launch_options
+    gluon_producers.limits.cache_clear()
 
 
-def variants() -> None:
+def variants(only: str | None) -> None:
     """Times every configuration of the cases that matter; one that fails says so."""
-    chosen = [case for case in cases() if case.model != "one small image" and case.transform in ("", "sh64", "sh128")]
-    work = [(case, changes) for case in chosen if case.op != "none" for changes in configurations(case)]
-    warm_up([item for item in work if "RESIDENT_WARPS" not in item[1]])
-    for case in dict.fromkeys(case for case, _ in work):
+    tried = {"norm": ("", "sh64"), "gate": ("sh64",), "gelu_tanh": ("", "sh64", "sh128"), "prefixed": ("sh64",)}
+    chosen = [case for case in cases() if case.model != "one small image" and case.transform in tried.get(case.op, ())]
+    chosen = [case for case in chosen if not only or only in f"{case.op} {case.m}x{case.k} {case.transform}"]
+    warm_up([(case, changes) for case in chosen for changes in configurations(case)])
+    for case in chosen:
         rotated = [Operands(case) for _ in range(sets_of(case.bytes))]
-        copy = copy_seconds(case.bytes)
+        copy, want = copy_seconds(case.bytes), rotated[0].reference()
         print(f"{case.op} {case.m}x{case.k} {case.transform}: copy {copy * 1e6:.1f} us", flush=True)
         for changes in configurations(case):
-            configure(case, changes)
+            configure(changes)
             try:
-                off = (rotated[0].fused()[-2].int() - rotated[0].reference()[-2].int()).abs().max()
-                time = seconds([each.fused for each in rotated])
-                print(f"  {copy / time:5.2f} {time * 1e6:7.1f} us  off by {int(off)}  {changes}", flush=True)
+                off = (rotated[0].fused()[-2].int() - want[-2].int()).abs().max()
+                spent = seconds([each.fused for each in rotated])
+                print(f"  {copy / spent:5.2f} {spent * 1e6:7.1f} us  off by {int(off)}  {changes}", flush=True)
             except Exception as error:
                 print(f"  failed: {type(error).__name__} {str(error)[:90]!r}  {changes}", flush=True)
-        configure(case, {})
+        configure({})
 
 
 def compile_one(item: tuple[Case, dict[str, Any]]) -> None:
     """In a process of its own: compile the kernel of a case into Triton's cache on disk."""
     case, changes = item
-    configure(case, changes)
+    configure(changes)
     try:
         with dispatch.use(strict=True):
             Operands(case, m=min(case.m, 2 * case.tokens, 512)).fused()
@@ -310,6 +340,7 @@ def warm_up(work: list[tuple[Case, dict[str, Any]]]) -> None:
 def render(found: dict[str, Any]) -> str:
     """The table, under the machine that it was measured on."""
     names = {"norm": "LayerNorm, modulate", "gate": "gated residual, LayerNorm, modulate", "none": "nothing"}
+    names["prefixed"] = "[attention, GELU (tanh)]"
     kinds = {"": "none", "s": "scale", "sh64": "scale, H64", "sh128": "scale, H128"}
     lines = [
         f"{found['machine']}; torch {found['torch']}, Triton {found['triton']}. Medians; {found['method']}.",
@@ -364,7 +395,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     if options.variants:
-        variants()
+        variants(options.only)
         return
     if not options.render:
         found = benchmark(options)

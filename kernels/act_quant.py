@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch
-from .int8_linear import check_float, expect
+from .int8_linear import check_float, describe, expect
 from .op import define_op
+from .quant_token import FLOATS
 from .transform import CODE_DTYPES, Transform
 
 
@@ -28,28 +30,49 @@ ACTS: dict[str, Callable[[Tensor], Tensor]] = {
 GATED = ("swiglu", "geglu")
 
 
-def _reference(x: Tensor, act: str, transform: Transform) -> tuple[Tensor, Tensor]:
+Parsed = tuple[str, Transform, Tensor | None]
+
+
+def activated(x: Tensor, act: str) -> Tensor:
+    """act(x) in fp32; gated: [M, 2N] -> [M, N]."""
     wide = x.float()
     if act not in GATED:
-        return transform.quantize(ACTS[act](wide))
+        return ACTS[act](wide)
     hidden, gate = wide.chunk(2, dim=1)
-    return transform.quantize(hidden * ACTS[act](gate))
+    return hidden * ACTS[act](gate)
+
+
+def _reference(x: Tensor, act: str, transform: Transform, prefix: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    wide = activated(x, act)
+    return transform.quantize(wide if prefix is None else torch.cat([prefix.float(), wide], dim=1))
 
 
 def _parse(
-    x: Tensor, act: str, pre_scale: Tensor | None, signs: Tensor | None, block_size: int, hadamard_kind: str, out: str
-) -> tuple[str, Transform]:
+    x: Tensor,
+    act: str,
+    pre_scale: Tensor | None,
+    signs: Tensor | None,
+    block_size: int,
+    hadamard_kind: str,
+    out: str,
+    prefix: Tensor | None,
+) -> Parsed:
     check_float("act_quant", x)
     expect(act in ACTS, "act_quant", f"act to be one of {', '.join(ACTS)}", repr(act))
     expect(out in CODE_DTYPES, "act_quant", f"out to be one of {', '.join(CODE_DTYPES)}", repr(out))
     expect(act not in GATED or x.shape[1] % 2 == 0, "act_quant", f"two halves for {act}", f"{x.shape[1]} columns")
+    if prefix is not None:
+        ok = prefix.dim() == 2 and prefix.dtype in FLOATS and len(prefix) == len(x)
+        expect(ok, "act_quant", f"a float prefix of shape ({len(x)}, P)", describe(prefix))
     transform = Transform(pre_scale, signs, block_size, hadamard_kind, CODE_DTYPES[out])
-    transform.check("act_quant", _width(x, act))
-    return act, transform
+    transform.check("act_quant", token_width(x, act, prefix))
+    return act, transform, prefix
 
 
-def _width(x: Tensor, act: str) -> int:
-    return x.shape[1] // 2 if act in GATED else x.shape[1]
+def token_width(x: Tensor, act: str, prefix: Tensor | None) -> int:
+    """K: columns of the prefix and of act(x)."""
+    width = x.shape[1] // 2 if act in GATED else x.shape[1]
+    return width if prefix is None else width + prefix.shape[1]
 
 
 @define_op("act_quant")
@@ -61,23 +84,25 @@ def act_quant(
     block_size: int,
     hadamard_kind: str,
     out: str = "int8",
+    prefix: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Codes and scales of T(act(x)), as `quant_token` defines them.
+    """Codes and scales of T([prefix | act(x)]), as `quant_token` defines them.
 
     T(y) = (y * pre_scale * signs)[m, block] @ H / sqrt(block_size) for every block of channels, see `hadamard`. All of
-    it is fp32: nothing is rounded to x's dtype between x and the codes. The Triton twin rounds once, on the way into
-    the product with H: to fp16, after a power of two per row that keeps it in range.
+    it is fp32: nothing is rounded to x's dtype between x and the codes. Only the portable Triton twin (`norm_quant`
+    says where it runs) rounds once more, on the way into the product with H.
 
-    x: fp32 | bf16 | fp16 [M, K], any row stride; [M, 2K] for swiglu and geglu, where y = x[:, :K] * act(x[:, K:])
+    x: fp32 | bf16 | fp16 [M, N], any row stride; [M, 2N] for swiglu and geglu, where y = x[:, :N] * act(x[:, N:])
     act: none, gelu (erf), gelu_tanh, silu, swiglu (SiLU of the gate) or geglu (erf GELU of the gate)
     pre_scale: fp32 [K] or None
     signs: int8 [K] of +-1, or None
     block_size: 0 for no rotation; hadamard_kind: "sylvester" or "regular"
     out: int8, or fp8 for float8_e4m3fn codes and scale[m] = amax[m] / 448
+    prefix: fp32 | bf16 | fp16 [M, P], any row stride: columns that come first, as they are; K = P + N
     returns codes: int8 | float8_e4m3fn [M, K]; scale: fp32 [M]
     Raises ValueError when a shape, dtype, size, act or kind does not fit.
     """
-    return _reference(x, *_parse(x, act, pre_scale, signs, block_size, hadamard_kind, out))
+    return _reference(x, *_parse(x, act, pre_scale, signs, block_size, hadamard_kind, out, prefix))
 
 
 @act_quant.register_fake
@@ -89,9 +114,10 @@ def _(
     block_size: int,
     hadamard_kind: str,
     out: str = "int8",
+    prefix: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _, transform = _parse(x, act, pre_scale, signs, block_size, hadamard_kind, out)
-    return transform.empty(x, _width(x, act))
+    _, transform, _ = _parse(x, act, pre_scale, signs, block_size, hadamard_kind, out, prefix)
+    return transform.empty(x, token_width(x, act, prefix))
 
 
 @act_quant.register_cuda
@@ -103,7 +129,8 @@ def _(
     block_size: int,
     hadamard_kind: str,
     out: str = "int8",
+    prefix: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    parsed = _parse(x, act, pre_scale, signs, block_size, hadamard_kind, out)
+    parsed = _parse(x, act, pre_scale, signs, block_size, hadamard_kind, out, prefix)
     found: tuple[Tensor, Tensor] = dispatch.run("act_quant", _reference, x, *parsed)
     return found

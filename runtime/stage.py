@@ -128,9 +128,7 @@ class Stage:
         if not self.ready():
             y = activate(x, act)
             return Rows(y if prefix is None else torch.cat([prefix, y], dim=1), None, x.dtype)
-        if prefix is not None:
-            x, act = torch.cat([prefix, activate(x, act)], dim=1), "none"
-        codes, row_scale = act_quant(x, act, *self._transform())
+        codes, row_scale = act_quant(x, act, *self._transform(), prefix=prefix)
         return Rows(codes, row_scale, x.dtype)
 
     def linear(self, rows: Rows) -> list[Tensor]:

@@ -8,9 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..act_quant import activated, token_width
 from ..transform import Transform
 from .rows import (
+    gluon_for,
     hadamard_operand,
+    leave_gluon,
     limits,
     load_hadamard,
     load_tile,
@@ -90,18 +93,26 @@ def act_quant_kernel(
         )  # fmt: skip
 
 
-def _width(x: Tensor, act: str) -> int:
-    return x.shape[1] // 2 if act in ("swiglu", "geglu") else x.shape[1]
-
-
-def supports(op: str, x: Tensor, act: str, transform: Transform) -> str | None:
+def supports(op: str, x: Tensor, act: str, transform: Transform, prefix: Tensor | None = None) -> str | None:
     """`limits` of these tensors."""
-    return unsupported(op, x, _width(x, act), transform)
+    return unsupported(op, x, token_width(x, act, prefix), transform)
 
 
-def run(op: str, x: Tensor, act: str, transform: Transform) -> tuple[Tensor, Tensor]:
+def run(op: str, x: Tensor, act: str, transform: Transform, prefix: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`act_quant` by Triton."""
-    m, k = x.shape[0], _width(x, act)
+    k = token_width(x, act, prefix)
+    gluon = gluon_for(x, k, 0 if prefix is None else prefix.shape[1], transform)
+    if gluon is not None:
+        try:
+            return gluon.run_act(x, act, transform, prefix, k)
+        except Exception as error:
+            if not type(error).__module__.startswith("triton"):
+                raise
+            leave_gluon(x.device, error)
+    if prefix is not None:
+        # Beside a prefix the activation has a pass of its own; fp32, so that the codes are the same.
+        x, act = torch.cat([prefix.float(), activated(x, act)], dim=1), "none"
+    m = x.shape[0]
     codes, scale = transform.empty(x, k)
     if m == 0:
         return codes, scale

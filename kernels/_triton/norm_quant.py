@@ -3,6 +3,8 @@
 # Kernel parameters are typed by what is launched, not by annotations.
 # mypy: disable-error-code="no-untyped-def"
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +15,9 @@ from torch import Tensor
 from ..norm_quant import Norm
 from ..transform import Transform
 from .rows import (
+    gluon_for,
     hadamard_operand,
+    leave_gluon,
     limits,
     load_hadamard,
     load_tile,
@@ -137,12 +141,30 @@ def supports(op: str, x: Tensor, *rest: Any) -> str | None:
 
 def run(op: str, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """`norm_quant` of (x, norm, transform) or `gate_norm_quant` of (residual, [branch, gate?], norm, transform)."""
-    stream, norm, transform = rest if op.startswith("gate") else ([], *rest)
+    others, norm, transform = rest if op.startswith("gate") else ([], *rest)
+    stream, norm = shared_alike([x, *others], norm)
+    gluon = gluon_for(x, x.shape[1], 0, transform)
+    if gluon is not None:
+        try:
+            return gluon.run_norm(stream, norm, transform)
+        except Exception as error:
+            if not type(error).__module__.startswith("triton"):
+                raise
+            leave_gluon(x.device, error)
     codes, scale = transform.empty(x, x.shape[1])
-    h = torch.empty(x.shape, dtype=x.dtype, device=x.device) if stream else x
+    h = torch.empty(x.shape, dtype=x.dtype, device=x.device) if others else x
     if x.shape[0]:
-        _launch([x, *stream], h, norm, transform, (codes, scale))
-    return (h, codes, scale) if stream else (codes, scale)
+        _launch(stream, h, norm, transform, (codes, scale))
+    return (h, codes, scale) if others else (codes, scale)
+
+
+def shared_alike(stream: list[Tensor], norm: Norm) -> tuple[list[Tensor], Norm]:
+    """The same with as many rows of gate as of shift and scale: the kernels know one number of tokens per row."""
+    if len(stream) < 3 or not norm.mod or len(stream[2]) == len(norm.mod[0]):
+        return stream, norm
+    rows = math.lcm(len(stream[2]), len(norm.mod[0]))
+    gate, *mod = (t.repeat_interleave(rows // len(t), dim=0) for t in (stream[2], *norm.mod))
+    return [*stream[:2], gate], replace(norm, mod=mod)
 
 
 def _launch(stream: list[Tensor], h: Tensor, norm: Norm, transform: Transform, out: tuple[Tensor, Tensor]) -> None:

@@ -9,6 +9,7 @@ A token of K channels is K / W chunks of W channels, W a power of two. A program
 # mypy: disable-error-code="no-untyped-def"
 
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import logger
 from ..hadamard import matrix_on
 from ..quant_token import FLOATS, TINY
 from ..transform import Transform
-from .tiles import rows_contiguous
+from .tiles import INTERPRETED, rows_contiguous
 
 MAX_K = 16384
 """Longest token kept in registers."""
@@ -339,3 +341,33 @@ def readable(rows: Tensor) -> Tensor:
 def row_stride(rows: Tensor) -> int:
     """Elements from one row to the next: torch leaves it open for a single one."""
     return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
+
+
+@cache
+def gluon_on(device: torch.device) -> ModuleType | None:
+    """The Gluon kernels, where this device and this Triton can run them."""
+    if INTERPRETED or device.type != "cuda" or torch.version.hip is not None:
+        return None
+    try:
+        from . import gluon_producers
+    except Exception as error:
+        leave_gluon(device, error)
+        return None
+    return gluon_producers
+
+
+_left: set[torch.device] = set()
+
+
+def leave_gluon(device: torch.device, error: Exception) -> None:
+    """Report once that the kernels of this file run instead of Gluon's, and see to it."""
+    _left.add(device)
+    logger.warning("the portable Triton producers run on %s: %s: %s", device, type(error).__name__, error)
+
+
+def gluon_for(x: Tensor, k: int, prefix: int, transform: Transform) -> ModuleType | None:
+    """The Gluon kernels, if they take tokens of k channels on this device."""
+    found = gluon_on(x.device)
+    if found is None or x.device in _left or found.limits(k, prefix, transform.block_size) is not None:
+        return None
+    return found

@@ -1,0 +1,390 @@
+"""`norm_quant`, `gate_norm_quant` and `act_quant` for NVIDIA GPUs, in Gluon: see `gluon_rows`."""
+
+# Kernel parameters are typed by what is launched, not by annotations; tuples grow in loops that the compiler unrolls,
+# and it knows no starred expression.
+# mypy: disable-error-code="no-untyped-def, assignment"
+# ruff: noqa: RUF005
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from ..norm_quant import Norm
+from ..quant_token import TINY
+from ..transform import Transform
+from .gluon_rows import (
+    layout_of,
+    load_factor,
+    load_rows,
+    load_vector,
+    narrow,
+    per_token,
+    pieces,
+    plus_product,
+    quantize_tokens,
+    spread,
+    store_rows,
+    tokens,
+    widen,
+)
+
+
+@gluon.jit
+def sigmoid_of_log2(t):
+    """1 / (1 + 2**-t): as a squared reciprocal root, it is two fast instructions; a division is eight."""
+    root = gl.rsqrt(1.0 + gl.exp2(-t))
+    return root * root
+
+
+@gluon.jit
+def activate(x, ACT: gl.constexpr):
+    """gelu(x) = x/2 (1 + erf(x / sqrt 2)); its tanh form is x sigmoid(2 sqrt(2/pi) (x + 0.044715 x**3))."""
+    if ACT == "gelu_tanh":
+        # 2.3022... = 2 sqrt(2/pi) log2(e), 0.10294... = 0.044715 of it.
+        x = x * sigmoid_of_log2(x * (2.302208198 + 0.1029432395 * (x * x)))
+    elif ACT == "silu" or ACT == "swiglu":
+        x = x * sigmoid_of_log2(x * 1.442695041)
+    elif ACT == "gelu" or ACT == "geglu":
+        half = 0.5 * x
+        x = half + half * gl.erf(x * 0.7071067812)
+    return x
+
+
+@gluon.jit
+def products(tiles, vectors):
+    """tiles[i] * vectors[i]."""
+    found = ()
+    for i in gl.static_range(len(tiles)):
+        found = found + (tiles[i] * vectors[i],)
+    return found
+
+
+@gluon.jit
+def factors(pre_scale_ptr, signs_ptr, PIECES: gl.constexpr, BLOCK: gl.constexpr, HELD: gl.constexpr, R: gl.constexpr):
+    """pre_scale * signs for every tile."""
+    found = ()
+    for i in gl.static_range(len(PIECES)):
+        vector = load_factor(
+            pre_scale_ptr, signs_ptr, PIECES[i][0], PIECES[i][2],
+            layout_of(R, PIECES[i][1], gl.num_warps(), BLOCK, HELD),
+        )  # fmt: skip
+        found = found + (vector,)
+    return found
+
+
+@gluon.jit
+def act_tile(
+    x_ptr, prefix_ptr, x_stride, prefix_stride, first, M, FROM: gl.constexpr, END: gl.constexpr, LAYOUT: gl.constexpr,
+    ACT: gl.constexpr, K: gl.constexpr, PREFIX: gl.constexpr,
+):  # fmt: skip
+    """The prefix, act(x), or x * act(gate) where the gate is as far from x as x is wide."""
+    row = tokens(first, M, LAYOUT).to(gl.int64)
+    if FROM < PREFIX:
+        tile = load_rows(prefix_ptr, row, prefix_stride, FROM, END, LAYOUT)
+    elif ACT == "swiglu" or ACT == "geglu":
+        tile = load_rows(x_ptr, row, x_stride, FROM - PREFIX, END - PREFIX, LAYOUT)
+        gate = load_rows(x_ptr + (K - PREFIX), row, x_stride, FROM - PREFIX, END - PREFIX, LAYOUT)
+        tile = tile * activate(gate, ACT)
+    else:
+        tile = activate(load_rows(x_ptr, row, x_stride, FROM - PREFIX, END - PREFIX, LAYOUT), ACT)
+    return tile
+
+
+@gluon.jit
+def gated_tile(
+    x_ptr, branch_ptr, gate_ptr, h_ptr, x_stride, branch_stride, gate_stride, first, M, TOKENS,
+    FROM: gl.constexpr, END: gl.constexpr, LAYOUT: gl.constexpr, K: gl.constexpr, ONE: gl.constexpr,
+):  # fmt: skip
+    """x, or x + gate * branch, stored in h's type; then what was stored."""
+    row = tokens(first, M, LAYOUT)
+    tile = load_rows(x_ptr, row.to(gl.int64), x_stride, FROM, END, LAYOUT)
+    if branch_ptr is not None:
+        branch = load_rows(branch_ptr, row.to(gl.int64), branch_stride, FROM, END, LAYOUT)
+        if gate_ptr is not None:
+            gate = load_shared(gate_ptr, gate_stride, row, first, TOKENS, FROM, END, LAYOUT, ONE)
+            tile = plus_product(tile, branch, gate)
+        else:
+            tile = tile + branch
+        h = narrow(tile, h_ptr.dtype.element_ty)
+        store_rows(h_ptr, h, first, M, FROM, END, K)
+        tile = widen(h)
+    return tile
+
+
+@gluon.jit
+def load_shared(
+    ptr, stride, row, first, TOKENS,
+    FROM: gl.constexpr, END: gl.constexpr, LAYOUT: gl.constexpr, ONE: gl.constexpr,
+):  # fmt: skip
+    """fp32 rows that TOKENS tokens share: [1, WIDTH] where all tokens of the tile share ONE, else [R, WIDTH]."""
+    if ONE:
+        rows = load_vector(ptr + (first // TOKENS).to(gl.int64) * stride, FROM, END, LAYOUT)
+    else:
+        rows = load_rows(ptr, (row // TOKENS).to(gl.int64), stride, FROM, END, LAYOUT)
+    return rows
+
+
+@gluon.jit
+def slope_and_offset(
+    pre_scale_ptr, signs_ptr, weight_ptr, bias_ptr, shift_ptr, mod_scale_ptr, shift_stride, mod_scale_stride,
+    first, M, TOKENS, FROM: gl.constexpr, END: gl.constexpr, LAYOUT: gl.constexpr, ONE: gl.constexpr,
+):  # fmt: skip
+    """((xhat * weight + bias) * (1 + scale) + shift) * pre_scale * signs as (slope, offset) of xhat, or (slope,)."""
+    row = tokens(first, M, LAYOUT)
+    factor = load_factor(pre_scale_ptr, signs_ptr, FROM, END, LAYOUT)
+    slope = factor
+    if mod_scale_ptr is not None:
+        scale = load_shared(mod_scale_ptr, mod_scale_stride, row, first, TOKENS, FROM, END, LAYOUT, ONE)
+        slope = slope * (1.0 + scale)
+    if bias_ptr is not None:
+        offset = load_vector(bias_ptr, FROM, END, LAYOUT) * slope
+        if shift_ptr is not None:
+            shift = load_shared(shift_ptr, shift_stride, row, first, TOKENS, FROM, END, LAYOUT, ONE)
+            offset = plus_product(offset, shift, factor)
+    elif shift_ptr is not None:
+        offset = load_shared(shift_ptr, shift_stride, row, first, TOKENS, FROM, END, LAYOUT, ONE) * factor
+    if weight_ptr is not None:
+        slope = slope * load_vector(weight_ptr, FROM, END, LAYOUT)
+    if bias_ptr is not None or shift_ptr is not None:
+        found = (slope, offset)
+    else:
+        found = (slope,)
+    return found
+
+
+@gluon.jit
+def centred(tiles, mean, PIECES: gl.constexpr):
+    """tiles[i] - mean, and still 0 in the channels that do not exist."""
+    found = ()
+    for i in gl.static_range(len(tiles)):
+        tile = tiles[i] - spread(mean, tiles[i])
+        if PIECES[i][0] + PIECES[i][1] > PIECES[i][2]:
+            k = PIECES[i][0] + gl.arange(0, PIECES[i][1], layout=gl.SliceLayout(0, tile.type.layout))
+            tile = gl.where(gl.expand_dims(k < PIECES[i][2], 0), tile, 0.0)
+        found = found + (tile,)
+    return found
+
+
+@gluon.jit
+def transformed(tile, line):
+    """`slope_and_offset` of a tile."""
+    if len(line) > 1:
+        tile = plus_product(line[1], tile, line[0])
+    else:
+        tile = tile * line[0]
+    return tile
+
+
+@gluon.jit(do_not_specialize=["M", "TOKENS", "STEPS"])
+def norm_quant_kernel(
+    x_ptr, branch_ptr, gate_ptr, h_ptr, shift_ptr, mod_scale_ptr, weight_ptr, bias_ptr, pre_scale_ptr, signs_ptr,
+    codes_ptr, scale_ptr, x_stride, branch_stride, gate_stride, shift_stride, mod_scale_stride, M, TOKENS, STEPS, eps,
+    LAYER: gl.constexpr, K: gl.constexpr, ONE: gl.constexpr, INT8: gl.constexpr, TINY: gl.constexpr,
+    BLOCK: gl.constexpr, REGULAR: gl.constexpr, R: gl.constexpr, HELD: gl.constexpr, KEEP: gl.constexpr,
+):  # fmt: skip
+    """STEPS tiles of R tokens; TOKENS of them share a row of gate, shift and scale.
+
+    ONE: so do all of a tile. KEEP: and all tiles of a program; what is done to the channels then stays in registers.
+    """
+    PIECES: gl.constexpr = pieces(K, 0, R, gl.num_warps(), BLOCK)
+    TRANSFORMED: gl.constexpr = pre_scale_ptr is not None or signs_ptr is not None
+    CHANGED: gl.constexpr = TRANSFORMED or weight_ptr is not None or shift_ptr is not None
+    if CHANGED and KEEP and ONE:
+        kept = ()
+        for i in gl.static_range(len(PIECES)):
+            line = slope_and_offset(
+                pre_scale_ptr, signs_ptr, weight_ptr, bias_ptr, shift_ptr, mod_scale_ptr, shift_stride,
+                mod_scale_stride, gl.program_id(0) * STEPS * R, M, TOKENS, PIECES[i][0], PIECES[i][2],
+                layout_of(R, PIECES[i][1], gl.num_warps(), BLOCK, HELD), True,
+            )  # fmt: skip
+            kept = kept + (line,)
+    for step in range(STEPS):
+        first = (gl.program_id(0) * STEPS + step) * R
+        tiles = ()
+        for i in gl.static_range(len(PIECES)):
+            tile = gated_tile(
+                x_ptr, branch_ptr, gate_ptr, h_ptr, x_stride, branch_stride, gate_stride, first, M, TOKENS,
+                PIECES[i][0], PIECES[i][2], layout_of(R, PIECES[i][1], gl.num_warps(), BLOCK, HELD), K, ONE,
+            )  # fmt: skip
+            tiles = tiles + (tile,)
+        if LAYER:
+            tiles = centred(tiles, per_token(tiles, False, PIECES, BLOCK, HELD) / K, PIECES)
+        factor = gl.rsqrt(per_token(products(tiles, tiles), False, PIECES, BLOCK, HELD) / K + eps)
+        changed = ()
+        for i in gl.static_range(len(PIECES)):
+            tile = tiles[i] * spread(factor, tiles[i])
+            if CHANGED and KEEP and ONE:
+                tile = transformed(tile, kept[i])
+            elif CHANGED:
+                line = slope_and_offset(
+                    pre_scale_ptr, signs_ptr, weight_ptr, bias_ptr, shift_ptr, mod_scale_ptr, shift_stride,
+                    mod_scale_stride, first, M, TOKENS, PIECES[i][0], PIECES[i][2],
+                    layout_of(R, PIECES[i][1], gl.num_warps(), BLOCK, HELD), ONE,
+                )  # fmt: skip
+                tile = transformed(tile, line)
+            changed = changed + (tile,)
+        quantize_tokens(changed, codes_ptr, scale_ptr, first, M, PIECES, INT8, TINY, BLOCK, REGULAR, HELD, K)
+
+
+@gluon.jit(do_not_specialize=["M", "STEPS"])
+def act_quant_kernel(
+    x_ptr, prefix_ptr, pre_scale_ptr, signs_ptr, codes_ptr, scale_ptr, x_stride, prefix_stride, M, STEPS,
+    ACT: gl.constexpr, K: gl.constexpr, PREFIX: gl.constexpr, INT8: gl.constexpr, TINY: gl.constexpr,
+    BLOCK: gl.constexpr, REGULAR: gl.constexpr, R: gl.constexpr, HELD: gl.constexpr, KEEP: gl.constexpr,
+):  # fmt: skip
+    """STEPS tiles of R tokens; KEEP: pre_scale * signs stay in registers between them."""
+    PIECES: gl.constexpr = pieces(K, PREFIX, R, gl.num_warps(), BLOCK)
+    TRANSFORMED: gl.constexpr = pre_scale_ptr is not None or signs_ptr is not None
+    if TRANSFORMED and KEEP:
+        kept = factors(pre_scale_ptr, signs_ptr, PIECES, BLOCK, HELD, R)
+    for step in range(STEPS):
+        first = (gl.program_id(0) * STEPS + step) * R
+        tiles = ()
+        for i in gl.static_range(len(PIECES)):
+            tile = act_tile(
+                x_ptr, prefix_ptr, x_stride, prefix_stride, first, M, PIECES[i][0], PIECES[i][2],
+                layout_of(R, PIECES[i][1], gl.num_warps(), BLOCK, HELD), ACT, K, PREFIX,
+            )  # fmt: skip
+            tiles = tiles + (tile,)
+        if TRANSFORMED:
+            if KEEP:
+                tiles = products(tiles, kept)
+            else:
+                tiles = products(tiles, factors(pre_scale_ptr, signs_ptr, PIECES, BLOCK, HELD, R))
+        quantize_tokens(tiles, codes_ptr, scale_ptr, first, M, PIECES, INT8, TINY, BLOCK, REGULAR, HELD, K)
+
+
+MAX_HELD = 96
+"""Most channels that one thread holds; more do not fit its registers."""
+
+
+@cache
+def launch_options(k: int, prefix: int, block_size: int) -> dict[str, Any]:
+    """Tokens and warps of a program, channels of a block in one thread, and whether vectors stay in registers.
+
+    None of it may depend on M: the order of the sums, and so a token's codes, follow from it.
+    """
+    warps = 1
+    while k > 32 * warps * 48:
+        warps *= 2
+    rows = 2 if k <= 1536 else 1
+    return {"R": rows, "HELD": 16, "KEEP": False, "num_warps": warps, "maxnreg": 200 if warps == 1 else None}
+
+
+@cache
+def limits(k: int, prefix: int, block_size: int) -> str | None:
+    """Why these kernels do not take tokens of k channels; None when they do."""
+    if prefix % max(16, block_size):
+        return f"a prefix of {prefix} columns ends inside of a block"
+    options = launch_options(k, prefix, block_size)
+    covered = pieces(k, prefix, options["R"], options["num_warps"], block_size)
+    channels = sum(width for _, width, _ in covered) * options["R"] // (32 * options["num_warps"])
+    return f"K={k} does not fit" if len(covered) > 6 or channels > MAX_HELD else None
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _steps(tokens: int, shared: int, options: dict[str, Any], device: torch.device) -> int:
+    """Tiles of one program: a power of two, so many that every multiprocessor is still busy, all in one sample.
+
+    shared: tokens of a sample; 0 is all.
+    """
+    steps, rows = 1, options["R"]
+    if options["KEEP"]:
+        programs = _multiprocessors(device) * 32 // options["num_warps"]
+        while steps < 8 and tokens >= 2 * steps * rows * programs and shared % (2 * steps * rows) == 0:
+            steps *= 2
+    return steps
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor as kernels read it, 16 bytes at a time; copied if need be."""
+    stride = tensor.stride(0) if tensor.dim() > 1 and tensor.shape[0] > 1 else 0
+    if tensor.stride(-1) != 1 or stride % 16 or stride >= 1 << 31 or tensor.data_ptr() % 16:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
+
+
+def _stride(rows: Tensor | None) -> int:
+    """Elements from one row to the next; torch leaves it open for a single row."""
+    return 0 if rows is None else rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def _launch(
+    kernel: Any,
+    programs: int,
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[Any, ...],
+    constants: tuple[Any, ...],
+    options: dict[str, Any],
+) -> None:
+    """Launch on tensors that `_rows` has seen; compiled once for every set of dtypes and constants.
+
+    Triton would examine every argument again at every call, which takes longer than many of these kernels.
+    """
+    warps, registers = options["num_warps"], options["maxnreg"]
+    types = [None if t is None else t.dtype for t in tensors]
+    key = (kernel, torch.cuda.current_device(), warps, registers, constants, *types)
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[(programs,)](*tensors, *numbers, *constants, num_warps=warps, maxnreg=registers)
+    else:
+        compiled[(programs, 1, 1)](*tensors, *numbers, *constants)
+
+
+def run_act(x: Tensor, act: str, transform: Transform, prefix: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """`act_quant` for tokens of k channels."""
+    codes, scale = transform.empty(x, k)
+    m, p = x.shape[0], 0 if prefix is None else prefix.shape[1]
+    options = launch_options(k, p, transform.block_size)
+    if m:
+        x, prefix = _rows(x), None if prefix is None else _rows(prefix)
+        steps = _steps(m, 0, options, codes.device)
+        tensors = (x, prefix, *_vectors(transform), codes, scale)
+        numbers = (_stride(x), _stride(prefix), m, steps)
+        constants = (act, k, p, *_constants(transform, options))
+        _launch(act_quant_kernel, -(-m // (options["R"] * steps)), tensors, numbers, constants, options)
+    return codes, scale
+
+
+def run_norm(stream: list[Tensor], norm: Norm, transform: Transform) -> tuple[Tensor, ...]:
+    """`norm_quant` of [x], or `gate_norm_quant` of [residual, branch, gate?]."""
+    m, k = stream[0].shape
+    codes, scale = transform.empty(stream[0], k)
+    h = torch.empty((m, k), dtype=stream[0].dtype, device=stream[0].device) if len(stream) > 1 else None
+    if m:
+        options = launch_options(k, 0, transform.block_size)
+        samples = next((len(rows) for rows in (*norm.mod, *stream[2:])), 1)
+        # Tokens that share a sample's rows; 0 where all do.
+        shared = m // samples if samples > 1 else 0
+        x, branch, gate = [*map(_rows, stream), None, None][:3]
+        shift, mod_scale = map(_rows, norm.mod) if norm.mod else (None, None)
+        weight, bias = [*map(_rows, norm.affine), None, None][:2]
+        steps, alone = _steps(m, shared, options, codes.device), shared % options["R"] == 0
+        tensors = (x, branch, gate, h, shift, mod_scale, weight, bias, *_vectors(transform), codes, scale)
+        numbers = (*map(_stride, (x, branch, gate, shift, mod_scale)), m, shared or m, steps, norm.eps)
+        constants = (norm.kind == "layer", k, alone, *_constants(transform, options))
+        _launch(norm_quant_kernel, -(-m // (options["R"] * steps)), tensors, numbers, constants, options)
+    return (codes, scale) if h is None else (h, codes, scale)
+
+
+def _vectors(transform: Transform) -> tuple[Tensor | None, Tensor | None]:
+    pre_scale, signs = transform.pre_scale, transform.signs
+    return None if pre_scale is None else _rows(pre_scale), None if signs is None else _rows(signs)
+
+
+def _constants(transform: Transform, options: dict[str, Any]) -> tuple[Any, ...]:
+    """INT8, TINY, BLOCK, REGULAR, R, HELD and KEEP."""
+    int8, regular = transform.code_dtype == torch.int8, transform.hadamard_kind == "regular"
+    block = transform.block_size
+    return int8, TINY, block, regular and block > 0, options["R"], options["HELD"], options["KEEP"]

@@ -1,0 +1,357 @@
+"""Pieces of the fused producers for NVIDIA GPUs: whole tokens in registers, rotated without leaving them.
+
+R tokens are a few tiles [R, WIDTH] (`pieces`) whose layout says which thread holds which channel (`layout_of`): 8 side
+by side, so that memory is accessed 16 bytes at a time, and lanes next to each other hold the rest of a Hadamard block.
+The block is then a butterfly of additions (the fast Walsh-Hadamard transform): inside a thread, and between lanes by
+shuffles. Neither shared memory nor a product is needed, and every step is fp32.
+"""
+
+# Kernel parameters are typed by what is launched, not by annotations; tuples grow in loops that the compiler unrolls,
+# and it knows no starred expression.
+# mypy: disable-error-code="no-untyped-def, assignment"
+# ruff: noqa: RUF005
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+LANE = 8
+"""Channels that a thread holds side by side."""
+
+
+@gluon.constexpr_function
+def log2(n):
+    return n.bit_length() - 1
+
+
+@gluon.constexpr_function
+def thread_bits(rows, width, warps, block, held):
+    """Bits of the channel number of a tile: those that choose a register, and the rest from the lowest up.
+
+    held: channels of one Hadamard block in one thread, at least 8; less where threads would have nothing left.
+    """
+    bits, size = log2(width), max(log2(block), 3)
+    spare = bits - 3 - (5 + log2(warps))
+    more = max(0, min(log2(held) - 3, size - 3, spare))
+    inside = [0, 1, 2, *range(size - more, size)]
+    return inside, [bit for bit in range(bits) if bit not in inside]
+
+
+@gluon.constexpr_function
+def layout_of(rows, width, warps, block, held):
+    """Layout of a tile [rows, width]: lanes and warps are spread over the channels first, then over the tokens."""
+    inside, rest = thread_bits(rows, width, warps, block, held)
+    threads = 5 + log2(warps)
+    order = [[0, 1 << bit] for bit in rest] + [[1 << bit, 0] for bit in range(log2(rows))]
+    spread = (order + [[0, 0]] * threads)[:threads]
+    registers = [[0, 1 << bit] for bit in inside] + order[threads:]
+    return gl.DistributedLinearLayout(registers, spread[:5], spread[5:], [], [rows, width])
+
+
+@gluon.constexpr_function
+def pieces(k, prefix, rows, warps, block):
+    """((from, width, end), ...): what covers the channels 0 to `prefix` and those to k; channels from `end` on are 0.
+
+    Widths are powers of two that keep every thread busy.
+    """
+    found, unit = [], max(block, 16, 32 * LANE * warps // rows)
+    for start, end in ((0, prefix), (prefix, k)):
+        left = -(-(end - start) // unit) * unit
+        while left > 0:
+            width = 1 << log2(left)
+            found.append((start, width, end))
+            start, left = start + width, left - width
+    return tuple(found)
+
+
+@gluon.constexpr_function
+def butterfly(rows, width, warps, block, held, regular):
+    """PTX that multiplies the block of a thread and its neighbours by H; see `hadamard.SEEDS`."""
+    inside, rest = thread_bits(rows, width, warps, block, held)
+    # Where each bit of the channel number is: a bit of the register's number, or of the lane's.
+    places = [(1 << inside.index(b), 0) if b in inside else (0, 1 << rest.index(b)) for b in range(log2(block))]
+    lines: list[str] = []
+    n = 1 << len(inside)
+
+    def put(code, *operands):
+        """One instruction; its result goes to a register of its own, whose name this returns."""
+        lines.append(f"{code} t{len(lines)}, {', '.join(operands)};")
+        return f"t{len(lines) - 1}"
+
+    def add_other(value, lane, factor):
+        """value * factor + what the lane holds whose number differs in this bit."""
+        other = put("shfl.sync.bfly.b32", value, str(lane), "0x1f", "0xffffffff")
+        return put("fma.rn.f32", value, factor, other)
+
+    def pairs(values, register, lane):
+        """a + b and a - b for two channels that differ in one bit."""
+        if register == 0:
+            # +-1.0: its sign is the bit of the lane's number.
+            shifted = put("shl.b32", "lane", str(31 - log2(lane)))
+            factor = put("lop3.b32", shifted, "0x80000000", "0x3f800000", "0xea")
+            return [add_other(value, lane, factor) for value in values]
+        results = list(values)
+        for i in range(n):
+            if not i & register:
+                results[i] = put("add.f32", values[i], values[i | register])
+                results[i | register] = put("sub.f32", values[i], values[i | register])
+        return results
+
+    def quads(values, digit):
+        """sum - 2 x for four channels that differ in two bits."""
+        sums = list(values)
+        for register, lane in sorted(digit, reverse=True):
+            if register == 0:
+                added = {value: add_other(value, lane, "0f3F800000") for value in dict.fromkeys(sums)}
+                sums = [added[value] for value in sums]
+            for i in range(n):
+                if register and not i & register:
+                    sums[i] = put("add.f32", sums[i], sums[i | register])
+                    sums[i | register] = sums[i]
+        return [put("fma.rn.f32", values[i], "0fC0000000", sums[i]) for i in range(n)]
+
+    values = [f"${n + i}" for i in range(n)]
+    for i in range(0, len(places), 2 if regular else 1):
+        values = quads(values, places[i : i + 2]) if regular else pairs(values, places[i][0], places[i][1])
+    moves = [f"mov.b32 ${i}, {value};" for i, value in enumerate(values)]
+    head = f".reg .b32 lane, t<{len(lines)}>; mov.u32 lane, %laneid;"
+    return " ".join(["{", head, *lines, *moves, "}"])
+
+
+@gluon.constexpr_function
+def floats(n):
+    """Constraints of n results and n operands in fp32 registers."""
+    return ",".join(["=f"] * n + ["f"] * n)
+
+
+@gluon.constexpr_function
+def held_by_thread(rows, width, warps, block, held):
+    return 1 << len(thread_bits(rows, width, warps, block, held)[0])
+
+
+@gluon.jit
+def rotate(y, BLOCK: gl.constexpr, REGULAR: gl.constexpr, HELD: gl.constexpr):
+    """y [R, WIDTH] times H (of +-1) in every block of channels."""
+    ROWS: gl.constexpr = y.shape[0]
+    WIDTH: gl.constexpr = y.shape[1]
+    ASM: gl.constexpr = butterfly(ROWS, WIDTH, gl.num_warps(), BLOCK, HELD, REGULAR)
+    N: gl.constexpr = held_by_thread(ROWS, WIDTH, gl.num_warps(), BLOCK, HELD)
+    return gl.inline_asm_elementwise(ASM, floats(N), [y], dtype=gl.float32, is_pure=True, pack=N)
+
+
+@gluon.jit
+def widen(t):
+    """fp32 of floats; bfloat16 in one instruction each."""
+    if t.dtype == gl.bfloat16:
+        wide = gl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [t], dtype=gl.float32, is_pure=True, pack=2
+        )
+    else:
+        wide = t.to(gl.float32)
+    return wide
+
+
+@gluon.jit
+def plus_product(a, b, c):
+    """a + b * c rounded once, always: which of two products the compiler would fuse is up to the code around."""
+    b, c = gl.broadcast(b, c)
+    a, b = gl.broadcast(a, b)
+    a, c = gl.broadcast(a, c)
+    return gl.fma(b, c, a)
+
+
+@gluon.jit
+def narrow(t, dtype: gl.constexpr):
+    """t rounded to `dtype`; bfloat16 in half an instruction each."""
+    if dtype == gl.bfloat16:
+        t = gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [t], dtype=gl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        t = t.to(dtype)
+    return t
+
+
+@gluon.jit
+def load_rows(ptr, row, stride, FROM: gl.constexpr, END: gl.constexpr, LAYOUT: gl.constexpr):
+    """fp32 tile of rows `row` [R] (int64); channels from END on are 0."""
+    WIDTH: gl.constexpr = LAYOUT.shape[1]
+    k = gl.expand_dims(FROM + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    at = ptr + gl.expand_dims(row * stride, 1) + k
+    if FROM + WIDTH > END:
+        tile = gl.load(at, mask=k < END, other=0.0)
+    else:
+        tile = gl.load(at)
+    return widen(tile)
+
+
+@gluon.jit
+def load_vector(ptr, FROM: gl.constexpr, END: gl.constexpr, LAYOUT: gl.constexpr):
+    """fp32 [1, WIDTH] of a vector over the channels; 0 from END on."""
+    WIDTH: gl.constexpr = LAYOUT.shape[1]
+    k = FROM + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
+    if FROM + WIDTH > END:
+        vector = gl.load(ptr + k, mask=k < END, other=0.0)
+    else:
+        vector = gl.load(ptr + k)
+    return gl.expand_dims(widen(vector), 0)
+
+
+@gluon.jit
+def load_factor(pre_scale_ptr, signs_ptr, FROM: gl.constexpr, END: gl.constexpr, LAYOUT: gl.constexpr):
+    """fp32 [1, WIDTH]: pre_scale * signs, either of which may be None."""
+    WIDTH: gl.constexpr = LAYOUT.shape[1]
+    if pre_scale_ptr is not None:
+        factor = load_vector(pre_scale_ptr, FROM, END, LAYOUT)
+    else:
+        factor = gl.expand_dims(gl.full([WIDTH], 1.0, gl.float32, gl.SliceLayout(0, LAYOUT)), 0)
+    if signs_ptr is not None:
+        k = FROM + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
+        if FROM + WIDTH > END:
+            signs = gl.load(signs_ptr + k, mask=k < END, other=0)
+        else:
+            signs = gl.load(signs_ptr + k)
+        # One word has the signs of four channels.
+        factor = gl.inline_asm_elementwise(
+            """{ .reg .b32 s0, s1, s2;
+            shl.b32 s0, $4, 24; shl.b32 s1, $4, 16; shl.b32 s2, $4, 8;
+            lop3.b32 $0, $5, s0, 0x80000000, 0x78; lop3.b32 $1, $6, s1, 0x80000000, 0x78;
+            lop3.b32 $2, $7, s2, 0x80000000, 0x78; lop3.b32 $3, $8, $4, 0x80000000, 0x78; }""",
+            "=f,=f,=f,=f,r,f,f,f,f", [gl.expand_dims(signs, 0), factor], dtype=gl.float32, is_pure=True, pack=4,
+        )  # fmt: skip
+    return factor
+
+
+@gluon.jit
+def max_or_nan(a, b):
+    """The larger one, nan if either is."""
+    return gl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@gluon.constexpr_function
+def is_spread_alike(sizes, rows, warps):
+    """Whether every thread holds all tokens of every tile, so that the tiles can be added thread by thread."""
+    return all(width >= 32 * LANE * warps for _, width, _ in sizes)
+
+
+@gluon.constexpr_function
+def split_shape(rows, width, warps, block, held):
+    """Dimensions of a tile's bits: token, highest registers, threads, registers, lanes, registers."""
+    inside, _ = thread_bits(rows, width, warps, block, held)
+    more, lanes = 1 << (len(inside) - 3), 1 << (max(log2(block), 3) - len(inside))
+    return [rows, width // (32 * warps * more * 8), 32 * warps // lanes, more, lanes, 8]
+
+
+@gluon.jit
+def by_thread(tile, BLOCK: gl.constexpr, HELD: gl.constexpr):
+    """[R, WIDTH] -> [R, threads, channels of a thread]; nothing moves."""
+    SHAPE: gl.constexpr = split_shape(tile.shape[0], tile.shape[1], gl.num_warps(), BLOCK, HELD)
+    parts = gl.permute(gl.reshape(tile, SHAPE), (0, 2, 4, 1, 3, 5))
+    THREADS: gl.constexpr = 32 * gl.num_warps()
+    return gl.reshape(parts, [tile.shape[0], THREADS, tile.shape[1] // THREADS])
+
+
+@gluon.jit
+def combine(a, b, MAXIMUM: gl.constexpr):
+    if MAXIMUM:
+        both = max_or_nan(a, b)
+    else:
+        both = a + b
+    return both
+
+
+@gluon.jit
+def combine_along(tile, axis: gl.constexpr, MAXIMUM: gl.constexpr):
+    if MAXIMUM:
+        both = gl.reduce(tile, axis, max_or_nan)
+    else:
+        both = gl.sum(tile, axis)
+    return both
+
+
+@gluon.jit
+def per_token(tiles, MAXIMUM: gl.constexpr, PIECES: gl.constexpr, BLOCK: gl.constexpr, HELD: gl.constexpr):
+    """fp32 [R]: sums or maxima over all tiles; at once where that can be, because warps wait for each other."""
+    if is_spread_alike(PIECES, tiles[0].shape[0], gl.num_warps()):
+        part = combine_along(by_thread(tiles[0], BLOCK, HELD), 2, MAXIMUM)
+        for i in gl.static_range(1, len(tiles)):
+            other = combine_along(by_thread(tiles[i], BLOCK, HELD), 2, MAXIMUM)
+            part = combine(part, gl.convert_layout(other, part.type.layout, assert_trivial=True), MAXIMUM)
+        total = combine_along(part, 1, MAXIMUM)
+    else:
+        total = combine_along(tiles[0], 1, MAXIMUM)
+        for i in gl.static_range(1, len(tiles)):
+            other = gl.convert_layout(combine_along(tiles[i], 1, MAXIMUM), total.type.layout)
+            total = combine(total, other, MAXIMUM)
+    return total
+
+
+@gluon.jit
+def magnitudes(tiles):
+    found = ()
+    for i in gl.static_range(len(tiles)):
+        found = found + (gl.abs(tiles[i]),)
+    return found
+
+
+@gluon.jit
+def spread(values, tile):
+    """[R] -> [R, 1] in the layout of a tile."""
+    return gl.expand_dims(gl.convert_layout(values, gl.SliceLayout(1, tile.type.layout)), 1)
+
+
+@gluon.jit
+def encode(z, inverse, INT8: gl.constexpr):
+    """Codes of z * inverse: int8, rounding half to even by adding 1.5 * 2**23, or float8_e4m3fn."""
+    if INT8:
+        codes = gl.inline_asm_elementwise(
+            """{ .reg .b32 low, high;
+            prmt.b32 low, $1, $2, 0x0040; prmt.b32 high, $3, $4, 0x0040; prmt.b32 $0, low, high, 0x5410; }""",
+            "=r,f,f,f,f", [z * inverse + 12582912.0], dtype=gl.int8, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        t = gl.maximum(z * inverse, -448.0, propagate_nan=tl.PropagateNan.ALL)
+        codes = gl.minimum(t, 448.0, propagate_nan=tl.PropagateNan.ALL).to(gl.float8e4nv)
+    return codes
+
+
+@gluon.jit
+def tokens(first, M, LAYOUT: gl.constexpr):
+    """int32 [R]: the tokens from `first` on. Beyond the edge the last one repeats: nothing of it is stored."""
+    return gl.minimum(first + gl.arange(0, LAYOUT.shape[0], layout=gl.SliceLayout(1, LAYOUT)), M - 1)
+
+
+@gluon.jit
+def store_rows(ptr, tile, first, M, FROM: gl.constexpr, END: gl.constexpr, K: gl.constexpr):
+    """Store a tile into dense rows of K channels."""
+    LAYOUT: gl.constexpr = tile.type.layout
+    row = first + gl.arange(0, tile.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+    k = gl.expand_dims(FROM + gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, LAYOUT)), 0)
+    mask = gl.expand_dims(row < M, 1)
+    if FROM + tile.shape[1] > END:
+        mask = mask & (k < END)
+    gl.store(ptr + gl.expand_dims(row.to(gl.int64) * K, 1) + k, tile, mask=mask)
+
+
+@gluon.jit
+def quantize_tokens(
+    tiles, codes_ptr, scale_ptr, first, M, PIECES: gl.constexpr, INT8: gl.constexpr, TINY: gl.constexpr,
+    BLOCK: gl.constexpr, REGULAR: gl.constexpr, HELD: gl.constexpr, K: gl.constexpr,
+):  # fmt: skip
+    """Rotate (BLOCK > 0), find one scale per token, round and store all tiles. H's 1 / sqrt(BLOCK) is in the scale."""
+    LIMIT: gl.constexpr = 127.0 if INT8 else 448.0
+    UNIT: gl.constexpr = BLOCK**-0.5 if BLOCK > 0 else 1.0
+    if BLOCK > 0:
+        rotated = ()
+        for i in gl.static_range(len(tiles)):
+            rotated = rotated + (rotate(tiles[i], BLOCK, REGULAR, HELD),)
+    else:
+        rotated = tiles
+    top = per_token(magnitudes(rotated), True, PIECES, BLOCK, HELD)
+    amax = max_or_nan(top * UNIT, gl.full(top.shape, TINY, gl.float32, top.type.layout))
+    row = first + gl.arange(0, top.shape[0], layout=top.type.layout)
+    gl.store(scale_ptr + row, gl.div_rn(amax, gl.full(amax.shape, LIMIT, gl.float32, amax.type.layout)), mask=row < M)
+    inverse = gl.div_rn(gl.full(amax.shape, LIMIT, gl.float32, amax.type.layout), amax) * UNIT
+    for i in gl.static_range(len(tiles)):
+        codes = encode(rotated[i], spread(inverse, rotated[i]), INT8)
+        store_rows(codes_ptr, codes, first, M, PIECES[i][0], PIECES[i][2], K)

@@ -1,0 +1,334 @@
+"""The Gluon producers: their butterfly step by step on a CPU, compiled for GPUs that are not here, and on a GPU.
+
+python test_gluon_producers.py 90    # compile for this capability; one JSON line per kernel
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vdit_quant.kernels import act_quant as act_module
+from vdit_quant.kernels import dispatch
+from vdit_quant.kernels import norm_quant as norm_module
+from vdit_quant.kernels.act_quant import ACTS, GATED, act_quant
+from vdit_quant.kernels.hadamard import hadamard_matrix
+from vdit_quant.kernels.norm_quant import Norm, gate_norm_quant, norm_quant, norm_quant_fp8
+from vdit_quant.kernels.transform import Transform
+
+pytest.importorskip("triton.experimental.gluon")
+from vdit_quant.kernels._triton import gluon_producers, gluon_rows
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch")
+TILES = [(2, 1024, 1), (2, 128, 1), (1, 2048, 2), (2, 4096, 4), (1, 2048, 8)]
+MODELS = (1152, 1536, 2240, 3072, 4608, 5120, 12288, 13824, 15360)
+ROTATIONS = [*((size, "sylvester") for size in (16, 32, 64, 128)), (16, "regular"), (64, "regular")]
+
+
+def run_ptx(text: str, operands: list[Tensor]) -> list[Tensor]:
+    """What the instructions of `butterfly` do to operands [..., 32 lanes]; one result for every operand."""
+    names: dict[str, Tensor] = {f"${len(operands) + i}": value for i, value in enumerate(operands)}
+    names["lane"] = torch.arange(32, dtype=torch.int32)
+
+    def value(name: str) -> Any:
+        if name in names:
+            return names[name]
+        if name.startswith("0f"):
+            return torch.tensor([int(name[2:], 16)]).to(torch.int32).view(torch.float32)
+        return int(name, 0)
+
+    for line in re.split(r";\s*", text.strip("{} ")):
+        if not line or line.startswith((".reg", "mov.u32")):
+            continue
+        code, _, written = line.partition(" ")
+        result, *rest = written.split(", ")
+        a, b, c = [*map(value, rest[:3]), None, None][:3]
+        if code == "add.f32":
+            names[result] = a + b
+        elif code == "sub.f32":
+            names[result] = a - b
+        elif code == "fma.rn.f32":
+            names[result] = a * b.view(torch.float32) + c
+        elif code == "shfl.sync.bfly.b32":
+            names[result] = a[..., torch.arange(32) ^ b]
+        elif code == "shl.b32":
+            names[result] = (a.long() << b).to(torch.int32)
+        elif code == "lop3.b32":
+            names[result] = ((a.long() & b) | c).to(torch.int32)
+        elif code == "mov.b32":
+            names[result] = a
+    return [names[f"${i}"] for i in range(len(operands))]
+
+
+def places_of(layout: Any) -> Tensor:
+    """[registers, warps, 32 lanes, 2]: the token and channel that each holds."""
+    spans = []
+    for bases in (layout.reg_bases, layout.warp_bases, layout.lane_bases):
+        place = torch.zeros(1, 2, dtype=torch.int64)
+        for step in torch.tensor(bases, dtype=torch.int64).view(-1, 2):
+            place = torch.cat([place, place ^ step])
+        spans.append(place)
+    registers, warps, lanes = spans
+    return registers[:, None, None] ^ warps[None, :, None] ^ lanes[None, None]
+
+
+@pytest.mark.parametrize(("size", "kind"), ROTATIONS)
+@pytest.mark.parametrize("held", [8, 16, 32, 64])
+@pytest.mark.parametrize(("rows", "width", "warps"), TILES)
+def test_the_butterfly_is_a_product_with_h(size: int, kind: str, held: int, rows: int, width: int, warps: int) -> None:
+    layout = gluon_rows.layout_of(rows, width, warps, size, held)
+    place = places_of(layout)
+    x = torch.randn(rows, width, dtype=torch.float32)
+    inside = x[place[..., 0], place[..., 1]]
+    count = gluon_rows.held_by_thread(rows, width, warps, size, held)
+    text = gluon_rows.butterfly(rows, width, warps, size, held, kind == "regular")
+    results = run_ptx(text, list(inside.view(-1, count, warps, 32).unbind(1)))
+    found = torch.full_like(x, float("nan"))
+    found[place[..., 0], place[..., 1]] = torch.stack(results, 1).view(inside.shape)
+    want = (x.double().view(-1, size) @ hadamard_matrix(size, kind).double()).view(x.shape)
+    torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [48, 192, 576, *MODELS])
+@pytest.mark.parametrize("prefix", [0, 0.2])
+def test_pieces_cover_every_channel_once(k: int, prefix: float) -> None:
+    p = int(k * prefix) // 16 * 16
+    options = gluon_producers.launch_options(k, p, 16)
+    at = 0
+    for start, width, end in gluon_rows.pieces(k, p, options["R"], options["num_warps"], 16):
+        assert start == at
+        assert end in (p, k)
+        at = min(start + width, end)
+    assert at == k
+
+
+def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """(name, kernel, types, constants, launch options); an argument without type or constant is None."""
+    rows = {"x_ptr": "*bf16", "codes_ptr": "*i8", "scale_ptr": "*fp32", "M": "i32", "STEPS": "i32", "x_stride": "i32"}
+    vectors = {"pre_scale_ptr": "*fp32", "signs_ptr": "*i8"}
+    mod = {"shift_ptr": "*bf16", "mod_scale_ptr": "*bf16", "shift_stride": "i32", "mod_scale_stride": "i32"}
+    gate = {"branch_ptr": "*bf16", "gate_ptr": "*bf16", "h_ptr": "*bf16", "branch_stride": "i32", "gate_stride": "i32"}
+    shapes = [(k, size, kind) for k in MODELS for size, kind in ((0, ""), (64, "sylvester"), (128, "sylvester"))]
+    for k, size, kind in [*shapes, (3072, 64, "regular"), (1152, 16, "regular")]:
+        options = gluon_producers.launch_options(k, 0, size)
+        constants = {"K": k, "INT8": True, "TINY": 1e-30, "BLOCK": size, "REGULAR": kind == "regular"}
+        constants |= {name: options[name] for name in ("R", "HELD", "KEEP")}
+        transform = vectors if size else {}
+        if k > 4000:
+            for act in ("gelu_tanh", "swiglu") if size == 64 else ("gelu_tanh",):
+                name, more = f"act {act} K={k} {size}{kind}", {"ACT": act, "PREFIX": 0}
+                yield name, gluon_producers.act_quant_kernel, rows | transform, constants | more, options
+        if k <= 5120:
+            norm = rows | transform | mod | {"TOKENS": "i32", "eps": "fp32"}
+            for alone in (True, False):
+                name, more = f"norm K={k} {size}{kind} alone={alone}", {"LAYER": True, "ONE": alone}
+                yield name, gluon_producers.norm_quant_kernel, norm, constants | more, options
+            name, more = f"gate K={k} {size}{kind}", {"LAYER": True, "ONE": True}
+            yield name, gluon_producers.norm_quant_kernel, norm | gate, constants | more, options
+    options = gluon_producers.launch_options(15360, 3072, 64)
+    constants = {"ACT": "gelu_tanh", "K": 15360, "PREFIX": 3072, "INT8": True, "TINY": 1e-30, "BLOCK": 64}
+    constants |= {"REGULAR": False, **{name: options[name] for name in ("R", "HELD", "KEEP")}}
+    types = rows | vectors | {"prefix_ptr": "*bf16", "prefix_stride": "i32"}
+    yield "act behind a prefix", gluon_producers.act_quant_kernel, types, constants, options
+
+
+def compile_all(capability: int) -> None:
+    """Print one JSON line per kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    for name, kernel, types, constants, options in compile_cases():
+        signature, fixed, attributes = {}, {}, {}
+        for i, argument in enumerate(kernel.arg_names):
+            signature[argument] = types.get(argument, "constexpr")
+            if argument not in types:
+                fixed[(i,)] = constants.get(argument)
+            elif types[argument][0] == "*" or argument.endswith("stride"):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        launch = {name: options[name] for name in ("num_warps", "maxnreg")}
+        source = GluonASTSource(kernel, signature, fixed, attributes)
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
+        found = {"name": name, "shared": made.metadata.shared}
+        if tool.exists():
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(made.asm["cubin"])
+                file.flush()
+                text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
+            usage = text.stdout + text.stderr
+            found |= {n.lower(): int(re.search(rf"{n}:(\d+)", usage)[1]) for n in ("STACK", "REG")}  # type: ignore[index]
+        sys.stdout.write(json.dumps(found) + "\n")
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles_without_spills_and_hardly_any_shared_memory(capability: int, child_environment) -> None:
+    command = [sys.executable, __file__, str(capability)]
+    done = subprocess.run(command, capture_output=True, text=True, env=child_environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(kernels) > 50
+    for kernel in kernels:
+        assert kernel["shared"] <= 512, kernel
+        assert kernel.get("stack", 0) == 0, kernel
+
+
+@pytest.fixture
+def strict() -> Iterator[None]:
+    with dispatch.use(mode="auto", strict=True):
+        yield
+
+
+def transform_of(k: int, size: int, kind: str, dtype: torch.dtype = torch.int8) -> Transform:
+    signs = (torch.randint(2, (k,), device="cuda") * 2 - 1).to(torch.int8) if size else None
+    return Transform(torch.rand(k, device="cuda") + 0.5, signs, size, kind, dtype)
+
+
+def listed(transform: Transform) -> list[Tensor]:
+    return [t for t in (transform.pre_scale, transform.signs) if t is not None]
+
+
+def assert_agree(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
+    """Codes within 1 (fp8: one step), nearly all equal; scales to fp32 rounding."""
+    torch.testing.assert_close(got[-1], want[-1], rtol=1e-5, atol=0)
+    codes, wanted = got[-2].float(), want[-2].float()
+    off = (codes - wanted).abs()
+    limit = 1.0 if got[-2].dtype == torch.int8 else wanted.abs() / 8 + 2**-9
+    assert (off <= limit).all()
+    assert (off > 0).float().mean() < 1e-3
+
+
+def rotations_of(k: int) -> list[tuple[int, str]]:
+    """None, one of Hadamard's, and a third that depends on k."""
+    fits = [(size, kind) for size, kind in ROTATIONS if k % size == 0]
+    return [(0, ""), fits[-1], fits[k // 16 % len(fits)]]
+
+
+@on_gpu
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("k", [48, 192, *MODELS])
+def test_act_quant_equals_its_reference(k: int) -> None:
+    runs = [(1, "gelu_tanh", torch.bfloat16), (129, "swiglu", torch.float16), (7, "none", torch.float32)]
+    for i, (size, kind) in enumerate(rotations_of(k)):
+        m, act, dtype = runs[(i + k // 64) % 3]
+        x = (torch.randn(m, 3 * k, device="cuda") * 2).to(dtype)[:, k : 3 * k if act == "swiglu" else 2 * k]
+        transform = transform_of(k, size, kind)
+        assert gluon_producers.limits(k, 0, size) is None
+        got = act_quant(x, act, transform.pre_scale, transform.signs, size, kind)
+        assert_agree(got, act_module._reference(x, act, transform))
+
+
+@on_gpu
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("act", ACTS)
+def test_every_activation_equals_its_reference(act: str) -> None:
+    x = torch.randn(9, 2304 if act in GATED else 1152, device="cuda").bfloat16() * 3
+    transform = transform_of(1152, 128, "sylvester")
+    got = act_quant(x, act, transform.pre_scale, transform.signs, 128, "sylvester")
+    assert_agree(got, act_module._reference(x, act, transform))
+
+
+@on_gpu
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize(("n", "p"), [(12288, 3072), (1152, 1152), (4608, 384), (1072, 208)])
+def test_a_prefix_comes_first_and_as_it_is(n: int, p: int) -> None:
+    wide, prefix = (torch.randn(33, width, device="cuda").bfloat16() for width in (n + 512, p + 64))
+    x, prefix = wide[:, 512:], prefix[:, :p]
+    for act, size in (("gelu_tanh", 0), ("gelu_tanh", 64), ("silu", 0)):
+        transform = transform_of(n + p, size, "sylvester")
+        got = act_quant(x, act, transform.pre_scale, transform.signs, size, "sylvester", "int8", prefix)
+        assert_agree(got, act_module._reference(x, act, transform, prefix))
+
+
+@on_gpu
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("k", [192, 1152, 3072, 5120])
+def test_norm_quant_equals_its_reference(k: int, dtype: torch.dtype) -> None:
+    runs = [(1, 1, 0, "layer"), (258, 2, 0, "layer"), (129, 3, 2, "layer"), (34, 17, 1, "rms")]
+    for i, (size, kind) in enumerate(rotations_of(k)):
+        for m, b, affine, layer in (runs[i], runs[-1 - i]):
+            x = (torch.randn(m, 2 * k, device="cuda") * 2 + 0.5).to(dtype)[:, k:]
+            mod = list((torch.randn(b, 6 * k, device="cuda") / 2).to(dtype).chunk(6, dim=1)[2:4])
+            vectors = [torch.randn(k, device="cuda").to(dtype) for _ in range(affine)]
+            norm, transform = Norm(mod, vectors, layer, 1e-6), transform_of(k, size, kind)
+            got = norm_quant(x, mod, vectors, listed(transform), layer, 1e-6, size, kind)
+            assert_agree(got, norm_module._reference(x, norm, transform))
+
+
+@on_gpu
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("k", [1152, 5120])
+def test_gate_norm_quant_equals_its_reference(k: int, dtype: torch.dtype) -> None:
+    for m, b, shared in ((256, 2, 2), (129, 3, 3), (12, 4, 6)):
+        residual, branch = (torch.randn(m, 2 * k, device="cuda").to(dtype)[:, k:] for _ in range(2))
+        gate = torch.randn(b, 3 * k, device="cuda").to(dtype)[:, k : 2 * k]
+        mod = list(torch.randn(shared, 2 * k, device="cuda").to(dtype).chunk(2, dim=1))
+        transform = transform_of(k, 64, "sylvester")
+        for stream in ([residual, branch, gate], [residual, branch]):
+            got = gate_norm_quant(stream, mod, [], listed(transform), "layer", 1e-6, 64, "sylvester")
+            h = norm_module.gated_residual(stream)
+            torch.testing.assert_close(got[0], h, rtol=torch.finfo(dtype).eps, atol=1e-6)
+            assert_agree(got, norm_module._reference(got[0], Norm(mod, [], "layer", 1e-6), transform))
+
+
+@on_gpu
+@pytest.mark.usefixtures("strict")
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no float8 here")
+def test_fp8_codes() -> None:
+    x = torch.randn(65, 3072, device="cuda").bfloat16()
+    for size in (0, 128):
+        transform = transform_of(3072, size, "sylvester", torch.float8_e4m3fn)
+        got = norm_quant_fp8(x, [], [], listed(transform), "rms", 1e-6, size, "sylvester")
+        assert_agree(got, norm_module._reference(x, Norm([], [], "rms", 1e-6), transform))
+
+
+@on_gpu
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("size", [0, 64, 128])
+@pytest.mark.parametrize("k", [1152, 3072, 5120])
+def test_a_row_does_not_depend_on_its_batch(k: int, size: int) -> None:
+    """Nor on how many rows share a modulation, which decides how that is read."""
+    x = torch.randn(1024, k, device="cuda").bfloat16()
+    mod, transform = list(torch.randn(2, k, device="cuda")[:, None]), transform_of(k, size, "sylvester")
+
+    def norm(rows: Tensor, shared: int = 1) -> tuple[Tensor, ...]:
+        repeated = [t.repeat(shared, 1) for t in mod]
+        return norm_quant(rows, repeated, [], listed(transform), "layer", 1e-6, size, "sylvester")
+
+    def act(rows: Tensor) -> tuple[Tensor, ...]:
+        return act_quant(rows, "gelu_tanh", transform.pre_scale, transform.signs, size, "sylvester")
+
+    for call in (norm, act, lambda rows: norm(rows, len(rows))):
+        whole = call(x)
+        for start, stop in ((0, 1), (5, 6), (3, 20), (1, 1024), (1023, 1024)):
+            for got, want in zip(call(x[start:stop]), whole, strict=True):
+                assert torch.equal(got, want[start:stop])
+    for got, want in zip(norm(x, 1024), norm(x), strict=True):
+        assert torch.equal(got, want)
+
+
+@on_gpu
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("size", [0, 64])
+def test_rows_that_are_not_finite_or_zero(size: int) -> None:
+    x = torch.randn(6, 1152, device="cuda").bfloat16()
+    x[1, 2], x[2, 5], x[3, 1151], x[4] = float("nan"), float("inf"), -float("inf"), 0
+    codes, scale = act_quant(x, "none", None, None, size, "sylvester")
+    assert torch.isfinite(scale).tolist() == [True, False, False, False, True, True]
+    assert scale[4] > 0
+    assert codes[4].abs().max() == 0
+    assert act_quant(x[:0], "none", None, None, size, "sylvester")[0].shape == (0, 1152)
+
+
+if __name__ == "__main__":
+    compile_all(int(sys.argv[1]))
