@@ -20,21 +20,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vdit_quant.kernels._triton import (
+    codebook_decode,
     fp8_linear,
     hadamard,
+    int4_decode,
+    int4_fused,
     int4_linear,
     int8_linear,
     int8_linear_add,
     int8_linear_low_rank,
     packed_decode,
     quant_token,
-    hadamard,
-    int4_decode,
-    int4_fused,
-    int4_linear,
-    int8_linear,
-    packed_decode,
-    quant_token,
+    quant_token_fp4,
     weight_linear,
 )
 from vdit_quant.kernels._triton.tiles import ROUND_EACH_STEP
@@ -154,6 +151,23 @@ def fp8_linear_cases() -> Iterator[Case]:
         types = {**LINEAR, "x_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv", "y_ptr": "*bf16", **SIZES}
         consts = {"HAS_BIAS": True, "EVEN_K": True, **int8_linear.int8_options(m, 3456), **ROUND_EACH_STEP}
         yield f"fp8_linear M={m}", fp8_linear.fp8_linear_kernel, types, consts
+
+
+def codebook_decode_cases() -> Iterator[Case]:
+    for bits, length, group in ((8, 4, 0), (6, 2, 0), (4, 1, 0), (4, 1, 32), (2, 1, 0)):
+        word = {1: "*i8", 2: "*i16", 4: "*i32"}[length]
+        types = {"w_ptr": "*u8", "book_ptr": word, "table_ptr": "*u8", "group_ptr": "*u8", "out_ptr": word}
+        types |= {"N": "i32", "C": "i32", "TABLES": "i32"}
+        consts = {"BITS": bits, "HAS_TABLE": bits == 4, "GROUP": group, **codebook_decode.launch_options(1152)}
+        yield f"codebook_to_int8 bits={bits} group={group}", codebook_decode.codebook_to_int8_kernel, types, consts
+
+
+def quant_token_fp4_cases() -> Iterator[Case]:
+    for k, group in ((1152, 0), (3072, 16), (15360, 32)):
+        types = {"x_ptr": "*bf16", "codes_ptr": "*i8", "scale_ptr": "*fp32", **SIZES}
+        consts = {"TINY": 1e-30, "LARGEST": 12.0, "BLOCK_LARGEST": 169.0, "GROUP": group}
+        consts |= quant_token_fp4.launch_options(k) | ROUND_EACH_STEP
+        yield f"quant_token_fp4 K={k} group={group}", quant_token_fp4.quant_token_fp4_kernel, types, consts
 
 
 def hadamard_cases() -> Iterator[Case]:

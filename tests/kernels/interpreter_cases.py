@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton.language as tl
 
+from vdit_quant.kernels._triton import codebook_decode as codebook_twin
 from vdit_quant.kernels._triton import fp8_linear as fp8_twin
 from vdit_quant.kernels._triton import hadamard as hadamard_twin
 from vdit_quant.kernels._triton import int4_decode as decode_twin
@@ -14,17 +15,20 @@ from vdit_quant.kernels._triton import int8_linear_add as add_twin
 from vdit_quant.kernels._triton import int8_linear_low_rank as low_rank_twin
 from vdit_quant.kernels._triton import packed_decode as packed_twin
 from vdit_quant.kernels._triton import quant_token as quant_twin
+from vdit_quant.kernels._triton import quant_token_fp4 as fp4_twin
 from vdit_quant.kernels._triton import weight_linear as weight_twin
 from vdit_quant.kernels._triton.tiles import INTERPRETED
+from vdit_quant.kernels.codebook_decode import BITS, codebook_to_int8
 from vdit_quant.kernels.fp8_linear import E4M3, fp8_linear, quant_token_fp8
 from vdit_quant.kernels.hadamard import hadamard
 from vdit_quant.kernels.int4_linear import int4_linear, int4_to_int8, int4_weight_linear
 from vdit_quant.kernels.int8_linear import int8_linear, int8_weight_linear
 from vdit_quant.kernels.int8_linear_add import int8_linear_add
 from vdit_quant.kernels.int8_linear_low_rank import int8_linear_low_rank
-from vdit_quant.kernels.pack import WIDTHS, block_int4, block_scales, pack_bits
+from vdit_quant.kernels.pack import WIDTHS, block_int4, block_scales, pack_bits, pack_codes
 from vdit_quant.kernels.packed_decode import packed_to_int8
 from vdit_quant.kernels.quant_token import quant_token
+from vdit_quant.kernels.quant_token_fp4 import quant_token_fp4
 
 SHAPES = [(1, 72, 33), (17, 200, 40), (129, 33, 130), (65, 320, 136)]
 GROUPED = [(1, 64, 33, 16), (17, 192, 40, 32), (129, 192, 70, 64), (3, 384, 35, 128)]
@@ -213,6 +217,43 @@ def test_packed_to_int8_every_code_with_every_group_scale(bits: int, odd: bool) 
     codes = (torch.arange(64, dtype=torch.int8) % (1 << bits) - (1 << (bits - 1))).repeat(256, 1)
     args = (pack_bits(codes, bits), torch.arange(256, dtype=torch.uint8)[:, None], 64, bits, odd)
     assert torch.equal(packed_twin.run("packed_to_int8", *args), packed_to_int8(*args))
+
+
+@pytest.mark.parametrize("entries", BITS)
+def test_codebook_to_int8(entries: int, make_layer) -> None:
+    for k, n, group in [(4, 3, None), (60, 9, None), (1036, 10, None), (192, 40, 32)]:
+        a = make_layer(1, k, n, group)
+        for length in (1, 2, 4) if group is None else (1,):
+            g = torch.Generator().manual_seed(k)
+            book = torch.randint(-127, 128, (3, entries, length), generator=g).to(torch.int8)
+            packed = pack_codes(torch.randint(0, entries, (n, k // length), generator=g), BITS[entries])
+            for args in (
+                (packed, book, (a.weight[:, 0] % 4).to(torch.uint8), a.group_scale, k),
+                (packed, book[1:2], None, a.group_scale, k),
+            ):
+                assert torch.equal(codebook_twin.run("codebook_to_int8", *args), codebook_to_int8(*args))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("k", "group"), [(1, 0), (72, 0), (64, 16), (192, 32), (1152, 128)])
+def test_quant_token_fp4(k: int, group: int, dtype: torch.dtype, make_layer) -> None:
+    x = make_layer(9, k, 4).x.to(dtype)
+    x[-1] = 0
+    x[2, k // 2] = 100
+    for got, want in zip(fp4_twin.run("quant_token_fp4", x, group), quant_token_fp4(x, group), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_quant_token_fp4_ties_and_rows_that_are_not_finite() -> None:
+    x = torch.tensor([[12, 0.5, 1.5, 2.5, 5, -5, 7, 10, -10, 11, 3.5, -0.5, 0, 8, 6, 4.0]]).repeat(3, 1)
+    x[1, 2], x[2, 5] = float("nan"), float("inf")
+    for group in (0, 16):
+        codes, scale = fp4_twin.run("quant_token_fp4", x, group)
+        want, _ = quant_token_fp4(x, group)
+        assert torch.equal(codes[0], want[0])
+        assert torch.isfinite(scale).tolist() == [True, False, False]
+    codes, _ = fp4_twin.run("quant_token_fp4", x, 0)
+    assert codes[0].tolist() == [12, 0, 2, 2, 4, -4, 8, 8, -8, 12, 4, 0, 0, 8, 6, 4]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

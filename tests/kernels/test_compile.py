@@ -20,6 +20,8 @@ FILES = (
     "int8_linear_low_rank",
     "int4_linear",
     "packed_decode",
+    "codebook_decode",
+    "quant_token_fp4",
     "hadamard",
     "fp8_linear",
 )

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from vdit_quant.kernels import codebook_decode as codebook_module
 from vdit_quant.kernels import dispatch, scaled_mm
 from vdit_quant.kernels import fp8_linear as fp8_module
 from vdit_quant.kernels import hadamard as hadamard_module
@@ -14,15 +15,18 @@ from vdit_quant.kernels import int8_linear_add as add_module
 from vdit_quant.kernels import int8_linear_low_rank as low_rank_module
 from vdit_quant.kernels import packed_decode as packed_module
 from vdit_quant.kernels import quant_token as quant_module
+from vdit_quant.kernels import quant_token_fp4 as fp4_module
+from vdit_quant.kernels.codebook_decode import BITS, codebook_to_int8
 from vdit_quant.kernels.fp8_linear import fp8_linear, quant_token_fp8
 from vdit_quant.kernels.hadamard import hadamard
 from vdit_quant.kernels.int4_linear import int4_linear, int4_to_int8, int4_weight_linear
 from vdit_quant.kernels.int8_linear import int8_linear, int8_weight_linear
 from vdit_quant.kernels.int8_linear_add import int8_linear_add
 from vdit_quant.kernels.int8_linear_low_rank import int8_linear_low_rank
-from vdit_quant.kernels.pack import WIDTHS, pack_bits
+from vdit_quant.kernels.pack import WIDTHS, pack_bits, pack_codes
 from vdit_quant.kernels.packed_decode import packed_to_int8
 from vdit_quant.kernels.quant_token import quant_token
+from vdit_quant.kernels.quant_token_fp4 import quant_token_fp4
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch")
 
@@ -136,6 +140,30 @@ def test_packed_to_int8(k: int, n: int, group: int | None, bits: int, make_layer
     for odd in (False, True):
         args = (packed, a.group_scale, k, bits, odd)
         assert torch.equal(packed_to_int8(*args), packed_module._reference(*args))
+
+
+@pytest.mark.parametrize("entries", BITS)
+@pytest.mark.parametrize(("k", "n", "group"), GROUPED)
+def test_codebook_to_int8(k: int, n: int, group: int | None, entries: int, make_layer) -> None:
+    a = make_layer(1, k, n, group, device="cuda")
+    for length in (1, 2, 4) if group is None else (1,):
+        if k % length:
+            continue
+        book = torch.randint(-127, 128, (3, entries, length), device="cuda").to(torch.int8)
+        packed = pack_codes(torch.randint(0, entries, (n, k // length), device="cuda"), BITS[entries])
+        table = torch.randint(0, 3, (n,), device="cuda").to(torch.uint8)
+        for args in ((packed, book, table, a.group_scale, k), (packed, book[:1], None, a.group_scale, k)):
+            assert torch.equal(codebook_to_int8(*args), codebook_module._reference(*args))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("k", "group"), [(200, 0), (1152, 0), (1152, 16), (3072, 32), (15360, 128)])
+def test_quant_token_fp4(k: int, group: int, dtype: torch.dtype, make_layer) -> None:
+    for m in TOKENS:
+        x = make_layer(m, k, 1, dtype=dtype, device="cuda").x
+        x[-1] = 0
+        for got, want in zip(quant_token_fp4(x, group), fp4_module._reference(x, group), strict=True):
+            assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

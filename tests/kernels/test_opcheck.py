@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from vdit_quant.kernels.act_quant import ACTS, act_quant
+<<<<<<< HEAD
 from vdit_quant.kernels.attention import attention
+=======
+from vdit_quant.kernels.codebook_decode import codebook_to_int8
+>>>>>>> 596d3bb (codebook_to_int8 and quant_token_fp4: tables and FP4 activations that int8 tensor cores multiply exactly)
 from vdit_quant.kernels.dispatch import TWINS
 from vdit_quant.kernels.fp8_linear import fp8_linear, quant_token_fp8
 from vdit_quant.kernels.hadamard import hadamard
@@ -16,9 +20,10 @@ from vdit_quant.kernels.int8_linear import int8_linear, int8_weight_linear
 from vdit_quant.kernels.int8_linear_add import int8_linear_add
 from vdit_quant.kernels.int8_linear_low_rank import int8_linear_low_rank
 from vdit_quant.kernels.norm_quant import gate_norm_quant, gate_norm_quant_fp8, norm_quant, norm_quant_fp8
-from vdit_quant.kernels.pack import pack_bits
+from vdit_quant.kernels.pack import pack_bits, pack_codes
 from vdit_quant.kernels.packed_decode import packed_to_int8
 from vdit_quant.kernels.quant_token import quant_token
+from vdit_quant.kernels.quant_token_fp4 import quant_token_fp4
 
 E4M3 = torch.float8_e4m3fn
 SIGNS = torch.ones(64, dtype=torch.int8)
@@ -71,6 +76,7 @@ CASES: dict[str, tuple[Callable[..., object], Callable[..., list[tuple[object, .
             (pack_bits(a.weight[:, :61] % 64 - 32, 6), None, 61, 6, False),
         ],
     ),
+<<<<<<< HEAD
     "quant_token_fp8": (quant_token_fp8, lambda a: [(a.x,), (a.x.bfloat16(),)]),
     "fp8_linear": (
         fp8_linear,
@@ -79,6 +85,17 @@ CASES: dict[str, tuple[Callable[..., object], Callable[..., list[tuple[object, .
             (a.x.to(E4M3), a.scale, a.weight.to(E4M3), a.weight_scale, None, torch.bfloat16),
         ],
     ),
+=======
+    "codebook_to_int8": (
+        codebook_to_int8,
+        lambda a: [
+            (pack_codes(a.weight % 16, 4), a.weight[:3, :16, None], a.weight[:, 0].byte() % 3, a.group_scale, 64),
+            (pack_codes(a.weight[:, :16] % 64, 6), a.weight.view(1, -1, 2)[:, :64], None, None, 32),
+            (pack_codes(a.weight[:, :15].byte(), 8), a.weight.repeat(2, 1).view(1, 256, 4), None, None, 60),
+        ],
+    ),
+    "quant_token_fp4": (quant_token_fp4, lambda a: [(a.x, 0), (a.x.bfloat16(), 16)]),
+>>>>>>> 596d3bb (codebook_to_int8 and quant_token_fp4: tables and FP4 activations that int8 tensor cores multiply exactly)
     "hadamard": (
         hadamard,
         lambda a: [(a.x, torch.ones(64, dtype=torch.int8), 16, "sylvester"), (a.x, None, 64, "regular")],
