@@ -1,7 +1,11 @@
 """Dynamic quantisation of activations to FP4 (E2M1) in a form that int8 tensor cores multiply exactly.
 
-E2M1 values times 2 are the integers 0, 1, 2, 3, 4, 6, 8, 12. With one scale per token those are the codes themselves. With
-a block scale of 8 bits relative to the token's they are the int8 levels that element and block scale stand for together.
+E2M1 values times 2 are the integers 0, 1, 2, 3, 4, 6, 8, 12. With one scale per token those are the codes themselves.
+With a block scale of 8 bits relative to the token's, the codes are the int8 levels that both stand for together.
+
+The cells of a float grid grow outwards while the density of the data falls, so rounding to the nearest makes a token
+longer on average. That is an error of one direction at every step of a sampler, and sums up. The scale takes it out:
+the quantised token's projection on the token is the token itself.
 """
 
 import torch
@@ -48,22 +52,31 @@ def _reference(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     limit = torch.full_like(amax, ROW_LARGEST if group else LARGEST)
     scaled = wide * (limit / amax).unsqueeze(1)
     if not group:
-        return round_to_e2m1(scaled).to(torch.int8), amax / limit
+        codes = round_to_e2m1(scaled)
+        return codes.to(torch.int8), amax / limit * _gain(scaled, codes)
     blocks = scaled.view(m, k // group, group)
     block = (blocks.abs().amax(2, keepdim=True) * (BLOCK_ONE / LARGEST)).ceil().clamp(1, BLOCK_LARGEST)
     code = round_to_e2m1(blocks * (torch.full_like(block, BLOCK_ONE) / block))
     level = (code.to(torch.int32) * block.to(torch.int32) + BLOCK_ONE // 2) >> 4
-    return level.to(torch.int8).view(m, k), amax / limit
+    level = level.to(torch.int8).view(m, k)
+    return level, amax / limit * _gain(scaled, level.float())
+
+
+def _gain(scaled: Tensor, codes: Tensor) -> Tensor:
+    """float32 [M]: |x|^2 / <x, codes>, 1 for a row of zeros."""
+    along = (scaled * codes).sum(1)
+    return torch.where(along > 0, scaled.square().sum(1) / along, 1.0)
 
 
 @torch.library.custom_op("vdit_quant::quant_token_fp4", mutates_args=())
 def quant_token_fp4(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """x[m, k] ~ codes[m, k] * scale[m], codes made of E2M1 elements e in +-{0, 1, 2, 3, 4, 6, 8, 12}, in halves:
 
-    group 0: scale = amax / 12,      codes = e = E2M1(x * (12 / amax)),      amax[m] = max_k |x[m, k]|
-    else:    scale = amax / 126.75,  codes = (e * b + 8) >> 4,  b[m, k // group] = ceil(16/12 max_group |t|) in 1..169,
-             t = x * (126.75 / amax),  e = E2M1(t * (16 / b))
+    group 0: codes = e = E2M1(t),  t = x * (12 / amax),  amax[m] = max_k |x[m, k]|
+    else:    codes = (e * b + 8) >> 4,  e = E2M1(t * (16 / b)),  t = x * (126.75 / amax),
+             b[m, k // group] = ceil(16/12 max_group |t|) in 1..169
 
+    scale[m] = amax / (12 or 126.75) * sum_k t^2 / sum_k t codes, so that sum_k x (codes scale) = sum_k x^2.
     E2M1 rounds to nearest, ties to the even code.
 
     x: fp32 | bf16 | fp16 [M, K], row-major; group: 0, or 16, 32, 64 or 128, which divides K

@@ -68,9 +68,7 @@ def launch_options(codes: int) -> dict[str, int]:
     return {"R": 4, "B": 128 if codes <= 256 else 512, "num_warps": 4}
 
 
-def run(
-    op: str, weight: Tensor, codebook: Tensor, table: Tensor | None, group_scale: Tensor | None, k: int
-) -> Tensor:
+def run(op: str, weight: Tensor, codebook: Tensor, table: Tensor | None, group_scale: Tensor | None, k: int) -> Tensor:
     """`codebook_to_int8` by Triton."""
     n, (tables, entries, length) = weight.shape[0], codebook.shape
     codes = k // length

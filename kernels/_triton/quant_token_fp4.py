@@ -33,7 +33,7 @@ def quant_token_fp4_kernel(
     x_ptr, codes_ptr, scale_ptr, K, TINY: tl.constexpr, LARGEST: tl.constexpr, BLOCK_LARGEST: tl.constexpr,
     GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token per program; BLOCK >= K; GROUP is 0 for one scale per token. LARGEST: the level of the row's maximum."""
+    """One token per program; BLOCK >= K; GROUP is 0 for one scale per token. LARGEST: its maximum's level."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
@@ -50,7 +50,9 @@ def quant_token_fp4_kernel(
     else:
         codes = _e2m1(t)
     tl.store(codes_ptr + row * K + k, codes.to(tl.int8), mask=k < K)
-    tl.store(scale_ptr + row, tl.div_rn(amax, LARGEST))
+    along = tl.sum(t * codes.to(tl.float32), axis=0)
+    gain = tl.where(along > 0, tl.sum(t * t, axis=0) / along, 1.0)
+    tl.store(scale_ptr + row, tl.div_rn(amax, LARGEST) * gain)
 
 
 def limits(op: str, dtype: torch.dtype | None = None, k: int | None = None, **_: Any) -> str | None:
