@@ -1,4 +1,4 @@
-"""The block-scaled FP4 formats of the hardware that has them: MXFP4 and NVFP4 (E2M1 elements, see `quantize/minifloat.py`).
+"""The block-scaled FP4 formats of the hardware that has them: MXFP4 and NVFP4. Elements are E2M1 (`minifloat.py`).
 
     w = e * block[n, k // g] * weight_scale[n]
 
@@ -49,7 +49,7 @@ class BlockFloat(ScalarFormat):
         return {"weight_block_scale": bits, "weight_scale": row}
 
     def fit_blocks(self, reach: Tensor) -> tuple[Tensor, Tensor]:
-        """Largest magnitude of every block, float32 [N, G] -> bits of the block scales, uint8 [N, G], and row scales."""
+        """float32 [N, G], each block's largest magnitude -> bits of block scales, uint8 [N, G], and row scales."""
         raise NotImplementedError
 
     def block_scale(self, bits: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ A code is a sign (bit 3) and the place of the magnitude in its list. Times 16, 3
 
     w = v' * weight_scale[n],   v' = (v * weight_group_scale[n, g] + 64) >> 7,   an int8 in [-127, 127].
 
-The group scale is an unsigned 8-bit fixed-point number relative to the row's scale (see `quantize/integer.py`). A product
-with int8 or FP4 activations is then an integer product with one fp32 scale per row in the epilogue.
+The group scale is an unsigned 8-bit fixed-point number relative to the row's scale (see `quantize/integer.py`). A
+product with int8 or FP4 activations is then an integer product with one fp32 scale per row in the epilogue.
 """
 
 from __future__ import annotations
@@ -82,12 +82,9 @@ class Minifloat(ScalarFormat):
             best, least = self.merge(best, other, error < least), torch.minimum(error, least)
         return best
 
-    def fit_element(self, weight: Tensor, spec: FormatSpec, element: Tensor, clip: Tensor | float = 1.0) -> Tensors:
-        """The scales where each row's element is given: `element` int64 [N], places in `elements`."""
-        best = self._fit_element(weight, spec, clip, 0)
-        for number in range(1, len(self.elements)):
-            best = self.merge(best, self._fit_element(weight, spec, clip, number), element == number)
-        return best
+    def with_elements(self, element: Tensor) -> Minifloat:
+        """This format with each row's element given: `element` int64 [N], places in `elements`."""
+        return _Given(self, element)
 
     @staticmethod
     def merge(first: Tensors, second: Tensors, rows: Tensor) -> Tensors:
@@ -193,6 +190,35 @@ class Minifloat(ScalarFormat):
         if spec.group_size is not None:
             return scales["weight_group_scale"].shape[1] * spec.group_size
         return columns.stop or part.shape[1]
+
+
+class _Given(Minifloat):
+    """A `Minifloat` whose rows have their elements already."""
+
+    def __init__(self, base: Minifloat, element: Tensor) -> None:
+        super().__init__(*base.elements)
+        self.element = element
+
+    def fit(
+        self, weight: Tensor, spec: FormatSpec, clip: Tensor | float = 1.0, importance: Tensor | None = None
+    ) -> Tensors:
+        best = self._fit_element(weight, spec, clip, 0)
+        for number in range(1, len(self.elements)):
+            best = self.merge(best, self._fit_element(weight, spec, clip, number), self.element == number)
+        return best
+
+
+def element_rule(weight: Tensor) -> Tensor:
+    """int64 [N]: the place in `ELEMENTS` of each row's element by HQ-DiT's rule (arXiv 2405.19751): the spread of a
+    row, its largest magnitude over a small one, is held against the range of each element's magnitudes.
+
+    The small magnitude is the lower quartile, for which a row of normal numbers gets E2M1 or E1M2; how the paper takes
+    it is not published. The element whose range is nearest on a logarithmic scale is taken.
+    """
+    size = weight.float().abs()
+    spread = (size.amax(1) / size.quantile(0.25, dim=1).clamp_min(TINY)).clamp(1, 1e6).log2()
+    ranges = torch.tensor([VALUES[name][-1] / VALUES[name][1] for name in ELEMENTS], device=weight.device).log2()
+    return (spread[:, None] - ranges).abs().argmin(1)
 
 
 def codebook(elements: tuple[str, ...]) -> Tensor:
