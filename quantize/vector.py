@@ -39,7 +39,7 @@ class VectorFormat(Format):
     def check(self, k: int, spec: FormatSpec) -> None:
         super().check(k, spec)
         if k % self.length:
-            raise InputError(f"format {spec.format}: K = {k} is not a multiple of {self.length}, the length of an entry")
+            raise InputError(f"format {spec.format}: K = {k} is not a multiple of an entry's {self.length} weights")
 
     def layout(self, n: int, k: int, spec: FormatSpec) -> dict[str, TensorLayout]:
         return {

@@ -36,7 +36,8 @@ class Vq4Dit(Method):
     ratio       weight of the loss that drives every mixture of candidates to one of them
     harden      the share that a candidate must reach to be fixed before the end; above 1: never
     slope       weight of the loss that holds the block's output, projected on the exact output, at its exact size
-    rate        learning rate of the mixtures; codebook, scales and biases learn at `rate` / 50
+    rate        learning rate of the mixtures' logits
+    book_rate   learning rate of codebook (its root mean square is 1), scales (as factors) and biases
     """
 
     defaults: ClassVar[dict[str, Any]] = {
@@ -52,6 +53,7 @@ class Vq4Dit(Method):
         "harden": 0.99,
         "slope": 1.0,
         "rate": 0.05,
+        "book_rate": 0.003,
     }
 
     def complete(self, spec: LayerSpec, n: int, k: int, params: dict[str, Any], foldable: bool = False) -> LayerSpec:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vdit_quant.kernels.quant_token_fp4 import round_to_e2m1
 from vdit_quant.quantize.block_float import LEVELS, e4m3_bits, e4m3_scale, e8m0_bits, e8m0_scale
+from vdit_quant.quantize.formats import nf4
 from vdit_quant.quantize.minifloat import TABLES, VALUES, codebook
 from vdit_quant.quantize.spec import FormatSpec
 
@@ -60,3 +61,18 @@ def test_elements_are_integers_of_seven_bits() -> None:
     for name, factor in (("e2m1", 16), ("e1m2", 32), ("e3m0", 4)):
         assert [int(v * factor) for v in VALUES[name]] == list(TABLES[name])
         assert TABLES[name][-1] <= 127
+
+
+def test_levels_of_nf4_are_those_of_bitsandbytes(vectors: dict[str, Tensor]) -> None:
+    assert torch.equal(torch.tensor(nf4.LEVELS), vectors["nf4"])
+
+
+def test_nf4_is_stored_as_bitsandbytes_stores_it() -> None:
+    library = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
+    weight = torch.randn(48, 128, generator=torch.Generator().manual_seed(0))
+    packed, state = library.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    spec = FormatSpec("nf4", 64)
+    tensors = spec.resolve().encode(weight, spec)
+    assert torch.equal(tensors["weight"].flatten(), packed.flatten())
+    assert torch.equal(tensors["weight_absmax"].flatten(), state.absmax.flatten())
+    assert torch.equal(spec.resolve().decode(tensors, 128, spec), library.dequantize_4bit(packed, state))
