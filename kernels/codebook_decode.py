@@ -10,6 +10,7 @@ from torch import Tensor
 from . import dispatch
 from .int4_linear import check_groups
 from .int8_linear import describe, expect
+from .op import define_op
 from .pack import code_bytes, unpack_codes
 
 OP = "codebook_to_int8"
@@ -57,7 +58,7 @@ def _reference(weight: Tensor, codebook: Tensor, table: Tensor | None, group_sca
     return wide.clamp_(-127, 127).to(torch.int8).view(n, k)
 
 
-@torch.library.custom_op("vdit_quant::codebook_to_int8", mutates_args=())
+@define_op("codebook_to_int8")
 def codebook_to_int8(
     weight: Tensor, codebook: Tensor, table: Tensor | None, group_scale: Tensor | None, k: int
 ) -> Tensor:
@@ -80,7 +81,7 @@ def _(weight: Tensor, codebook: Tensor, table: Tensor | None, group_scale: Tenso
     return weight.new_empty((weight.shape[0], k), dtype=torch.int8)
 
 
-@codebook_to_int8.register_kernel("cuda")
+@codebook_to_int8.register_cuda
 def _(weight: Tensor, codebook: Tensor, table: Tensor | None, group_scale: Tensor | None, k: int) -> Tensor:
     _check(weight, codebook, table, group_scale, k)
     return dispatch.run(OP, _reference, weight, codebook, table, group_scale, k)

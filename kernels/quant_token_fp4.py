@@ -14,6 +14,7 @@ from torch import Tensor
 from . import dispatch
 from .int4_linear import GROUPS
 from .int8_linear import check_float, expect
+from .op import define_op
 from .quant_token import TINY
 
 OP = "quant_token_fp4"
@@ -68,7 +69,7 @@ def _gain(scaled: Tensor, codes: Tensor) -> Tensor:
     return torch.where(along > 0, scaled.square().sum(1) / along, 1.0)
 
 
-@torch.library.custom_op("vdit_quant::quant_token_fp4", mutates_args=())
+@define_op("quant_token_fp4")
 def quant_token_fp4(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """x[m, k] ~ codes[m, k] * scale[m], codes made of E2M1 elements e in +-{0, 1, 2, 3, 4, 6, 8, 12}, in halves:
 
@@ -93,7 +94,7 @@ def _(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((x.shape[0],), dtype=torch.float32)
 
 
-@quant_token_fp4.register_kernel("cuda")
+@quant_token_fp4.register_cuda
 def _(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     _check(x, group)
     return dispatch.run(OP, _reference, x, group)

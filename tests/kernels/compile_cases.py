@@ -90,7 +90,6 @@ def int8_linear_low_rank_cases() -> Iterator[Case]:
         yield f"low_rank M={m} R={rank} {dtype}", int8_linear_low_rank.int8_linear_low_rank_kernel, types, consts
 
 
-def int4_linear_cases() -> Iterator[Case]:
 def int4_decode_cases() -> Iterator[Case]:
     types = {"w_ptr": "*u8", "group_ptr": "*u8", "scales_ptr": "*i32", "out_ptr": "*i8", **SIZES, "WORDS": "i32"}
     for group in (0, 32):

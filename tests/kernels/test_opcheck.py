@@ -6,11 +6,8 @@ import pytest
 import torch
 
 from vdit_quant.kernels.act_quant import ACTS, act_quant
-<<<<<<< HEAD
 from vdit_quant.kernels.attention import attention
-=======
 from vdit_quant.kernels.codebook_decode import codebook_to_int8
->>>>>>> 596d3bb (codebook_to_int8 and quant_token_fp4: tables and FP4 activations that int8 tensor cores multiply exactly)
 from vdit_quant.kernels.dispatch import TWINS
 from vdit_quant.kernels.fp8_linear import fp8_linear, quant_token_fp8
 from vdit_quant.kernels.hadamard import hadamard
@@ -76,7 +73,6 @@ CASES: dict[str, tuple[Callable[..., object], Callable[..., list[tuple[object, .
             (pack_bits(a.weight[:, :61] % 64 - 32, 6), None, 61, 6, False),
         ],
     ),
-<<<<<<< HEAD
     "quant_token_fp8": (quant_token_fp8, lambda a: [(a.x,), (a.x.bfloat16(),)]),
     "fp8_linear": (
         fp8_linear,
@@ -85,7 +81,6 @@ CASES: dict[str, tuple[Callable[..., object], Callable[..., list[tuple[object, .
             (a.x.to(E4M3), a.scale, a.weight.to(E4M3), a.weight_scale, None, torch.bfloat16),
         ],
     ),
-=======
     "codebook_to_int8": (
         codebook_to_int8,
         lambda a: [
@@ -95,7 +90,6 @@ CASES: dict[str, tuple[Callable[..., object], Callable[..., list[tuple[object, .
         ],
     ),
     "quant_token_fp4": (quant_token_fp4, lambda a: [(a.x, 0), (a.x.bfloat16(), 16)]),
->>>>>>> 596d3bb (codebook_to_int8 and quant_token_fp4: tables and FP4 activations that int8 tensor cores multiply exactly)
     "hadamard": (
         hadamard,
         lambda a: [(a.x, torch.ones(64, dtype=torch.int8), 16, "sylvester"), (a.x, None, 64, "regular")],
