@@ -22,13 +22,18 @@ GROUP_SHIFT = 7
 """Fractional bits of a group scale."""
 
 
+def bits_of(entries: int) -> int:
+    """Bits of a code for a table of so many entries, 0 for another number; by comparison, for traced sizes too."""
+    return next((bits for count, bits in BITS.items() if count == entries), 0)
+
+
 def _check(weight: Tensor, codebook: Tensor, table: Tensor | None, group_scale: Tensor | None, k: int) -> None:
     ok = codebook.dtype == torch.int8 and codebook.dim() == 3
-    ok = ok and codebook.shape[1] in BITS and codebook.shape[2] in LENGTHS
+    ok = ok and bits_of(codebook.shape[1]) > 0 and codebook.shape[2] in LENGTHS
     expect(ok, OP, "codebook torch.int8 [T, 4 | 16 | 64 | 256, 1 | 2 | 4]", describe(codebook))
     entries, length = codebook.shape[1:]
     expect(k > 0 and k % length == 0, OP, f"K to be a multiple of the entries' length {length}", f"K={k}")
-    width = code_bytes(k // length, BITS[entries])
+    width = code_bytes(k // length, bits_of(entries))
     ok = weight.dtype == torch.uint8 and weight.dim() == 2 and weight.shape[1] == width
     expect(ok, OP, f"packed weight torch.uint8 [N, {width}] for K={k}", describe(weight))
     n = weight.shape[0]
@@ -45,7 +50,7 @@ def _check(weight: Tensor, codebook: Tensor, table: Tensor | None, group_scale: 
 def _reference(weight: Tensor, codebook: Tensor, table: Tensor | None, group_scale: Tensor | None, k: int) -> Tensor:
     _check(weight, codebook, table, group_scale, k)
     entries, length = codebook.shape[1:]
-    index = unpack_codes(weight, k // length, BITS[entries]).to(torch.int32)
+    index = unpack_codes(weight, k // length, bits_of(entries)).to(torch.int32)
     if table is not None:
         # a table that is not there must not be an access outside of memory on an accelerator
         index = index + table.to(torch.int32).clamp(max=codebook.shape[0] - 1).unsqueeze(1) * entries

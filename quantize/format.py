@@ -108,7 +108,7 @@ class ScalarFormat(Format):
         raise NotImplementedError
 
     def own_clip(self, weight: Tensor, spec: FormatSpec) -> Tensor | float:
-        """What `fit` clips by when not told: a number, or float32 [N, groups], at most 1."""
+        """What `fit` clips by when not told: a number, or float32 [N, groups]; above 1 where scales are coarse."""
         return 1.0
 
     def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
