@@ -12,6 +12,7 @@ from ..quantize.layer import layer_layout
 from ..runtime.artifact import DTYPES, make_config
 from ..runtime.source import Source
 from ..runtime.writer import Entry, copy_pipeline, staged, write_json, write_tensors
+from .block_tuning import is_tuned
 from .model_source import ModelSource
 from .plan import Plan
 from .workspace import Workspace
@@ -73,6 +74,8 @@ def _entries(source: Source | ModelSource, plan: Plan) -> tuple[dict[str, Entry]
             for key, layout in layer_layout(layer.n, layer.k, layer.spec).items():
                 entries[f"{layer.name}.{key}"] = (layout.shape, layout.dtype)
                 origin[f"{layer.name}.{key}"] = part
+            if is_tuned(layer) and f"{layer.name}.bias" in entries:
+                origin[f"{layer.name}.bias"] = part
         for producer in {fold.producer for fold in plan.folds if fold.consumers[0] in names}:
             if (bias := f"{producer}.bias") in entries:
                 # (b + 1) s - 1 is a number near 0 beside 1: 16 bits would lose what the fold must not

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..evaluate.sampling import Workload, load_scheduler
+from ..evaluate.sampling import Workload, load_scheduler, make_sampler
 from ..quantize.allocate import Budget
 from ..quantize.errors import InputError, OutputError
 from ..quantize.recipe import Recipe, load_shipped
@@ -22,6 +23,7 @@ from ..runtime.source import Source, find_source
 from ..runtime.writer import check_output
 from . import statistics
 from .assemble import block_part, write_artifact
+from .block_tuning import BlockTuner, needs_tuning
 from .compress import compress_unit
 from .mixed import allocate_bits, require_disk_source
 from .model_source import Data, ModelSource
@@ -31,6 +33,8 @@ from .workspace import Workspace
 
 # Calibration draws its noise and conditions from here on, so that no comparison's seed repeats them.
 CALIBRATION_SEEDS = 1_000_000
+TUNED_SAMPLES = 32
+"""Samples whose calls blocks are trained on, at most: these calls are held in memory."""
 
 
 @dataclass(frozen=True)
@@ -213,16 +217,46 @@ def compress_blocks(
 ) -> None:
     """Compresses block by block; a finished block is kept for a resumed run."""
     device = pick_device(settings.device)
+    tuner = open_tuner(source, settings, device, progress) if needs_tuning(plan) else None
     progress.stage("compressing", len(plan.compressed))
+    try:
+        compress_units(source, plan, device, tuner, workspace, progress)
+    finally:
+        if tuner is not None:
+            tuner.close()
+
+
+def compress_units(
+    source: Source | ModelSource,
+    plan: Plan,
+    device: torch.device,
+    tuner: BlockTuner | None,
+    workspace: Workspace,
+    progress: Progress,
+) -> None:
     done = 0
-    for number, (_, layers) in enumerate(plan.units()):
-        if not workspace.has(block_part(number)):
+    for number, (block, layers) in enumerate(plan.units()):
+        if workspace.has(block_part(number)):
+            if tuner is not None:
+                tuner.attach(layers, workspace.load(block_part(number)))
+        else:
             stats = statistics.load(workspace, number, device)
             folds = [fold for fold in plan.folds if fold.consumers[0] in {layer.name for layer in layers}]
 
             def report(layer: LayerPlan, offset: int, start: int = done) -> None:
                 progress.advance(start + offset, layer.name)
 
-            workspace.save(block_part(number), compress_unit(layers, folds, source.checkpoint, stats, device, report))
+            tensors = compress_unit(layers, folds, source.checkpoint, stats, device, report)
+            workspace.save(block_part(number), tensors if tuner is None else tuner.tune(block, layers, tensors))
         done += len(layers)
     progress.advance(done, "all layers")
+
+
+def open_tuner(source: Source | ModelSource, settings: Options, device: torch.device, progress: Progress) -> BlockTuner:
+    """The trainer of blocks, on calls of a sampling run in float32."""
+    progress.stage("recording calls to train on", 1)
+    if isinstance(source, ModelSource):
+        return BlockTuner(source.model, find_family(source.model), source.run, settings.steps, progress)
+    sampler, workload = make_sampler(source, torch.float32, device), settings.workload()
+    few = dataclasses.replace(workload, samples=min(workload.samples, TUNED_SAMPLES))
+    return BlockTuner(sampler.denoiser, sampler.family, lambda: sampler.run(few), settings.steps, progress)

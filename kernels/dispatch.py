@@ -38,6 +38,8 @@ TWINS = {
     "int4_linear": "int4_linear",
     "int4_weight_linear": "weight_linear",
     "packed_to_int8": "packed_decode",
+    "codebook_to_int8": "codebook_decode",
+    "quant_token_fp4": "quant_token_fp4",
     "hadamard": "hadamard",
     "norm_quant": "norm_quant",
     "norm_quant_fp8": "norm_quant",

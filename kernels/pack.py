@@ -6,6 +6,9 @@ from torch import Tensor
 WIDTHS = (2, 3, 6)
 """What `pack_bits` packs; 4 bits have the simpler `pack_int4`."""
 
+CODE_WIDTHS = (2, 4, 6, 8)
+"""What `pack_codes` packs."""
+
 
 def pack_int4(q: Tensor) -> Tensor:
     """byte[j] = (q[2j] & 15) | (q[2j+1] & 15) << 4; an odd K gets a zero nibble at the end.
@@ -88,3 +91,57 @@ def unpack_bits(packed: Tensor, k: int, bits: int) -> Tensor:
 def _check_bits(what: str, bits: int) -> None:
     if bits not in WIDTHS:
         raise ValueError(f"{what}: expected {', '.join(map(str, WIDTHS))} bits, found {bits}")
+
+
+def code_bytes(count: int, bits: int) -> int:
+    """Bytes that a row of `count` codes takes: ceil(count * bits / 8)."""
+    return (count * bits + 7) // 8
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Unsigned codes without gaps: code j is the bits [j * bits, (j + 1) * bits) of the row, little-endian.
+
+    codes: integer [..., C], values in [0, 2^bits - 1]
+    bits: 2, 4, 6 or 8
+    returns: uint8 [..., code_bytes(C, bits)], the last byte filled up with zeros
+    Raises ValueError for another width, a non-integer dtype, a scalar, or values that do not fit.
+    """
+    _check_code_width("pack_codes", bits)
+    if codes.dtype.is_floating_point or codes.dtype.is_complex or codes.dtype == torch.bool or codes.dim() == 0:
+        found = f"{codes.dtype} of shape {tuple(codes.shape)}"
+        raise ValueError(f"pack_codes: expected an integer tensor [..., C], found {found}")
+    if codes.numel() and not codes.is_meta and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
+        found = f"{int(codes.min())} to {int(codes.max())}"
+        raise ValueError(f"pack_codes: expected values in [0, {(1 << bits) - 1}], found {found}")
+    width = code_bytes(codes.shape[-1], bits)
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8)).long()
+    word = torch.zeros_like(padded[..., ::8])
+    for j in range(8):
+        word |= padded[..., j::8] << (j * bits)
+    row = torch.stack([((word >> (8 * i)) & 255).to(torch.uint8) for i in range(bits)], dim=-1).flatten(-2)
+    return row[..., :width].contiguous()
+
+
+def unpack_codes(packed: Tensor, count: int, bits: int) -> Tensor:
+    """The codes that `pack_codes` packed.
+
+    packed: uint8 [..., code_bytes(count, bits)]
+    returns: uint8 [..., count], contiguous
+    Raises ValueError for another width, a dtype that is not uint8, or a last dimension that does not fit.
+    """
+    _check_code_width("unpack_codes", bits)
+    width = code_bytes(count, bits)
+    if packed.dtype != torch.uint8 or packed.dim() == 0 or packed.shape[-1] != width:
+        found = f"{packed.dtype} of shape {tuple(packed.shape)}"
+        raise ValueError(f"unpack_codes: {count} codes need uint8 [..., {width}], found {found}")
+    if bits == 8:
+        return packed.contiguous()
+    first = torch.arange(count, device=packed.device) * bits
+    wide = torch.nn.functional.pad(packed, (0, 1)).to(torch.int32)  # a code may end in the next byte
+    word = wide[..., first // 8] | (wide[..., first // 8 + 1] << 8)
+    return ((word >> (first % 8).to(torch.int32)) & ((1 << bits) - 1)).to(torch.uint8)
+
+
+def _check_code_width(what: str, bits: int) -> None:
+    if bits not in CODE_WIDTHS:
+        raise ValueError(f"{what}: expected {', '.join(map(str, CODE_WIDTHS))} bits, found {bits}")

@@ -9,21 +9,29 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .errors import InputError
-from .format import ScalarFormat, Tensors
+from .format import ScalarFormat, Tensors, quantize_activation
 from .gptq import DAMP, gptq, refine
 from .layer import LOW_RANK_DTYPE
 from .low_rank import weighted_low_rank
 from .method import FloatLayer
+from .minifloat import ELEMENTS, Minifloat, element_rule
 from .rotate import make_signs, rotate_gram, rotate_rows, unrotate_rows
 from .scale import search_clip
 from .smooth import aggregate_absmax, channel_scale, search_scale
 from .spec import LayerSpec
 from .stats import LayerStats
 
-CHOICES = {"smooth": ("none", "fixed", "search"), "rounding": ("rtn", "gptq"), "clip": ("none", "weight", "output")}
+CHOICES = {
+    "smooth": ("none", "fixed", "search"),
+    "rounding": ("rtn", "gptq"),
+    "clip": ("none", "weight", "output"),
+    "element": ("search", "rule", *ELEMENTS),
+    "branch": ("error", "weight"),
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,10 @@ class Choices:
     rounding   rtn, or gptq
     damp, act_order, sweeps   GPTQ's damping and column order; extra sweeps of coordinate descent after it
     clip       search the covered range: none, weight (plain error), output (weighted by the inputs)
+    element    for formats whose rows choose among elements: search, rule (see `element_rule`), or one for all
+    unbiased   scale every rounded row so that its output, projected on the exact output, is the exact output
+    noise      count what quantised activations add: their error, measured on recorded rows, joins the Gram matrix
+    branch     what the low-rank branch starts from: error (of the rounded weight), or the weight itself
     rounds     alternations of quantising and splitting off the low-rank branch
     """
 
@@ -49,6 +61,10 @@ class Choices:
     act_order: bool = True
     sweeps: int = 0
     clip: str = "none"
+    element: str = "search"
+    unbiased: bool = False
+    noise: bool = False
+    branch: str = "error"
     rounds: int = 4
 
     @classmethod
@@ -66,8 +82,10 @@ class Choices:
         found = set()
         if self.smooth != "none":
             found |= {"absmax"} | ({"rows"} if self.smooth == "search" else set())
-        if self.rounding == "gptq" or self.clip == "output" or rank:
+        if self.rounding == "gptq" or self.clip == "output" or self.unbiased or rank:
             found.add("gram")
+        if self.noise:
+            found |= {"gram", "rows"}
         return frozenset(found)
 
 
@@ -84,17 +102,23 @@ def compress_linear(layer: FloatLayer, stats: LayerStats | None, spec: LayerSpec
     tensors: Tensors = {}
     weight = layer.weight
     gram = None if stats is None or stats.gram is None else stats.gram / max(1, stats.count)
+    rows = stats.rows if choices.noise and stats is not None else None
     if spec.pre_scale:
         assert stats is not None
         scale = choose_scale([layer], stats, [spec], choices)
         tensors["pre_quant_scale"] = scale
         weight = weight / scale
         gram = None if gram is None else gram * scale * scale[:, None]
+        rows = None if rows is None else rows * scale
     if spec.hadamard is not None:
         signs = make_signs(weight.shape[1]).to(weight.device)
         tensors["hadamard_signs"] = signs
         weight = rotate_rows(weight, signs, spec.hadamard)
         gram = None if gram is None else rotate_gram(gram, signs, spec.hadamard)
+        rows = None if rows is None else rotate_rows(rows, signs, spec.hadamard)
+    if gram is not None and rows is not None and spec.activation is not None:
+        error = quantize_activation(rows, spec.activation) - rows
+        gram = gram + error.square().mean(0).diag()
     if spec.rank:
         branch = split_low_rank(weight, gram, spec, choices, tensors.get("hadamard_signs"))
         tensors.update(branch)
@@ -107,17 +131,39 @@ def round_weight(weight: Tensor, gram: Tensor | None, spec: LayerSpec, choices: 
     fmt = spec.weight.resolve()
     if not isinstance(fmt, ScalarFormat):
         return fmt.encode(weight, spec.weight)
-    if choices.clip == "none":
-        scales = fmt.fit(weight, spec.weight)
-    else:
-        importance = gram.diagonal() if choices.clip == "output" and gram is not None else None
-        scales, _ = search_clip(weight, fmt, spec.weight, importance)
+    scales = fit_scales(weight, gram, spec, choices)
     if choices.rounding == "rtn" or gram is None:
-        return fmt.store(fmt.quantize(weight, scales, spec.weight), scales)
-    codes = gptq(weight, gram, scales, spec.weight, choices.damp, choices.act_order)
-    if choices.sweeps:
-        codes = refine(codes, weight, gram, scales, spec.weight, choices.sweeps)
+        codes = fmt.quantize(weight, scales, spec.weight)
+    else:
+        codes = gptq(weight, gram, scales, spec.weight, choices.damp, choices.act_order)
+        if choices.sweeps:
+            codes = refine(codes, weight, gram, scales, spec.weight, choices.sweeps)
+    if choices.unbiased and "weight_scale" in scales:
+        rounded = fmt.dequantize(codes, scales, spec.weight)
+        scales = {**scales, "weight_scale": scales["weight_scale"] * output_gain(weight, rounded, gram)}
     return fmt.store(codes, scales)
+
+
+def fit_scales(weight: Tensor, gram: Tensor | None, spec: LayerSpec, choices: Choices) -> Tensors:
+    """The format's scales, clipped and with elements chosen as `choices` say."""
+    fmt = spec.weight.resolve()
+    assert isinstance(fmt, ScalarFormat)
+    if isinstance(fmt, Minifloat) and len(fmt.elements) > 1 and choices.element != "search":
+        given = choices.element
+        rule = element_rule(weight) if given == "rule" else weight.new_full((len(weight),), ELEMENTS.index(given))
+        fmt = fmt.with_elements(rule.long())
+    if choices.clip == "none":
+        return fmt.fit(weight, spec.weight)
+    importance = gram.diagonal() if choices.clip == "output" and gram is not None else None
+    return search_clip(weight, fmt, spec.weight, importance)[0]
+
+
+def output_gain(weight: Tensor, rounded: Tensor, gram: Tensor | None) -> Tensor:
+    """float32 [N]: w G w / w G q for every row w of `weight` and q of `rounded`; 1 where they do not point the same
+    way. Rounding to the least error shrinks a row's output, at every step of a sampler alike."""
+    seen = weight if gram is None else weight @ gram
+    whole, along = (seen * weight).sum(1), (seen * rounded).sum(1)
+    return torch.where(along > 0.1 * whole, whole / along, 1.0)
 
 
 def split_low_rank(
@@ -125,16 +171,20 @@ def split_low_rank(
 ) -> Tensors:
     """The branch `U D` that absorbs what rounding loses: alternates rounding `W - U D` with the best rank-r fit of what
     is left of W, both as the inputs see it (the alternation of DiTAS and LoftQ, Li et al. 2023, arXiv 2310.08659).
+    With `branch = "weight"` the first fit is that of W itself (SVDQuant, Li et al. 2024, arXiv 2411.05007): what is
+    left is small, so that noise of quantised activations passes through little weight.
 
     weight, gram  in the space the codes live in; the branch itself reads the unrotated input
     """
     fmt = spec.weight.resolve()
     branch: Tensors = {}
-    for _ in range(max(1, choices.rounds)):
-        rest = weight - _branch_weight(branch, spec, signs) if branch else weight
-        stored = round_weight(rest, gram, spec, choices)
-        error = weight - fmt.decode(stored, weight.shape[1], spec.weight)
-        up, down = weighted_low_rank(error, gram, spec.rank)
+    for number in range(max(1, choices.rounds)):
+        target = weight
+        if number or choices.branch == "error":
+            rest = weight - _branch_weight(branch, spec, signs) if branch else weight
+            stored = round_weight(rest, gram, spec, choices)
+            target = weight - fmt.decode(stored, weight.shape[1], spec.weight)
+        up, down = weighted_low_rank(target, gram if number or choices.branch == "error" else None, spec.rank)
         if spec.hadamard is not None:
             assert signs is not None
             down = unrotate_rows(down, signs, spec.hadamard)

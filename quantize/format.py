@@ -75,6 +75,15 @@ class Format:
         """
         return None
 
+    def quantize_rows(self, x: Tensor, spec: FormatSpec) -> tuple[Tensor, Tensor] | None:
+        """As an activation format: x float [M, K] -> int8 codes [M, K] and float32 scales [M], whose product is what x
+        is quantised to; None for a format without such a form, whose activations go through `encode` and `decode`."""
+        return None
+
+    def row_ops(self, spec: FormatSpec) -> tuple[str, ...] | None:
+        """Names of the kernel ops that `quantize_rows` calls; None where it gives None."""
+        return None
+
     def ops(self, spec: LayerSpec) -> tuple[str, ...]:
         """Names of the kernel ops that `linear` calls; empty when it decodes and uses `F.linear`."""
         return ()
@@ -99,7 +108,7 @@ class ScalarFormat(Format):
         raise NotImplementedError
 
     def own_clip(self, weight: Tensor, spec: FormatSpec) -> Tensor | float:
-        """What `fit` clips by when not told: a number, or float32 [N, groups], at most 1."""
+        """What `fit` clips by when not told: a number, or float32 [N, groups]; above 1 where scales are coarse."""
         return 1.0
 
     def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
@@ -157,4 +166,29 @@ def quantize_activation(x: Tensor, spec: FormatSpec | None) -> Tensor:
     if spec is None:
         return x
     fmt = spec.resolve()
-    return fmt.decode(fmt.encode(x.float(), spec), x.shape[-1], spec).to(x.dtype)
+    held = fmt.quantize_rows(x, spec)
+    if held is not None:
+        return (held[0].float() * held[1][:, None]).to(x.dtype)
+    rounded = fmt.decode(fmt.encode(x.float(), spec), x.shape[-1], spec)
+    return (rounded * row_gain(x, rounded)[:, None]).to(x.dtype)
+
+
+def activation_codes(x: Tensor, spec: FormatSpec | None) -> tuple[Tensor, Tensor] | None:
+    """`quantize_rows` of the activation format of a layer; None also for a layer without one."""
+    return None if spec is None else spec.resolve().quantize_rows(x, spec)
+
+
+def activation_ops(spec: FormatSpec | None) -> tuple[str, ...] | None:
+    """`row_ops` of the activation format of a layer; None also for a layer without one."""
+    return None if spec is None else spec.resolve().row_ops(spec)
+
+
+def row_gain(x: Tensor, rounded: Tensor) -> Tensor:
+    """float32 [M]: what each row of `rounded` is multiplied by so that its projection on the row of x [M, K] is that
+    row: |x|^2 / <x, rounded>; 1 where they do not point the same way.
+
+    Rounding that makes rows longer or shorter is an error of one direction, the same at every step of a sampler.
+    """
+    wide = x.float()
+    along = (wide * rounded).sum(1)
+    return torch.where(along > 0, wide.square().sum(1) / along, 1.0)

@@ -22,14 +22,21 @@ from torch import Tensor
 from ..kernels.int8_linear import int8_linear, int8_weight_linear
 from ..kernels.pack import pack_bits, unpack_bits
 from ..kernels.packed_decode import packed_to_int8
-from ..kernels.quant_token import quant_token
-from .format import ScalarFormat, TensorLayout, Tensors, group_count, group_of, quantize_activation
+from .format import (
+    ScalarFormat,
+    TensorLayout,
+    Tensors,
+    activation_codes,
+    activation_ops,
+    group_count,
+    group_of,
+    quantize_activation,
+)
 from .spec import FormatSpec, LayerSpec
 
 Codes = TypeVar("Codes", int, Tensor)
 
 TINY = torch.finfo(torch.float32).tiny
-TOKEN = FormatSpec("int8")
 LONE = 0.9
 """A group of which one element holds more of the squares than this is never clipped: the element is all it has."""
 
@@ -179,14 +186,18 @@ class PackedInteger(GroupedInteger):
         return packed_to_int8(tensors["weight"], group, k, self.bits, self.odd), tensors["weight_scale"]
 
     def ops(self, spec: LayerSpec) -> tuple[str, ...]:
-        if spec.activation == TOKEN:
-            return ("quant_token", "packed_to_int8", "int8_linear")
-        return ("packed_to_int8", "int8_weight_linear")
+        rows = activation_ops(spec.activation)
+        return ("packed_to_int8", "int8_weight_linear") if rows is None else (*rows, "packed_to_int8", "int8_linear")
 
     def linear(self, x: Tensor, tensors: Tensors, spec: LayerSpec, bias: Tensor | None) -> Tensor:
         """x: float [M, K] -> [M, N] in x's dtype."""
-        weight, scale = self.to_int8(tensors, x.shape[-1], spec.weight)
-        if spec.activation == TOKEN:
-            codes, x_scale = quant_token(x)
-            return int8_linear(codes, x_scale, weight, scale, bias, x.dtype)
-        return int8_weight_linear(quantize_activation(x, spec.activation), weight, scale, bias)
+        return int8_form_linear(x, *self.to_int8(tensors, x.shape[-1], spec.weight), spec, bias)
+
+
+def int8_form_linear(x: Tensor, weight: Tensor, scale: Tensor, spec: LayerSpec, bias: Tensor | None) -> Tensor:
+    """The layer of a weight int8 [N, K] with one float32 scale a row: an integer product where the activations have
+    such a form too, else a weight-only one. x float [M, K] -> [M, N] in x's dtype."""
+    held = activation_codes(x, spec.activation)
+    if held is not None:
+        return int8_linear(*held, weight, scale, bias, x.dtype)
+    return int8_weight_linear(quantize_activation(x, spec.activation), weight, scale, bias)

@@ -42,6 +42,10 @@ class Method:
         """
         return spec
 
+    def block_steps(self, params: dict[str, Any]) -> int:
+        """Steps that a block is trained for once its layers are compressed; 0: it is not."""
+        return 0
+
     def compress(self, layer: FloatLayer, stats: LayerStats | None, spec: LayerSpec, **params: Any) -> Tensors:
         """The tensors of `layer_layout(n, k, spec)`. Deterministic: the same input gives the same bits."""
         raise NotImplementedError

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ...kernels.int4_linear import int4_linear, int4_to_int8, int4_weight_linear
 from ...kernels.pack import pack_int4, unpack_int4
-from ...kernels.quant_token import quant_token
-from ..format import Tensors, quantize_activation
-from ..integer import TOKEN, GroupedInteger
+from ..format import Tensors, activation_codes, activation_ops, quantize_activation, row_gain
+from ..integer import GroupedInteger
 from ..spec import FormatSpec, LayerSpec
 
 
@@ -37,14 +36,22 @@ class Int4(GroupedInteger):
     def to_int8(self, tensors: Tensors, k: int, spec: FormatSpec) -> tuple[Tensor, Tensor]:
         return int4_to_int8(tensors["weight"], tensors.get("weight_group_scale"), k), tensors["weight_scale"]
 
+    def quantize_rows(self, x: Tensor, spec: FormatSpec) -> tuple[Tensor, Tensor]:
+        codes, scale = self.to_int8(self.encode(x, spec), x.shape[1], spec)
+        return codes, scale * row_gain(x, codes.float() * scale[:, None])
+
+    def row_ops(self, spec: FormatSpec) -> tuple[str, ...]:
+        return ("int4_to_int8",)
+
     def ops(self, spec: LayerSpec) -> tuple[str, ...]:
-        return ("quant_token", "int4_linear") if spec.activation == TOKEN else ("int4_weight_linear",)
+        rows = activation_ops(spec.activation)
+        return ("int4_weight_linear",) if rows is None else (*rows, "int4_linear")
 
     def linear(self, x: Tensor, tensors: Tensors, spec: LayerSpec, bias: Tensor | None) -> Tensor:
         weight, scale, group = tensors["weight"], tensors["weight_scale"], tensors.get("weight_group_scale")
-        if spec.activation == TOKEN:
-            codes, x_scale = quant_token(x)
-            return int4_linear(codes, x_scale, weight, scale, group, bias, x.dtype)
+        held = activation_codes(x, spec.activation)
+        if held is not None:
+            return int4_linear(*held, weight, scale, group, bias, x.dtype)
         return int4_weight_linear(quantize_activation(x, spec.activation), weight, scale, group, bias)
 
 

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ...kernels.int8_linear import int8_linear, int8_weight_linear
 from ...kernels.quant_token import quant_token
-from ..format import ScalarFormat, TensorLayout, Tensors, quantize_activation
+from ..format import ScalarFormat, TensorLayout, Tensors, activation_codes, activation_ops, quantize_activation
 from ..spec import FormatSpec, LayerSpec
 
 TINY = torch.finfo(torch.float32).tiny
-TOKEN = FormatSpec("int8")
 
 
 class Int8(ScalarFormat):
@@ -49,14 +48,21 @@ class Int8(ScalarFormat):
     def to_int8(self, tensors: Tensors, k: int, spec: FormatSpec) -> tuple[Tensor, Tensor]:
         return tensors["weight"], tensors["weight_scale"]
 
+    def quantize_rows(self, x: Tensor, spec: FormatSpec) -> tuple[Tensor, Tensor]:
+        return quant_token(x)
+
+    def row_ops(self, spec: FormatSpec) -> tuple[str, ...]:
+        return ("quant_token",)
+
     def ops(self, spec: LayerSpec) -> tuple[str, ...]:
-        return ("quant_token", "int8_linear") if spec.activation == TOKEN else ("int8_weight_linear",)
+        rows = activation_ops(spec.activation)
+        return ("int8_weight_linear",) if rows is None else (*rows, "int8_linear")
 
     def linear(self, x: Tensor, tensors: Tensors, spec: LayerSpec, bias: Tensor | None) -> Tensor:
         weight, scale = tensors["weight"], tensors["weight_scale"]
-        if spec.activation == TOKEN:
-            codes, x_scale = quant_token(x)
-            return int8_linear(codes, x_scale, weight, scale, bias, x.dtype)
+        held = activation_codes(x, spec.activation)
+        if held is not None:
+            return int8_linear(*held, weight, scale, bias, x.dtype)
         return int8_weight_linear(quantize_activation(x, spec.activation), weight, scale, bias)
 
 

@@ -3,7 +3,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vdit_quant.kernels.pack import WIDTHS, pack_bits, pack_int4, unpack_bits, unpack_int4
+from vdit_quant.kernels.pack import (
+    CODE_WIDTHS,
+    WIDTHS,
+    pack_bits,
+    pack_codes,
+    pack_int4,
+    unpack_bits,
+    unpack_codes,
+    unpack_int4,
+)
 
 
 @settings(deadline=None, max_examples=60)
@@ -93,3 +102,28 @@ def test_other_widths_are_refused(bits: int) -> None:
     ):
         with pytest.raises(ValueError, match=f"expected 2, 3, 6 bits, found {bits}"):
             call()
+
+
+@pytest.mark.parametrize("bits", CODE_WIDTHS)
+@settings(deadline=None, max_examples=30)
+@given(n=st.integers(1, 4), count=st.integers(1, 70), seed=st.integers(0, 2**31))
+def test_codes_of_every_width_come_back_without_a_wasted_byte(bits: int, n: int, count: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 1 << bits, (n, count), generator=generator).to(torch.uint8)
+    packed = pack_codes(codes, bits)
+    assert packed.shape == (n, -(-count * bits // 8))
+    assert torch.equal(unpack_codes(packed, count, bits), codes)
+
+
+def test_codes_lie_in_little_endian_order() -> None:
+    assert pack_codes(torch.tensor([1, 2, 3]), 4).tolist() == [0x21, 0x03]
+    assert pack_codes(torch.tensor([1, 2, 3, 63]), 6).tolist() == [0x81, 0x30, 0xFC]
+
+
+def test_codes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected values in \[0, 63\], found 0 to 64"):
+        pack_codes(torch.tensor([0, 64]), 6)
+    with pytest.raises(ValueError, match="2, 4, 6, 8 bits, found 5"):
+        pack_codes(torch.tensor([0]), 5)
+    with pytest.raises(ValueError, match=r"3 codes need uint8 \[..., 3\]"):
+        unpack_codes(torch.zeros(2, 2, dtype=torch.uint8), 3, 6)

@@ -77,9 +77,9 @@ def test_encoding_again_loses_next_to_nothing(fmt_spec: FormatSpec, sqnr: Ratio)
     weight = _weight(32, 128)
     once = _round_trip(weight, fmt_spec)
     twice = _round_trip(once, fmt_spec)
-    if fmt_spec.group_size is None:
+    if fmt_spec.group_size is None and isinstance(fmt_spec.resolve(), ScalarFormat):
         torch.testing.assert_close(twice, once, rtol=1e-5, atol=1e-6)
-    else:  # the scales of groups may be rounded themselves, and are fitted to slightly different maxima
+    else:  # scales of groups may be rounded themselves, and are fitted to slightly different maxima, as codebooks are
         assert sqnr(twice, once) > sqnr(once, weight) + 6
         assert sqnr(twice, weight) > sqnr(once, weight) - 0.5
 

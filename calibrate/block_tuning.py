@@ -1,0 +1,269 @@
+"""Training a compressed block against the block it replaces, on what the model meets in its own sampling runs.
+
+The model runs on noise and conditions alone. Blocks are trained in order: each reads what the compressed blocks before
+it give, and is held to the output of the full-precision model, so that it also repairs what came before. At a time one
+block's codes are soft, and one batch of calls is held.
+
+    loss = |y' - y|^2 / |y - mean|^2  +  ratio * progress * R  +  slope * (1 - <y' - mean, y - mean> / |y - mean|^2)^2
+
+y' the block's output, y that of full precision, mean over the batch, R the mixtures' distance from one candidate each
+(see `soft_codes`). The last term is not in the paper: the least squared error shrinks an output, at every sampling step
+alike, and that sums up. (VQ4DiT, Deng et al. 2024, arXiv 2408.17131, section 3.3; it trains all blocks together.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..quantize.errors import InputError
+from ..quantize.format import Tensors
+from ..quantize.layer import dense_weight
+from ..quantize.method import resolve_method
+from ..quantize.vector import VectorFormat
+from ..runtime.attach import attach, detach
+from ..runtime.family import Family
+from .plan import LayerPlan, Plan
+from .probe import Call, capture, probe_steps
+from .progress import Progress
+from .soft_codes import SoftCodes
+
+STEPS = 10  # sampling steps that calls are taken from
+ROWS = 32  # batch rows of a training step
+SOFT = 0.8  # the part of the training in which codes are still mixtures
+
+
+def is_tuned(layer: LayerPlan) -> bool:
+    """Whether the layer's method trains its block."""
+    if layer.spec is None or not isinstance(layer.spec.weight.resolve(), VectorFormat):
+        return False
+    method, params = resolve_method(layer.method, layer.params)
+    return method.block_steps(params) > 0
+
+
+class BlockTuner:
+    """Trains blocks one by one; until `close`, `model` holds every compressed layer.
+
+    run  runs `model` through sampling: calls of `steps` steps a sample; called once
+    """
+
+    def __init__(
+        self, model: nn.Module, family: Family, run: Callable[[], Any], steps: int, progress: Progress
+    ) -> None:
+        self.model, self.progress = model, progress
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        model.requires_grad_(False)
+        self.calls: list[Call] = capture(model, family, run, probe_steps(steps, STEPS), limit=1024)
+        self.originals: dict[str, nn.Linear] = {}
+
+    def close(self) -> None:
+        """Puts the model back to what it was."""
+        detach(self.model, self.originals)
+        for parameter in self.trained:
+            parameter.requires_grad_(True)
+
+    def attach(self, layers: Sequence[LayerPlan], tensors: Tensors) -> None:
+        """Puts a finished block's layers in place."""
+        specs = {layer.name: layer.spec for layer in layers if layer.spec is not None}
+        held = {name: _own(tensors, name) for name in specs}
+        biases = {name: parts.pop("bias", None) for name, parts in held.items()}
+        self.originals.update(attach(self.model, specs, held))
+        for name, bias in biases.items():
+            if bias is not None:
+                layer: Any = self.model.get_submodule(name)
+                layer.bias.data.copy_(bias)
+
+    def tune(self, block: str, layers: Sequence[LayerPlan], tensors: Tensors) -> Tensors:
+        """The tensors of the block's layers after training, the trained biases among them; attaches them too."""
+        if any(map(is_tuned, layers)) and block in dict(self.model.named_modules()):
+            tensors = {**tensors, **self._train(block, layers, tensors)}
+        self.attach(layers, tensors)
+        return tensors
+
+    def _train(self, block: str, layers: Sequence[LayerPlan], tensors: Tensors) -> Tensors:
+        params = next(layer.full_params() for layer in layers if is_tuned(layer))
+        targets = self._full_precision(block)
+        inputs = [_observe(self.model, block, call)[0] for call in self.calls]
+        module = self.model.get_submodule(block)
+        soft: dict[str, SoftCodes] = {}
+        before = {layer.name: self.model.get_submodule(layer.name) for layer in layers}
+        for layer in layers:
+            new = self._trainable(layer, _own(tensors, layer.name), params["candidates"])
+            self.model.set_submodule(layer.name, new)
+            if isinstance(new, SoftCodes):
+                soft[layer.name] = new
+        try:
+            with torch.enable_grad():
+                first, last = fit_block(module, list(soft.values()), inputs, targets, params)
+        finally:
+            for name, old in before.items():
+                self.model.set_submodule(name, old)
+        self.progress.note(f"{block}: error {first:.4f} before training, {last:.4f} after")
+        found = {}
+        for name, new in soft.items():
+            found.update({f"{name}.{key}": t.cpu().contiguous() for key, t in new.store().items()})
+            if new.bias is not None:
+                found[f"{name}.bias"] = new.bias.detach().cpu()
+        return found
+
+    def _trainable(self, plan: LayerPlan, tensors: Tensors, candidates: int) -> nn.Module:
+        old: Any = self.model.get_submodule(plan.name)
+        assert plan.spec is not None
+        held = {key: t.to(old.weight.device) for key, t in tensors.items() if key != "bias"}
+        if is_tuned(plan):
+            return SoftCodes(held, plan.spec, old.weight.float(), old.bias, candidates)
+        new = nn.Linear(plan.k, plan.n, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
+        new.weight.data.copy_(dense_weight(held, plan.k, plan.spec))
+        if old.bias is not None:
+            new.bias.data.copy_(old.bias)
+        return new.requires_grad_(False)
+
+    def _full_precision(self, block: str) -> list[Tensor]:
+        """The block's outputs in the model without any compressed layer."""
+        compressed = {name: self.model.get_submodule(name) for name in self.originals}
+        for name, layer in self.originals.items():
+            self.model.set_submodule(name, layer)
+        try:
+            return [_observe(self.model, block, call, output=True)[1] for call in self.calls]
+        finally:
+            for name, new in compressed.items():
+                self.model.set_submodule(name, new)
+
+
+def fit_block(
+    module: nn.Module,
+    layers: Sequence[SoftCodes],
+    inputs: Sequence[Any],
+    targets: Sequence[Tensor],
+    params: dict[str, Any],
+) -> tuple[float, float]:
+    """Trains the soft layers of `module`; returns the relative squared error before and after. Training that does not
+    lower it is undone.
+
+    inputs   (args, kwargs) of the block for every call;  targets: the block's output, float [rows, ...]
+    """
+    count = params["steps"]
+    slow = [p for layer in layers for p in (layer.book, layer.gain, layer.bias) if p is not None]
+    mixtures = [layer.logits for layer in layers]
+    optimizer = torch.optim.Adam(
+        [{"params": mixtures, "lr": params["rate"]}, {"params": slow, "lr": params["book_rate"]}]
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, count)
+    generator = torch.Generator().manual_seed(0)
+    before = [layer.snapshot() for layer in layers]
+    first = hard_error(module, layers, inputs, targets)
+    for step in range(count):
+        args, kwargs, target = draw(inputs, targets, generator)
+        output = _first(module(*args, **kwargs)).float()
+        error, slope = _losses(output, target.float())
+        done = step / count
+        ratio = torch.stack([layer.ratio_loss() for layer in layers]).mean()
+        optimizer.zero_grad(set_to_none=True)
+        (error + params["slope"] * slope + params["ratio"] * done * ratio).backward()
+        optimizer.step()
+        schedule.step()
+        for layer in layers:
+            layer.harden(params["harden"] if done < SOFT else 0.0)
+    last = hard_error(module, layers, inputs, targets)
+    if not last < first:
+        for layer, values in zip(layers, before, strict=True):
+            layer.restore(values)
+        return first, first
+    return first, last
+
+
+def draw(inputs: Sequence[Any], targets: Sequence[Tensor], generator: torch.Generator) -> tuple[Any, Any, Tensor]:
+    """(args, kwargs, target) of `ROWS` random rows of a random call."""
+    number = int(torch.randint(len(inputs), (1,), generator=generator))
+    (args, kwargs), target = inputs[number], targets[number]
+    chosen = torch.randperm(len(target), generator=generator)[:ROWS].to(target.device)
+    return _rows(args, len(target), chosen), _rows(kwargs, len(target), chosen), target[chosen]
+
+
+def _losses(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The relative squared error, and the squared departure of the slope of output on target from 1."""
+    mean = target.mean(tuple(range(target.dim() - 1)), keepdim=True)
+    centred = target - mean
+    power = centred.square().sum().clamp_min(1e-20)
+    return (output - target).square().sum() / power, (1 - ((output - mean) * centred).sum() / power).square()
+
+
+@torch.no_grad()
+def hard_error(
+    module: nn.Module, layers: Sequence[SoftCodes], inputs: Sequence[Any], targets: Sequence[Tensor]
+) -> float:
+    """The relative squared error over all calls with every run as its largest candidate."""
+    states = [layer.hard for layer in layers]
+    for layer in layers:
+        layer.hard = True
+    errors = []
+    for (args, kwargs), target in zip(inputs, targets, strict=True):
+        for chosen in torch.arange(len(target), device=target.device).split(ROWS):
+            output = _first(module(*_rows(args, len(target), chosen), **_rows(kwargs, len(target), chosen)))
+            errors.append(float(_losses(output.float(), target[chosen].float())[0]))
+    for layer, state in zip(layers, states, strict=True):
+        layer.hard = state
+    return sum(errors) / len(errors)
+
+
+class _Seen(Exception):
+    """The block has run: the rest of the model need not."""
+
+
+@torch.no_grad()
+def _observe(model: nn.Module, block: str, call: Call, output: bool = False) -> tuple[Any, Tensor]:
+    """((args, kwargs), output) of one block in one call; the output only where it is asked for."""
+    seen: list[Any] = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append((args, kwargs))
+        if not output:
+            raise _Seen
+
+    def after(module: nn.Module, args: Any, result: Any) -> None:
+        seen.append(_first(result).detach())
+        raise _Seen
+
+    module = model.get_submodule(block)
+    handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+    try:
+        call.run(model)
+    except _Seen:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not seen:
+        raise InputError(f"{block} did not run, so it cannot be trained; use steps=0")
+    return seen[0], seen[-1] if output else torch.empty(0)
+
+
+def _rows(value: Any, count: int, chosen: Tensor) -> Any:
+    """The chosen rows of every tensor that has `count` of them; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value[chosen.to(value.device)] if value.dim() and len(value) == count else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_rows(v, count, chosen) for v in value)
+    if isinstance(value, dict):
+        return {name: _rows(v, count, chosen) for name, v in value.items()}
+    return value
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else next(v for v in output if isinstance(v, Tensor))
+
+
+def _own(tensors: Tensors, name: str) -> Tensors:
+    """The tensors of one layer, by their names in it."""
+    return {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.rpartition(".")[0] == name}
+
+
+def needs_tuning(plan: Plan) -> bool:
+    """Whether any layer's method trains its block. Raises InputError beside folded scales, which change two layers."""
+    found = any(map(is_tuned, plan.compressed))
+    if found and plan.folds:
+        raise InputError("block training and scales folded into other layers cannot be combined; set fold=false")
+    return found

@@ -1,0 +1,115 @@
+"""The block-scaled FP4 formats of the hardware that has them: MXFP4 and NVFP4. Elements are E2M1 (`minifloat.py`).
+
+    w = e * block[n, k // g] * weight_scale[n]
+
+MXFP4  g = 32, block = 2^(b - 127) (E8M0). The standard takes 2^floor(log2 max) / 4 and lets elements above 6 saturate
+       (OCP Microscaling 1.0, 6.3); here a block may have twice that, where its squared error is less
+NVFP4  g = 16, block in E4M3, max / 6 relative to the row's scale
+
+The row's scale is 1 for MXFP4. NVFP4 has one for each tensor; one for each row holds any such file and loses less. An
+activation is quantised the same way, with a scale a token, in float: without FP4 tensor cores it is a simulation, which
+saves memory and no time. For FP4 blocks that run on int8 tensor cores see `e2m1` with a group size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels.pack import pack_codes, unpack_codes
+from .format import ScalarFormat, TensorLayout, Tensors, group_count, group_of
+from .integer import TINY
+from .minifloat import VALUES
+from .spec import FormatSpec
+
+E2M1 = torch.tensor(VALUES["e2m1"])
+LEVELS = torch.cat((-E2M1[1:].flip(0), E2M1))
+E4M3_LARGEST = 448.0
+_BIAS = 127
+
+
+class BlockFloat(ScalarFormat):
+    """weight uint8 [N, ceil(K/2)], even k in the low nibble; weight_block_scale uint8 [N, K / g], bits of E8M0 or E4M3;
+    weight_scale float32 [N]."""
+
+    by_rows = True
+
+    def layout(self, n: int, k: int, spec: FormatSpec) -> dict[str, TensorLayout]:
+        return {
+            "weight": TensorLayout((n, (k + 1) // 2), torch.uint8),
+            "weight_block_scale": TensorLayout((n, group_count(k, spec)), torch.uint8),
+            "weight_scale": TensorLayout((n,), torch.float32),
+        }
+
+    def fit(self, weight: Tensor, spec: FormatSpec, clip: Tensor | float | None = None) -> Tensors:
+        """As in `ScalarFormat`; `clip` None: `own_clip`. 1: the standard's rule."""
+        reach = weight.float().reshape(len(weight), group_count(weight.shape[1], spec), -1).abs().amax(-1)
+        reach = reach * (self.own_clip(weight, spec) if clip is None else clip)
+        bits, row = self.fit_blocks(reach)
+        return {"weight_block_scale": bits, "weight_scale": row}
+
+    def fit_blocks(self, reach: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 [N, G], each block's largest magnitude -> bits of block scales, uint8 [N, G], and row scales."""
+        raise NotImplementedError
+
+    def block_scale(self, bits: Tensor) -> Tensor:
+        """float32: what the bits stand for."""
+        raise NotImplementedError
+
+    def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
+        size = self._element_scale(scales, spec, columns)
+        target = (weight / size.clamp_min(TINY)).clamp(-6, 6)
+        magnitude = target.abs()
+        # round to nearest, ties to the even code: the spacing is .5 below 2, 1 below 4, then 2
+        step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+        rounded = (magnitude / step).round() * step
+        place = torch.bucketize(rounded, E2M1.to(weight.device))
+        return torch.where(target < 0, place + 8, place).to(torch.int8)
+
+    def dequantize(self, codes: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
+        return LEVELS.to(codes.device)[self.index_of(codes)] * self._element_scale(scales, spec, columns)
+
+    def levels(self, scales: Tensors, spec: FormatSpec) -> Tensor:
+        size = self.block_scale(scales["weight_block_scale"]) * scales["weight_scale"][:, None]
+        return LEVELS.to(size.device) * size[..., None]
+
+    def codes_of(self, index: Tensor) -> Tensor:
+        place = index - 7
+        return torch.where(place < 0, 8 - place, place).to(torch.int8)
+
+    def index_of(self, codes: Tensor) -> Tensor:
+        magnitude = codes.long() & 7
+        return 7 + torch.where(codes >= 8, -magnitude, magnitude)
+
+    def pack(self, codes: Tensor) -> Tensor:
+        return pack_codes(codes, 4)
+
+    def unpack(self, packed: Tensor, k: int) -> Tensor:
+        return unpack_codes(packed, k, 4).to(torch.int8)
+
+    def _element_scale(self, scales: Tensors, spec: FormatSpec, columns: slice) -> Tensor:
+        """float32 [N, C]."""
+        size = self.block_scale(scales["weight_block_scale"]) * scales["weight_scale"][:, None]
+        k = size.shape[1] * (spec.group_size or 1)
+        return size[:, group_of(k, spec, columns, size.device)]
+
+
+def e8m0_scale(bits: Tensor) -> Tensor:
+    """uint8 bits of E8M0 -> float32: 2^(bits - 127)."""
+    return torch.ldexp(torch.ones_like(bits, dtype=torch.float32), bits.to(torch.int32) - _BIAS)
+
+
+def e8m0_bits(reach: Tensor) -> Tensor:
+    """uint8: the shared exponent of blocks with the given largest magnitudes, for elements up to 2^2 (1.x)."""
+    exponent = torch.frexp(reach).exponent.to(torch.int32) - 1  # floor(log2), exact
+    return torch.where(reach > 0, (exponent - 2 + _BIAS).clamp(0, 254), 0).to(torch.uint8)
+
+
+def e4m3_scale(bits: Tensor) -> Tensor:
+    """uint8 bits of E4M3 -> float32."""
+    return bits.view(torch.float8_e4m3fn).float()
+
+
+def e4m3_bits(value: Tensor) -> Tensor:
+    """uint8 bits of the nearest E4M3 number, saturating, ties to even. value: float32, not negative."""
+    return value.clamp(max=E4M3_LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)

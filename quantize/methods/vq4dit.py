@@ -1,0 +1,110 @@
+"""VQ4DiT (Deng et al. 2024, arXiv 2408.17131): weights as codes of a small codebook, calibrated block by block.
+
+    w[n, j d : (j + 1) d] ~= C[code[n, j]] * s[n]
+
+Per layer: k-means whose squared errors count as much as their inputs (second moments), then codes chosen one run of
+columns after the other with the error fed back into the columns that follow (`rounding = "nearest"`: without). Per
+block, where `steps` is not 0: codebook, scales, biases and codes are trained on the block's output (see
+`calibrate/block_tuning.py`, which reads the parameters from `steps` on). Both learn from nothing but noise and
+conditions. Differences from the paper, on purpose: a row's scale and a rotation before the codebook, error feedback,
+importance, a codebook in int8, and blocks that learn from the inputs that the compressed blocks before them give.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from ..compose import output_gain
+from ..errors import InputError
+from ..format import Tensors
+from ..gptq import DAMP
+from ..method import FloatLayer, Method
+from ..rotate import default_block, make_signs, rotate_gram, rotate_rows
+from ..spec import HadamardSpec, LayerSpec
+from ..stats import LayerStats
+from ..vector import VectorFormat, fit_codebook, nearest, round_vectors, row_scale
+
+ROUNDINGS = ("nearest", "gptq")
+
+
+class Vq4Dit(Method):
+    """`hadamard`: the largest block of a rotation, 0 for none. `scale`: a scale for each row before the codebook.
+
+    steps       training steps a block, 0 for none
+    candidates  entries that a code may become: those nearest to its own
+    ratio       weight of the loss that drives every mixture of candidates to one of them
+    harden      the share that a candidate must reach to be fixed before the end; above 1: never
+    slope       weight of the loss that holds the block's output, projected on the exact output, at its exact size
+    rate        learning rate of the mixtures' logits
+    book_rate   learning rate of codebook (its root mean square is 1), scales (as factors) and biases
+    """
+
+    defaults: ClassVar[dict[str, Any]] = {
+        "hadamard": 64,
+        "scale": True,
+        "importance": True,
+        "rounding": "gptq",
+        "damp": DAMP,
+        "unbiased": True,
+        "steps": 0,
+        "candidates": 3,
+        "ratio": 1.0,
+        "harden": 0.99,
+        "slope": 1.0,
+        "rate": 0.05,
+        "book_rate": 0.003,
+    }
+
+    def complete(self, spec: LayerSpec, n: int, k: int, params: dict[str, Any], foldable: bool = False) -> LayerSpec:
+        if params["hadamard"] and spec.hadamard is None:
+            spec = dataclasses.replace(spec, hadamard=HadamardSpec(default_block(k, "sylvester", params["hadamard"])))
+        return spec
+
+    def needs(self, params: dict[str, Any]) -> frozenset[str]:
+        return frozenset({"gram"})
+
+    def block_steps(self, params: dict[str, Any]) -> int:
+        return int(params["steps"])
+
+    def compress(self, layer: FloatLayer, stats: LayerStats | None, spec: LayerSpec, **params: Any) -> Tensors:
+        if params["rounding"] not in ROUNDINGS:
+            raise InputError(f"vq4dit: rounding is '{params['rounding']}', expected one of {', '.join(ROUNDINGS)}")
+        fmt = spec.weight.resolve()
+        if not isinstance(fmt, VectorFormat):
+            return fmt.encode(layer.weight, spec.weight) if spec.hadamard is None else _rotated(layer, spec)
+        assert stats is not None
+        assert stats.gram is not None
+        weight, gram, tensors = layer.weight, stats.gram / max(1, stats.count), {}
+        if spec.hadamard is not None:
+            signs = make_signs(weight.shape[1]).to(weight.device)
+            tensors["hadamard_signs"] = signs
+            weight, gram = rotate_rows(weight, signs, spec.hadamard), rotate_gram(gram, signs, spec.hadamard)
+        scale = row_scale(weight) if params["scale"] else row_scale(weight.reshape(1, -1)).expand(len(weight))
+        plain = weight / scale[:, None]
+        mass = scale.square()[:, None] / scale.square().mean()
+        if params["importance"]:
+            mass = mass * (gram.diagonal() / gram.diagonal().mean().clamp_min(1e-30)).clamp_min(1e-6)
+        vectors, masses = fmt.split(plain), fmt.split(mass.expand_as(plain))
+        book = fit_codebook(vectors, masses, fmt.entries)
+        if params["rounding"] == "gptq":
+            codes, rounded = round_vectors(plain, gram, book, params["damp"])
+        else:
+            codes = nearest(vectors, masses, book).view(len(weight), -1)
+            rounded = book[codes].flatten(1)
+        if params["unbiased"]:
+            scale = scale * output_gain(plain, rounded, gram)
+        return {**tensors, **fmt.store(codes, book, scale * (weight != 0).any(1))}
+
+
+def _rotated(layer: FloatLayer, spec: LayerSpec) -> Tensors:
+    """A format without a codebook, rounded to nearest."""
+    assert spec.hadamard is not None
+    signs = make_signs(layer.weight.shape[1]).to(layer.weight.device)
+    return {
+        "hadamard_signs": signs,
+        **spec.weight.resolve().encode(rotate_rows(layer.weight, signs, spec.hadamard), spec.weight),
+    }
+
+
+METHOD = Vq4Dit()
