@@ -81,7 +81,7 @@ class GraphedForward:
 
     def _state(self) -> bool:
         """What a step plan changes between calls of the same shape."""
-        return self._layer is not None and self._layer.active_spec is not self._layer.spec
+        return self._layer is not None and bool(self._layer.is_lifted)
 
     def _capture(self, leaves: list[Any], tree: Any) -> _Capture:
         inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]

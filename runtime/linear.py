@@ -30,7 +30,7 @@ class CompressedLinear(nn.Linear):
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
-        self.active_spec = spec  # what runs now: a step plan may lift the activation quantiser for a while
+        self.active_spec = spec
         for name, layout in layer_layout(out_features, in_features, spec).items():
             self.register_buffer(name, torch.empty(layout.shape, dtype=layout.dtype, device=device))
         if bias:
@@ -38,6 +38,16 @@ class CompressedLinear(nn.Linear):
             self.bias = nn.Parameter(empty, requires_grad=False)
         else:
             self.register_parameter("bias", None)
+
+    @property
+    def active_spec(self) -> LayerSpec:
+        """What runs now: a step plan may lift the activation quantiser for a while."""
+        return self._active_spec
+
+    @active_spec.setter
+    def active_spec(self, spec: LayerSpec) -> None:
+        self._active_spec = spec
+        self.is_lifted = spec != self.spec  # a plain flag: torch.compile guards on it, and cannot compare the specs
 
     def load_tensors(self, tensors: Tensors, bias: Tensor | None = None) -> None:
         """Replaces every buffer, and the bias. Raises KeyError for a missing tensor."""

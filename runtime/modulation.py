@@ -36,12 +36,18 @@ class Modulation:
         source  the tensors that the embedding is made from: blocks that are given other ones compute their own
         embed   makes the embedding [B, K], as the layers read it
         """
-        if index == 0 or not self._outputs or any(a is not b for a, b in zip(source, self._source, strict=False)):
+        if index == 0 or not self._outputs or self._is_other(source):
             self._source, self._outputs = source, self._compute(embed())
         outputs = self._outputs[index]
         if index == self.last:
             self._source, self._outputs = (), []
         return outputs
+
+    def _is_other(self, source: tuple[Tensor, ...]) -> bool:
+        # one traced call gives every block the same tensors, and a tracer need not follow their identity
+        if torch.compiler.is_compiling():
+            return False
+        return any(a is not b for a, b in zip(source, self._source, strict=True))
 
     def _compute(self, embedding: Tensor) -> list[list[Tensor]]:
         flat = self._product(embedding) if self.ready() else [layer(embedding) for layer in layers_at(self.places)]

@@ -190,13 +190,11 @@ def activate(x: Tensor, act: str) -> Tensor:
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether calling `layer` does what its tensors say and nothing else: no hook, no wrapper, no lifted quantiser."""
-    return (
-        type(layer) is CompressedLinear
-        and layer.active_spec is layer.spec
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-        and "forward" not in layer.__dict__
-    )
+    if not isinstance(layer, CompressedLinear) or layer.is_lifted:
+        return False
+    if torch.compiler.is_compiling():  # hooks put on a layer after compiling are not seen by torch.compile either
+        return True
+    return not layer._forward_hooks and not layer._forward_pre_hooks and "forward" not in layer.__dict__
 
 
 def _refusal(layer: nn.Module) -> str | None:

@@ -40,7 +40,7 @@ def rotated(x, cos, sin):
     return tl.reshape(tl.join(first, second), (x.shape[0], x.shape[1]))
 
 
-@triton.jit(do_not_specialize=["TOKENS", "OFFSET"])
+@triton.jit(do_not_specialize=["TOKENS", "OFFSET", "BATCHES"])
 def head_norm_rope_kernel(
     x_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, y_ptr, eps, x_b, x_t, TOKENS, OFFSET, BATCHES,
     HEADS: tl.constexpr, HEAD: tl.constexpr, NORM: tl.constexpr, ALL: tl.constexpr, ROPE: tl.constexpr,

@@ -196,14 +196,14 @@ def listed(transform: Transform) -> list[Tensor]:
     return [t for t in (transform.pre_scale, transform.signs) if t is not None]
 
 
-def assert_agree(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
-    """Codes within 1 (fp8: one step), nearly all equal; scales to fp32 rounding."""
-    torch.testing.assert_close(got[-1], want[-1], rtol=1e-5, atol=0)
+def assert_agree(got: tuple[Tensor, ...], want: tuple[Tensor, ...], rtol: float = 1e-5) -> None:
+    """Codes within 1 (fp8: one step), nearly all equal; scales to fp32 rounding, or the portable rotation's."""
+    torch.testing.assert_close(got[-1], want[-1], rtol=rtol, atol=0)
     codes, wanted = got[-2].float(), want[-2].float()
     off = (codes - wanted).abs()
     limit = 1.0 if got[-2].dtype == torch.int8 else wanted.abs() / 8 + 2**-9
     assert (off <= limit).all()
-    assert (off > 0).float().mean() < 1e-3
+    assert (off > 0).float().mean() < 100 * rtol
 
 
 def rotations_of(k: int) -> list[tuple[int, str]]:
@@ -245,7 +245,8 @@ def test_a_prefix_comes_first_and_as_it_is(n: int, p: int) -> None:
     for act, size in (("gelu_tanh", 0), ("gelu_tanh", 64), ("silu", 0)):
         transform = transform_of(n + p, size, "sylvester")
         got = act_quant(x, act, transform.pre_scale, transform.signs, size, "sylvester", "int8", prefix)
-        assert_agree(got, act_module._reference(x, act, transform, prefix))
+        portable = size and p % size  # blocks that hold columns of both kinds
+        assert_agree(got, act_module._reference(x, act, transform, prefix), 1e-3 if portable else 1e-5)
 
 
 @on_gpu
