@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import vdit_quant
-from vdit_quant.evaluate.compare import Comparison
-from vdit_quant.evaluate.sampling import Workload, make_sampler
+from vdit_quant.evaluate.compare import Comparison, measure
+from vdit_quant.evaluate.pairing import check_pair
+from vdit_quant.evaluate.sampling import Samples, Workload, make_sampler
 from vdit_quant.quantize.errors import InputError
 from vdit_quant.runtime.source import find_source
 
@@ -80,9 +81,50 @@ def test_the_samples_do_not_depend_on_the_batch_size(demo: Path, sqnr: Callable[
 def test_another_architecture_is_refused(
     tiny_artifact: Path, demo: Path, demo_artifact: Callable[..., Path], tiny_folder: Path
 ) -> None:
-    for artifact, baseline in ((tiny_artifact, demo), (demo_artifact("w4a8"), tiny_folder)):
+    for artifact, baseline in (
+        (tiny_artifact, demo / "transformer"),
+        (demo_artifact("w4a8") / "transformer", tiny_folder),
+    ):
         with pytest.raises(InputError, match=r"not the same architecture.*num_layers"):
             vdit_quant.compare(artifact, baseline, WORKLOAD)
+
+
+def test_fewer_blocks_are_the_same_task(tiny_artifact: Path, tiny_dit: Callable[..., Any], tmp_path: Path) -> None:
+    teacher = tiny_dit()
+    teacher.transformer_blocks.append(teacher.transformer_blocks[0])
+    teacher.register_to_config(num_layers=3)
+    teacher.save_pretrained(tmp_path / "teacher", safe_serialization=True)
+    check_pair(tiny_artifact, tmp_path / "teacher")
+
+
+def test_another_width_is_the_same_task_and_another_latent_is_not(
+    tiny_artifact: Path, tiny_folder: Path, copy_of: Callable[[Path], Path]
+) -> None:
+    other = copy_of(tiny_folder)
+    config = json.loads((other / "config.json").read_text())
+    for change, agrees in (({"num_attention_heads": 4}, True), ({"sample_size": 16}, False)):
+        (other / "config.json").write_text(json.dumps({**config, **change}))
+        if agrees:
+            check_pair(tiny_artifact, other)
+            continue
+        with pytest.raises(InputError, match=r"sample_size.*nor do they take the same latents"):
+            check_pair(tiny_artifact, other)
+
+
+def test_a_baseline_is_full_precision_and_of_the_same_kind(
+    tiny_artifact: Path, demo: Path, demo_artifact: Callable[..., Path]
+) -> None:
+    with pytest.raises(InputError, match="expected a full-precision model as the baseline"):
+        check_pair(tiny_artifact, tiny_artifact)
+    with pytest.raises(InputError, match="is a pipeline and .* a bare transformer"):
+        check_pair(demo_artifact("w4a8"), demo / "transformer")
+
+
+def test_models_that_draw_other_conditions_are_not_paired() -> None:
+    images = torch.zeros(1, 3, 4, 4)
+    ours, theirs = (Samples(images, [], {"class_labels": [label]}) for label in (1, 2))
+    with pytest.raises(InputError, match="seed 1: the two models drew different conditions"):
+        measure(1, ours, theirs)
 
 
 def test_a_plain_checkpoint_is_no_artifact(demo: Path) -> None:
