@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def test_a_baseline_is_full_precision_and_of_the_same_kind(
 ) -> None:
     with pytest.raises(InputError, match="expected a full-precision model as the baseline"):
         check_pair(tiny_artifact, tiny_artifact)
-    with pytest.raises(InputError, match="is a pipeline and .* a bare transformer"):
+    with pytest.raises(InputError, match=r"is a pipeline and .* a bare transformer"):
         check_pair(demo_artifact("w4a8"), demo / "transformer")
 
 
