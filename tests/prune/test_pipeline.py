@@ -5,7 +5,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,56 @@ from vdit_quant.runtime.checkpoint import WEIGHTS
 from vdit_quant.runtime.source import find_source, load_transformer
 
 FEW = {"samples": 16, "steps": 2, "batch_size": 4, "search": "3", "recover": "4", "grids": 0}
+
+
+KILLED = """
+import os, signal, sys
+from vdit_quant.prune.trainer import Trainer
+from vdit_quant.cli.main import main
+
+stage, step = sys.argv[1], int(sys.argv[2])
+original = Trainer._train
+
+def dying(self):
+    if self.stage == stage and self.step == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self)
+
+Trainer._train = dying
+sys.argv = ["vdit-quant", *sys.argv[3:]]
+main()
+"""
+
+
+KILLED_AT = {"search": 3, "recovery": 25}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def killed(
+    demo: Path,
+    tiny_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    python: Callable[..., subprocess.CompletedProcess[str]],
+) -> Iterator[dict[str, Any]]:
+    """Stage -> (run that is killed in that stage, its folder, model, settings). They start with the file's first test:
+    a process takes seconds to import everything, and the other tests need not wait for it.
+
+    The recovery is that of a trained model; in the search, whose steps cost more, the smallest model does.
+    """
+    cases = {"search": (tiny_folder, 1, 4), "recovery": (demo, 4, 30)}
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        found = {}
+        for stage, (model, keep, steps) in cases.items():
+            folder, few = tmp_path_factory.mktemp(stage), {**FEW, "samples": 8, "batch_size": 2}
+            options = {"keep": keep, **few, "search": "5", "recover": str(steps), "save_steps": 10}
+            program = ("-c", KILLED, stage, str(KILLED_AT[stage]), *_line(model, options))
+            found[stage] = (pool.submit(python, *program, cwd=folder), folder, model, options)
+        yield found
+
+
+def _line(model: Path, options: dict[str, Any]) -> list[str]:
+    words = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    return ["prune", str(model), "-o", "out", *words]
 
 
 @pytest.fixture(scope="module")
@@ -160,64 +210,17 @@ def test_a_plan_of_an_earlier_run_can_be_used(pruned: Path, tmp_path: Path) -> N
         prune_model(None, tmp_path / "other", plan=str(plan), keep="5")
 
 
-KILLED = """
-import os, signal, sys
-from vdit_quant.prune.trainer import Trainer
-from vdit_quant.cli.main import main
-
-stage, step = sys.argv[1], int(sys.argv[2])
-original = Trainer._train
-
-def dying(self):
-    if self.stage == stage and self.step == step:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(self)
-
-Trainer._train = dying
-sys.argv = ["vdit-quant", *sys.argv[3:]]
-main()
-"""
-
-
-KILLED_AT = {"search": 3, "recovery": 25}
-
-
-@pytest.fixture(scope="module")
-def killed(
-    demo: Path,
-    tiny_folder: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    python: Callable[..., subprocess.CompletedProcess[str]],
-) -> dict[str, tuple[Path, Path, list[str]]]:
-    """Stage -> (folder in which a run was killed in that stage, result of an undisturbed run, the command line).
-
-    The recovery is that of a trained model; in the search, whose steps cost more, the smallest model does.
-    """
-    cases = {"search": (tiny_folder, 1, 4), "recovery": (demo, 4, 30)}
-    found, processes = {}, []
-    with ThreadPoolExecutor() as pool:
-        for stage, (model, keep, steps) in cases.items():
-            folder = tmp_path_factory.mktemp(stage)
-            options = {**FEW, "samples": 8, "batch_size": 2, "search": "5", "recover": str(steps), "save_steps": 10}
-            words = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-            line = ["prune", str(model), "--keep", str(keep), "-o", "out", *words]
-            program = ("-c", KILLED, stage, str(KILLED_AT[stage]), *line)
-            processes.append(pool.submit(python, *program, cwd=folder))
-            found[stage] = (folder, prune_model(model, folder / "whole", keep=keep, **options), line)
-    for process in processes:
-        assert process.result().returncode == -signal.SIGKILL, process.result().stderr
-    return found
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 @pytest.mark.parametrize("stage", KILLED_AT)
 def test_a_killed_run_resumes_to_the_same_bits(
     stage: str, killed: dict[str, Any], cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, want, line = killed[stage]
+    process, folder, model, options = killed[stage]
+    want = prune_model(model, folder / "whole", **options)
+    assert process.result().returncode == -signal.SIGKILL, process.result().stderr
     monkeypatch.chdir(folder)
     assert not Path("out").exists()
-    result = cli(*line, "--resume")
+    result = cli(*_line(model, options), "--resume")
     assert result.code == 0, result.err
     assert "resuming" in result.out
     assert ("search (5)" in result.out) == (stage == "search"), "finished work was done again"
