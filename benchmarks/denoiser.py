@@ -1,10 +1,14 @@
 """Speed and memory of whole denoisers, compressed against bf16, in one process with the order shuffled.
 
-    python benchmarks/denoiser.py --json benchmarks/results/denoiser.json --markdown docs/benchmarks.md
-    python benchmarks/denoiser.py --model dit-xl-b32 --way w8a8-graph --rounds 2
+    python benchmarks/denoiser.py                                   measure every model; add them to the JSON
+    python benchmarks/denoiser.py --model dit-xl-b32                one model; the others in the JSON stay
+    python benchmarks/denoiser.py --render --markdown docs/benchmarks.md --plot docs/images/denoiser.png
+    python benchmarks/denoiser.py --model dit-xl-b2 --way w8a8 --way w8a8-graph --rounds 2 --json /tmp/try.json
 
-Weights are random: speed does not depend on them. Every timed path is checked in the same run, against the model in
-fp32. `--render` writes the tables again from the JSON without measuring.
+Weights are random: speed does not depend on them. Every timed path is checked in the same run: its error against the
+model in fp32, and that of a fused path against the same compressed weights unfused, which must stay within twice
+bf16's own error. The script ends with status 1 when one does not. The tables replace what stands between
+`<!-- denoiser:begin -->` and `<!-- denoiser:end -->`; `--render` writes them from the JSON without measuring.
 """
 
 from __future__ import annotations
@@ -12,10 +16,12 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import itertools
 import json
 import random
 import statistics
 import time
+import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,11 +30,11 @@ from typing import Any
 
 import random_models
 import torch
+from _render import plot_bars, rewrite, setting, table, versions
 from random_models import Shape, build, compressed, inputs
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import vdit_quant
 from vdit_quant.runtime.fusion import fuse
 from vdit_quant.runtime.graphs import replay_graphs
 
@@ -42,7 +48,7 @@ RECIPES = ("w8a8", "w4a8", "w4a8-mod4", "w4a4", "w3a8", "w2a8")
 CUDNN = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 PEERS = ("torchao-fp8", "torchao-int8", "bitsandbytes-nf4", "bitsandbytes-int8")
 WAYS = (
-    "bf16-eager", "bf16-compiled", "bf16-compiled-cudnn", "bf16-compiled-graph",
+    "bf16-eager", "bf16-compiled", "bf16-compiled-cudnn", "bf16-compiled-graph", "bf16-compiled-cudnn-graph",
     *(f"{recipe}{way}" for recipe in RECIPES for way in ("", "-graph")), "w8a8-compiled", "w8a8-unfused",
     *PEERS,
 )  # fmt: skip
@@ -60,13 +66,21 @@ class Path_:
 
 def main() -> None:
     options = arguments().parse_args()
-    if not options.render:
-        found = {"machine": torch.cuda.get_device_name(), "versions": versions(), "models": {}}
-        for name in options.model or MODELS:
-            found["models"][name] = measure_model(name, options)
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(render(json.loads(options.json.read_text(encoding="utf-8"))))
+    # a graph that another back-end's attention was traced into must never be taken from a cache on disk
+    torch._functorch.config.enable_autograd_cache = False
+    found = json.loads(options.json.read_text(encoding="utf-8")) if options.json.is_file() else {"models": {}}
+    for name in [] if options.render else options.model or MODELS:
+        found["models"][name] = measure_model(name, options)
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    text = render(found)
+    if options.plot is not None:
+        plot(found, options.plot)
+    for document in options.markdown:
+        rewrite(document, "denoiser", text)
+    print(text)
+    if wrong := [f"{model} {way}" for model in found["models"] for way in disagreeing(found["models"][model])]:
+        raise SystemExit(f"farther from its unfused reference than twice bf16's own error: {', '.join(wrong)}")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -76,47 +90,51 @@ def arguments() -> argparse.ArgumentParser:
     add("--way", action="append", choices=WAYS, help="may be given again. Default: all")
     add("--rounds", type=int, default=5, help="rounds of ten forwards, each in a new order")
     add("--json", type=Path, default=Path("benchmarks/results/denoiser.json"))
-    add("--render", action="store_true", help="measure nothing; print the tables of the JSON")
+    add("--markdown", type=Path, action="append", default=[], help="document with the marked region; may be repeated")
+    add("--plot", type=Path, help="PNG to draw; needs matplotlib")
+    add("--render", action="store_true", help="measure nothing; tables and plot from the JSON")
     return parser
 
 
-def versions() -> dict[str, str]:
-    import diffusers
-    import triton
-
-    return {
-        "vdit-quant": vdit_quant.__version__, "torch": torch.__version__, "triton": triton.__version__,
-        "diffusers": diffusers.__version__,
-    }  # fmt: skip
-
-
 def measure_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Every way of one model: error, first call, latency, memory."""
+    """Every way of one model: errors, first call, latency, memory; a way that fails is listed with its reason."""
     shape, batch, label = MODELS[name]
-    base = build(shape, torch.bfloat16, "cuda")
-    call = inputs(shape, batch, torch.bfloat16, "cuda")
-    truth = reference(shape, batch)
-    ways = [way for way in options.way or WAYS]
-    paths = []
-    for way in ways:
+    bench = Bench.of(shape, batch)
+    paths, failed = [], {}
+    for way in options.way or WAYS:
         try:
-            paths.append(prepare(way, base, call, truth))
+            paths.append(bench.prepare(way))
             print(f"{name} {way}: {paths[-1].found}", flush=True)
         except Exception as error:  # one way that fails must not lose the others
-            print(
-                f"{name} {way}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", flush=True
-            )
+            failed[way] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            print(f"{name} {way}: {failed[way]}", flush=True)
+    rows = time_paths(paths, options.rounds)
+    result = {
+        "label": label, "batch": batch, "machine": torch.cuda.get_device_name(), "versions": versions(),
+        "forwards": 10 * options.rounds, "bf16_bytes": bytes_of(bench.base), "bf16_error": bench.bf16_error,
+        "rows": rows, "failed": failed,
+    }  # fmt: skip
+    del paths, bench
+    release()
+    return result
+
+
+def time_paths(paths: list[Path_], rounds: int) -> dict[str, dict[str, Any]]:
+    """name -> what is known of the path, with the median of its forwards; the paths take turns in random order."""
     times: dict[str, list[float]] = {path.name: [] for path in paths}
-    for _ in range(options.rounds):
+    for _ in range(rounds):
         for path in random.sample(paths, len(paths)):
             times[path.name] += time_calls(path.call, 10)
-    rows = {p.name: {**p.found, "ms": statistics.median(times[p.name]), "ms_all": times[p.name]} for p in paths}
-    result = {"label": label, "batch": batch, "bf16_bytes": bytes_of(base), "rows": rows}
-    del paths, base
+    for path in paths:  # last: a profiler may slow down what runs after it
+        path.found["attention"] = attention_kernel(path.call)
+    return {p.name: {**p.found, "ms": statistics.median(times[p.name]), "ms_all": times[p.name]} for p in paths}
+
+
+def release() -> None:
+    """Frees compiled code, graphs and memory of what was measured."""
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
-    return result
 
 
 @torch.no_grad()
@@ -133,51 +151,115 @@ def reference(shape: Shape, batch: int) -> Tensor:
     return model(**call)[0]
 
 
-@torch.no_grad()
-def prepare(way: str, base: nn.Module, arguments: dict[str, Any], truth: Tensor) -> Path_:
-    """Builds one way, runs it for the first time, and checks it."""
-    recipe, _, mode = way.partition("-")
-    if way.startswith("w4a8-mod4"):
-        recipe, mode = "w4a8-mod4", way.removeprefix("w4a8-mod4").lstrip("-")
-    module, backends = base, None
-    if recipe == "bf16":
-        module.__dict__.pop("forward", None)
-        backends = CUDNN if mode.endswith(("cudnn", "graph")) else None
-        options = {"mode": "reduce-overhead"} if mode.endswith("graph") else {}
-        run: Any = module if mode == "eager" else torch.compile(module, **options)
-    elif way in PEERS:
-        module = peer(way, base)
-        run = module if way == "bitsandbytes-int8" else torch.compile(module)
-    else:
-        module = compressed(base, recipe)
-        if mode != "unfused":
-            fuse(module)
-        if mode == "graph":
-            replay_graphs(module)
-        run = torch.compile(module, fullgraph=True) if mode == "compiled" else module
+class Bench:
+    """One model in bf16 with its inputs, what it computes in fp32, and compressed copies, made when asked for."""
+
+    def __init__(self, base: nn.Module, arguments: dict[str, Any], truth: Tensor) -> None:
+        self.base, self.arguments, self.truth = base, arguments, truth
+        self.compressed: dict[str, tuple[nn.Module, Tensor]] = {}
+        with torch.no_grad():
+            self.bf16_error = relative(base(**arguments)[0], truth)
+
+    @classmethod
+    def of(cls, shape: Shape, batch: int) -> Bench:
+        call = inputs(shape, batch, torch.bfloat16, "cuda")
+        return cls(build(shape, torch.bfloat16, "cuda"), call, reference(shape, batch))
 
     @torch.no_grad()
-    def call() -> Tensor:
-        with attention(backends):
-            return run(**arguments)[0]
+    def unfused(self, recipe: str) -> tuple[nn.Module, Tensor]:
+        """The compressed model, each layer by itself, and its output. Copy it before changing it."""
+        if recipe not in self.compressed:
+            module = compressed(self.base, recipe)
+            self.compressed[recipe] = module, module(**self.arguments)[0]
+        return self.compressed[recipe]
 
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    out = call().float()
-    torch.cuda.synchronize()
-    first = time.perf_counter() - start
-    error = float((out - truth).norm() / truth.norm())
-    for _ in range(3):
-        call()
+    @torch.no_grad()
+    def prepare(self, way: str) -> Path_:
+        """Builds one way, runs it for the first time, and checks it."""
+        module, run, backends, own = self.module(way)
+
+        @torch.no_grad()
+        def call() -> Tensor:
+            with attention(backends):
+                return run(**self.arguments)[0]
+
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        out = call().float()
+        torch.cuda.synchronize()
+        found: dict[str, Any] = {"first_call_s": time.perf_counter() - start, "error": relative(out, self.truth)}
+        if own is not None:
+            found |= {"from_unfused": relative(out, own), "allowed": 2 * self.bf16_error}
+        for _ in range(3):
+            call()
+        weights = bytes_of(module)
+        # a graph holds the memory of its forward all along, where no peak shows it
+        peak = None if way.endswith("graph") else weights + working_bytes(call)
+        return Path_(way, module, call, {**found, "weight_bytes": weights, "peak_bytes": peak})
+
+    def module(self, way: str) -> tuple[nn.Module, Any, list[SDPBackend] | None, Tensor | None]:
+        """The module of a way, what to call, the attention back-ends to prefer (None: torch's own choice), and for a
+        fused way the output of its unfused reference."""
+        if way.startswith("bf16"):
+            backends = CUDNN if "cudnn" in way else None
+            mode = "reduce-overhead" if way.endswith("graph") else None
+            run: Any = self.base if way == "bf16-eager" else compile_anew(self.base, mode=mode)
+            return self.base, run, backends, None
+        if way in PEERS:
+            module = peer(way, self.base)
+            return module, module if way == "bitsandbytes-int8" else compile_anew(module), None, None
+        recipe = max((name for name in RECIPES if way == name or way.startswith(f"{name}-")), key=len)
+        mode, (original, own) = way.removeprefix(recipe), self.unfused(recipe)
+        if mode == "-unfused":
+            return original, original, None, None
+        module = fuse(copy.deepcopy(original))
+        if mode == "-graph":
+            replay_graphs(module)
+        return module, compile_anew(module, fullgraph=True) if mode == "-compiled" else module, None, own
+
+
+_COMPILED = itertools.count()
+
+
+def compile_anew(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`torch.compile` of a module or function, never sharing code with an earlier compilation of the same class.
+
+    What dynamo compiled is kept by code object, and the order of attention back-ends is not among its guards: compiled
+    as usual, the model with cuDNN first would silently run what was traced with torch's own choice.
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    code = forward.__code__.replace(co_name=f"forward_{next(_COMPILED)}")
+    own = types.FunctionType(code, globals(), code.co_name, None, forward.__closure__)
+    return torch.compile(own, dynamic=False, **options)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """||found - expected|| / ||expected||."""
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+def working_bytes(call: Callable[[], Tensor]) -> int:
+    """The most that one forward holds beyond what was held before it."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     call()
     torch.cuda.synchronize()
-    extra = torch.cuda.max_memory_allocated() - before
-    weights = bytes_of(module)
-    found = {"first_call_s": first, "error": error, "weight_bytes": weights, "peak_bytes": weights + extra}
-    return Path_(way, module, call, found)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def attention_kernel(call: Callable[[], Tensor]) -> str:
+    """Whose attention kernel a forward really runs, by the names of its kernels."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    names = " ".join(event.key.lower() for event in profile.key_averages())
+    signs = {"cuDNN": "cudnn", "flash": "flash", "efficient": "fmha"}
+    return next((name for name, sign in signs.items() if sign in names), "other")
 
 
 def peer(way: str, base: nn.Module) -> nn.Module:
@@ -234,28 +316,79 @@ def time_calls(call: Callable[[], Tensor], count: int) -> list[float]:
     return [start.elapsed_time(end) for start, end in events]
 
 
+def baselines(model: dict[str, Any]) -> tuple[float | None, float | None]:
+    """ms of the fastest compiled bf16: without CUDA graphs, and of all where graphs were measured too."""
+    compiled = {name: row["ms"] for name, row in model["rows"].items() if name.startswith("bf16-compiled")}
+    plain = min((ms for name, ms in compiled.items() if not name.endswith("graph")), default=None)
+    return plain, min(compiled.values()) if any(name.endswith("graph") for name in compiled) else None
+
+
+def disagreeing(model: dict[str, Any]) -> list[str]:
+    """The fused ways that are too far from their unfused references."""
+    return [
+        name for name, row in model["rows"].items() if "allowed" in row and not row["from_unfused"] <= row["allowed"]
+    ]
+
+
+def caption(model: dict[str, Any]) -> str:
+    return (
+        f"{setting(model)}. Random weights, one process, medians of {model['forwards']} forwards in rounds of shuffled "
+        "order. The baseline is the faster of bf16 `torch.compile` with torch's own choice of attention kernel and "
+        "with cuDNN's first; the second ratio lets it use CUDA graphs too."
+    )
+
+
 def render(found: dict[str, Any]) -> str:
-    """One table a model."""
-    lines = []
+    """One table a model, with what its figures depend on."""
+    captions = list(dict.fromkeys(caption(model) for model in found["models"].values()))
+    lines = [captions[0], ""] if len(captions) == 1 else []
     for model in found["models"].values():
-        rows = model["rows"]
-        graphed = {n for n in rows if n.endswith("graph")}
-        plain = [r["ms"] for n, r in rows.items() if n.startswith("bf16-compiled") and n not in graphed]
-        with_graph = [r["ms"] for n, r in rows.items() if n.startswith("bf16-compiled")]
-        lines += [
-            f"**{model['label']}**",
-            "",
-            "| | ms | x compiled bf16 | weights, GB | peak, GB | error | first call, s |",
-        ]
-        lines.append("|---|---:|---:|---:|---:|---:|---:|")
-        for name, row in rows.items():
-            best = min(with_graph if name in graphed else plain, default=float("nan"))
-            lines.append(
-                f"| {name} | {row['ms']:.2f} | {best / row['ms']:.2f} | {row['weight_bytes'] / 1e9:.2f} "
-                f"| {row['peak_bytes'] / 1e9:.2f} | {row['error']:.4f} | {row['first_call_s']:.1f} |"
-            )
-        lines.append("")
-    return "\n".join(lines)
+        lines += [f"**{model['label']}**", ""]
+        if len(captions) > 1:
+            lines += [caption(model), ""]
+        lines += [*model_table(model), ""]
+        lines += [f"bf16's own error is {model['bf16_error']:.4f}: a fused way may be twice as far from unfused.", ""]
+        lines += [f"- `{way}` failed: {escape(reason)}" for way, reason in model["failed"].items()]
+        lines += [""] if model["failed"] else []
+    return "\n".join(lines).rstrip()
+
+
+def model_table(model: dict[str, Any]) -> list[str]:
+    plain, graphed = baselines(model)
+    wrong = disagreeing(model)
+    rows = []
+    for name, row in model["rows"].items():
+        distance = f"{row['from_unfused']:.4f}" if "from_unfused" in row else ""
+        cells = [name, f"{row['ms']:.2f}", ratio(plain, row["ms"]), ratio(graphed, row["ms"])]
+        cells += ["-" if row[key] is None else f"{row[key] / 1e9:.2f}" for key in ("weight_bytes", "peak_bytes")]
+        cells += [f"{row['error']:.4f}", f"**{distance}**, too far" if name in wrong else distance]
+        rows.append([*cells, row["attention"], f"{row['first_call_s']:.1f}"])
+    head = ["", "ms", "x compiled bf16", "x compiled bf16 with graphs", "weights, GB", "peak, GB", "error"]
+    return table([*head, "from unfused", "attention", "first call, s"], rows)
+
+
+def ratio(baseline: float | None, ms: float) -> str:
+    return "-" if baseline is None else f"{baseline / ms:.2f}"
+
+
+def escape(reason: str) -> str:
+    """Text of an error on one line of Markdown."""
+    return "`" + reason.replace("`", "'")[:160].strip() + "`"
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Bars of how many times as fast as compiled bf16 each way is; dashed: compiled bf16 with graphs."""
+    groups, marks = {}, {}
+    for model in found["models"].values():
+        plain, graphed = baselines(model)
+        if plain is None:
+            continue
+        groups[model["label"]] = {name: plain / row["ms"] for name, row in model["rows"].items()}
+        if graphed is not None:
+            marks[model["label"]] = plain / graphed
+    if not groups:
+        raise SystemExit("nothing to plot: no model was measured with compiled bf16")
+    plot_bars(groups, marks, "times as fast as compiled bf16 (dashed: bf16 with CUDA graphs)", path)
 
 
 if __name__ == "__main__":
