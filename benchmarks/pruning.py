@@ -104,6 +104,8 @@ def main() -> None:
         options.work.mkdir(parents=True, exist_ok=True)
         options.json.parent.mkdir(parents=True, exist_ok=True)
         drive(options)
+    if not options.json.exists():
+        raise SystemExit(f"{options.json}: no such file; nothing has been measured, and the documents stay as they are")
     table = render(json.loads(options.json.read_text(encoding="utf-8")))
     for document in options.markdown:
         quality.rewrite(document, options.name, table)
@@ -423,6 +425,7 @@ def render(found: dict[str, Any]) -> str:
 
 
 def headline(rows_by_name: dict[str, Any]) -> list[str]:
+    """What full depth and the headline models gave, then the denoiser's times; rows without a figure are left out."""
     out = ["| | blocks kept | FD | data + search + recovery, s | steps |", "|---|---|---:|---:|---:|"]
     for name in ("teacher", "learned-9", HEADLINE):
         row = rows_by_name.get(name, {})
@@ -447,6 +450,8 @@ def headline(rows_by_name: dict[str, Any]) -> list[str]:
 
 
 def comparison(rows_by_name: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    if not any(row["table"] in ("criteria", "ablation") and "distance" in row for row in rows_by_name.values()):
+        return []
     out = [
         f"The same recovery for every row: {settings['row_steps']:,} steps of {settings['row_batch']} samples.",
         "",

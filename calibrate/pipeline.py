@@ -17,6 +17,7 @@ from ..quantize.recipe import Recipe, load_shipped
 from ..runtime.artifact import is_artifact
 from ..runtime.demo import DEMO
 from ..runtime.family import find_family
+from ..runtime.lineage import short_record
 from ..runtime.load import pick_device
 from ..runtime.schedule import plan_steps
 from ..runtime.source import Source, find_source
@@ -200,11 +201,13 @@ def describe(source: Source | ModelSource, recipe: Recipe, settings: Options) ->
     """Everything the artifact's numbers follow from; also what a resumed run must have in common with the first."""
     from .. import __version__
 
+    pruned = short_record(source.transformer) if isinstance(source, Source) else None
     return {
         "tool": f"vdit-quant {__version__}",
         "torch": torch.__version__,
         "source": source.label,
         "source_fingerprint": source.fingerprint(),
+        **({"pruned": pruned} if pruned is not None else {}),
         "recipe": recipe.to_dict(),
         "workload": settings.workload().to_dict(),
         "full_steps": list(settings.full_steps),

@@ -13,8 +13,9 @@ from ..prune.options import Options, width_of
 from ..prune.patterns import cut
 from ..prune.pipeline import chosen_depths, default_output, open_source
 from ..prune.plan import PrunePlan, Stack, find_stacks
-from ..prune.writer import is_pruned, read_record
+from ..prune.writer import read_record
 from ..runtime.family import find_family
+from ..runtime.lineage import is_pruned
 from ..runtime.load import pick_device
 from ..runtime.writer import check_output
 from .console import console, human_bytes, table

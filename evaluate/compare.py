@@ -1,4 +1,4 @@
-"""Artifact against full precision, sample by sample on the same conditions and noise."""
+"""A compressed or pruned model against full precision, sample by sample on the same conditions and noise."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from ..quantize.errors import InputError
-from ..runtime.artifact import read_config
-from ..runtime.load import check_artifact, pick_device, pick_dtype
-from ..runtime.source import Source, find_source
+from ..runtime.load import pick_device, pick_dtype
+from ..runtime.source import find_source
 from .metrics import mean_psnr, relative_error, ssim
+from .pairing import check_pair, same_conditions
 from .picture import save_pairs
 from .sampling import Sampler, Samples, Workload, make_sampler
 
@@ -38,7 +38,7 @@ class SeedResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a compressed model cost against full precision."""
+    """What a compressed or pruned model cost against full precision; `artifact` names it whichever it is."""
 
     artifact: str
     baseline: str
@@ -98,19 +98,12 @@ def compare(
 
     workload  what to sample, once for each of `seeds`
     picture   where to save the side-by-side picture (PNG)
-    Raises InputError when either is unusable or the two are not the same architecture.
+    Raises InputError when either is unusable, or the two do not turn the same noise and conditions into samples.
     """
     workload = workload or Workload(samples=20)
     check_pair(artifact, baseline)
     reference = sample_seeds(baseline, workload, seeds, device, "baseline", progress)
     return compare_runs(sample_seeds(artifact, workload, seeds, device, "artifact", progress), reference, picture)
-
-
-def check_pair(artifact: str | Path, baseline: str | Path) -> None:
-    """Raises InputError unless `artifact` is complete and of the same architecture as `baseline`."""
-    ours, theirs = find_source(artifact), find_source(baseline)
-    check_artifact(ours)
-    check_same(ours, theirs)
 
 
 def sample_seeds(
@@ -163,10 +156,13 @@ def compare_runs(artifact: Run, baseline: Run, picture: Path | None = None) -> C
 
 
 def measure(seed: int, got: Samples, want: Samples) -> SeedResult:
-    """Paired metrics of one seed. Raises InputError when the compressed model produced NaN or infinity."""
+    """Paired metrics of one seed. Raises InputError when the smaller model produced NaN or infinity, or the two were
+    asked for different samples."""
+    if not same_conditions(got.conditions, want.conditions):
+        raise InputError(f"seed {seed}: the two models drew different conditions; give both --conditions FILE")
     if not torch.isfinite(got.images).all():
         bad = int((~torch.isfinite(got.images)).flatten(1).any(1).sum())
-        raise InputError(f"seed {seed}: {bad} of {len(got.images)} compressed samples hold NaN or infinity")
+        raise InputError(f"seed {seed}: {bad} of {len(got.images)} samples of the smaller model hold NaN or infinity")
     steps = tuple(relative_error(a, b) for a, b in zip(got.trajectory, want.trajectory, strict=True))
     images = got.images.dim() >= 4 and bool((want.images.min() >= 0) & (want.images.max() <= 1))
     span = 1.0 if images else float(want.images.max() - want.images.min())
@@ -177,27 +173,6 @@ def measure(seed: int, got: Samples, want: Samples) -> SeedResult:
         latent_error=relative_error(got.images, want.images),
         step_error=steps,
     )
-
-
-def default_baseline(artifact: Path) -> str:
-    """The model that an artifact says it was made from. Raises InputError when it cannot be found here."""
-    source = find_source(artifact)
-    label = read_config(source.transformer).provenance.get("source")
-    if not label:
-        raise InputError(f"{artifact}: does not say what it was made from; pass --baseline MODEL")
-    return str(label)
-
-
-def check_same(artifact: Source, baseline: Source) -> None:
-    """Raises InputError when the two configs describe different architectures."""
-    ours, theirs = ({k: v for k, v in s.config.items() if not k.startswith("_")} for s in (artifact, baseline))
-    ours.pop("quantization_config", None)
-    if artifact.config.get("_class_name") != baseline.config.get("_class_name") or ours != theirs:
-        different = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
-        raise InputError(
-            f"{artifact.label} and {baseline.label} are not the same architecture "
-            f"({', '.join(different) or 'another class'}); compare an artifact with the checkpoint it was made from"
-        )
 
 
 def tensor_bytes(model: nn.Module) -> int:

@@ -50,10 +50,11 @@ class Workload:
 @dataclass
 class Samples:
     """images float32 [n, ...] in 0..1 (latents where there is no decoder); trajectory: the denoiser's input latents
-    of every sample at each step, float32 [steps][n, ...]."""
+    of every sample at each step, float32 [steps][n, ...]; conditions: what was asked for."""
 
     images: Tensor
     trajectory: list[Tensor] = field(default_factory=list)
+    conditions: Any = None
 
 
 class Sampler:
@@ -94,7 +95,7 @@ class Sampler:
                     handle.remove()
                 trajectories.append(watch.latents)
         steps = [torch.cat(parts) for parts in zip(*trajectories, strict=True)] if keep_trajectory else []
-        return Samples(torch.cat(images), steps)
+        return Samples(torch.cat(images), steps, conditions)
 
 
 def _step_progress(progress: Progress, number: int, batches: int, steps: int) -> Callable[[int], None]:

@@ -20,6 +20,7 @@ from ..runtime.artifact import is_artifact
 from ..runtime.checkpoint import read_json
 from ..runtime.demo import DEMO
 from ..runtime.family import Family, find_family
+from ..runtime.lineage import is_pruned
 from ..runtime.load import default_dtype, pick_device
 from ..runtime.source import Source, find_source, load_transformer
 from ..runtime.writer import check_output
@@ -33,7 +34,7 @@ from .plot import can_plot, plot_run
 from .recover import measure, recover
 from .stream import Stream
 from .team import Team, find_team
-from .writer import is_pruned, write_pruned
+from .writer import write_pruned
 
 Data = str | Path | Iterable[Mapping[str, Tensor]]
 _HELD_OUT = 256  # samples that losses are compared on and nothing is trained on

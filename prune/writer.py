@@ -9,18 +9,13 @@ import torch
 from torch import nn
 
 from ..runtime.checkpoint import read_json
+from ..runtime.lineage import SIDECAR, is_pruned
 from ..runtime.source import Source
 from ..runtime.writer import copy_pipeline, staged, write_json, write_tensors
 from .plan import PrunePlan
 from .student import source_name
 
-SIDECAR = "prune.json"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-
-
-def is_pruned(folder: Path) -> bool:
-    """Whether a transformer folder was written here."""
-    return (folder / SIDECAR).exists() and (folder / "config.json").exists()
 
 
 def write_pruned(

@@ -9,9 +9,9 @@ import typer
 
 
 def run(
-    artifact: Annotated[Path, typer.Argument(help="Folder that `vdit-quant calibrate` wrote.")],
+    artifact: Annotated[Path, typer.Argument(help="Folder that `vdit-quant calibrate` or `prune` wrote.")],
     baseline: Annotated[
-        str | None, typer.Option(help="The full-precision model. Default: the one the artifact was made from.")
+        str | None, typer.Option(help="The full-precision model. Default: the one it was made from.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples a seed.")] = 20,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
@@ -28,8 +28,9 @@ def run(
         Path | None, typer.Option("-o", "--output", help="Folder for comparison.json and samples.png.")
     ] = None,
 ) -> None:
-    """Compare an artifact with full precision: same conditions, same noise, sample by sample."""
-    from ...evaluate.compare import compare, default_baseline
+    """Compare an artifact or a pruned model with full precision: same conditions, same noise, sample by sample."""
+    from ...evaluate.compare import compare
+    from ...evaluate.pairing import default_baseline
     from ...evaluate.sampling import Workload
     from ...kernels import dispatch
     from ...runtime.writer import write_json

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import vdit_quant
-from vdit_quant.evaluate.compare import Comparison
-from vdit_quant.evaluate.sampling import Workload, make_sampler
+from vdit_quant.evaluate.compare import Comparison, measure
+from vdit_quant.evaluate.pairing import check_pair, check_same
+from vdit_quant.evaluate.sampling import Samples, Workload, make_sampler
 from vdit_quant.quantize.errors import InputError
 from vdit_quant.runtime.source import find_source
 
@@ -80,9 +81,58 @@ def test_the_samples_do_not_depend_on_the_batch_size(demo: Path, sqnr: Callable[
 def test_another_architecture_is_refused(
     tiny_artifact: Path, demo: Path, demo_artifact: Callable[..., Path], tiny_folder: Path
 ) -> None:
-    for artifact, baseline in ((tiny_artifact, demo), (demo_artifact("w4a8"), tiny_folder)):
+    for artifact, baseline in (
+        (tiny_artifact, demo / "transformer"),
+        (demo_artifact("w4a8") / "transformer", tiny_folder),
+    ):
         with pytest.raises(InputError, match=r"not the same architecture.*num_layers"):
             vdit_quant.compare(artifact, baseline, WORKLOAD)
+
+
+def test_fewer_blocks_are_the_same_task(tmp_path: Path) -> None:
+    """Of FLUX.1 the family does not know the latents: there everything but the depths must agree."""
+    config = {
+        "_class_name": "FluxTransformer2DModel", "num_layers": 3, "num_single_layers": 4, "num_attention_heads": 2,
+        "attention_head_dim": 16, "axes_dims_rope": [4, 4, 8], "joint_attention_dim": 24, "pooled_projection_dim": 16,
+    }  # fmt: skip
+    changes = {"whole": {}, "pruned": {"num_layers": 1, "num_single_layers": 2}, "other": {"joint_attention_dim": 32}}
+    for name, change in changes.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({**config, **change}))
+    whole, pruned, other = (find_source(tmp_path / name) for name in changes)
+    check_same(pruned, whole)
+    with pytest.raises(InputError, match="joint_attention_dim, num_layers"):
+        check_same(pruned, other)
+
+
+def test_another_width_is_the_same_task_and_another_latent_is_not(
+    tiny_artifact: Path, tiny_folder: Path, copy_of: Callable[[Path], Path]
+) -> None:
+    other = copy_of(tiny_folder)
+    config = json.loads((other / "config.json").read_text())
+    for change, agrees in (({"num_attention_heads": 4}, True), ({"sample_size": 16}, False)):
+        (other / "config.json").write_text(json.dumps({**config, **change}))
+        if agrees:
+            check_pair(tiny_artifact, other)
+            continue
+        with pytest.raises(InputError, match=r"sample_size.*nor do they take the same latents"):
+            check_pair(tiny_artifact, other)
+
+
+def test_a_baseline_is_full_precision_and_of_the_same_kind(
+    tiny_artifact: Path, demo: Path, demo_artifact: Callable[..., Path]
+) -> None:
+    with pytest.raises(InputError, match="expected a full-precision model as the baseline"):
+        check_pair(tiny_artifact, tiny_artifact)
+    with pytest.raises(InputError, match=r"is a pipeline and .* a bare transformer"):
+        check_pair(demo_artifact("w4a8"), demo / "transformer")
+
+
+def test_models_that_draw_other_conditions_are_not_paired() -> None:
+    images = torch.zeros(1, 3, 4, 4)
+    ours, theirs = (Samples(images, [], {"class_labels": [label]}) for label in (1, 2))
+    with pytest.raises(InputError, match="seed 1: the two models drew different conditions"):
+        measure(1, ours, theirs)
 
 
 def test_a_plain_checkpoint_is_no_artifact(demo: Path) -> None:

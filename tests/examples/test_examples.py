@@ -36,7 +36,7 @@ def test_example_runs(script: str, tmp_path: Path, root: Path, environment: dict
         assert (tmp_path / name).stat().st_size > 0
 
 
-PLUGIN = re.compile(r'```python title="((?:quantize|runtime|cli)/[\w/]+\.py)"\n(.*?)```', re.DOTALL)
+PLUGIN = re.compile(r'```python title="((?:quantize|runtime|prune|cli)/[\w/]+\.py)"\n(.*?)```', re.DOTALL)
 
 USE_PLUGINS = """
 import torch
@@ -62,6 +62,12 @@ compress("demo", "out", bits="w4a8", method="shrink")
 open("two.toml", "w").write('[[step]]\\nmethod = "rtn"\\nspec = "wt"\\nroles = ["feed_forward"]\\n')
 compress("demo", "two", recipe="two.toml")
 
+from vdit_quant.prune.pipeline import prune_model
+from vdit_quant.prune.writer import read_record
+
+pruned = prune_model("demo", "d3", keep=3, criterion="last_kept", recover="0", samples=8, steps=1)
+assert read_record(pruned)["plan"]["stacks"][0]["kept"] == [5, 6, 7]
+
 import sys
 from vdit_quant.cli.main import main
 sys.argv = ["vdit-quant", "shrunk", "two"]
@@ -74,7 +80,7 @@ def test_the_files_in_the_guide_work(root: Path, tmp_path: Path, environment: di
     package = tmp_path / "src"
     shutil.copytree(root / "src", package, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     files = PLUGIN.findall((root / "docs" / "extending.md").read_text(encoding="utf-8"))
-    assert len(files) == 4
+    assert len(files) == 5
     for name, text in files:
         (package / "vdit_quant" / name).write_text(text, encoding="utf-8")
     done = subprocess.run(

@@ -1,0 +1,83 @@
+"""Which two models can be compared sample by sample: those that turn the same noise and conditions into samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..quantize.errors import InputError
+from ..runtime.artifact import is_artifact, read_config
+from ..runtime.family import find_family
+from ..runtime.lineage import is_pruned, short_record
+from ..runtime.load import check_artifact
+from ..runtime.source import Source, find_source
+from .conditions import Conditions
+
+
+def check_pair(model: str | Path, baseline: str | Path) -> None:
+    """Raises InputError unless `model` is a whole artifact or a pruned model, with inputs and outputs of `baseline`."""
+    ours, theirs = find_source(model), find_source(baseline)
+    if is_artifact(ours.transformer) or not is_pruned(ours.transformer):
+        check_artifact(ours)
+    check_same(ours, theirs)
+
+
+def check_same(model: Source, baseline: Source) -> None:
+    """Raises InputError unless the two take the same latents and conditions: one class, and either configs that differ
+    in nothing but the number of blocks, or the same shapes by what the family says."""
+    if is_artifact(baseline.transformer):
+        raise InputError(f"{baseline.label}: a compressed artifact; expected a full-precision model as the baseline")
+    if model.is_pipeline != baseline.is_pipeline:
+        whole, bare = (model, baseline) if model.is_pipeline else (baseline, model)
+        raise InputError(f"{whole.label} is a pipeline and {bare.label} a bare transformer; compare like with like")
+    kinds = [str(source.config.get("_class_name")) for source in (model, baseline)]
+    different = [f"{kinds[0]} and {kinds[1]}"] if kinds[0] != kinds[1] else _differences(model, baseline)
+    if different and (kinds[0] != kinds[1] or _shapes(model) is None or _shapes(model) != _shapes(baseline)):
+        raise InputError(
+            f"{model.label} and {baseline.label} are not the same architecture ({', '.join(different)}), nor do they "
+            "take the same latents and conditions; compare a model with the checkpoint it was made from"
+        )
+
+
+def default_baseline(model: Path) -> str:
+    """The model that an artifact or a pruned model says it was made from. Raises InputError when it says nothing."""
+    source = find_source(model)
+    pruned = None if is_artifact(source.transformer) else short_record(source.transformer)
+    record = read_config(source.transformer).provenance if pruned is None else pruned
+    if not record.get("source"):
+        raise InputError(f"{model}: does not say what it was made from; pass --baseline MODEL")
+    return str(record["source"])
+
+
+def same_conditions(ours: Any, theirs: Any) -> bool:
+    """Whether two samplers asked for the same samples."""
+    if isinstance(ours, Conditions) and isinstance(theirs, Conditions):
+        return same_conditions(vars(ours), vars(theirs))
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return ours.keys() == theirs.keys() and all(same_conditions(ours[name], theirs[name]) for name in ours)
+    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        return torch.equal(ours, theirs)
+    return bool(ours == theirs)
+
+
+def _differences(model: Source, baseline: Source) -> list[str]:
+    """Config entries in which the two differ; depths, of which a pruned model has less, are all right alone."""
+    ours, theirs = ({k: v for k, v in s.config.items() if not k.startswith("_")} for s in (model, baseline))
+    ours.pop("quantization_config", None)
+    names = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+    if not names or set(names) <= set(find_family(model.skeleton()).depths):
+        return []
+    return names
+
+
+def _shapes(source: Source) -> tuple[Any, ...] | None:
+    """Shapes of the latents and of every condition; None where the family does not know them."""
+    skeleton = source.skeleton()
+    family = find_family(skeleton)
+    try:
+        return family.latent_shape(skeleton), family.condition_shapes(skeleton)
+    except NotImplementedError:
+        return None
