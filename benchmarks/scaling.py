@@ -110,11 +110,8 @@ def prepare_baseline(bench: Bench, way: str) -> Path_:
 
 def compile_blocks(module: Any, **options: Any) -> Any:
     """Compiles what all blocks of the model share, once, apart from anything compiled before; returns the model."""
-
-    def own(block: Any, *args: Any, **kwargs: Any) -> Any:
-        return type(block).forward(block, *args, **kwargs)
-
-    compiled = compile_anew(own, fullgraph=True, **options)
+    (kind,) = {type(block) for block in module.transformer_blocks}
+    compiled = compile_anew(kind.forward, fullgraph=True, **options)
     for block in module.transformer_blocks:
         block.forward = partial(compiled, block)
     return module
