@@ -49,7 +49,8 @@ def main() -> None:
     if options.plot is not None:
         plot_lines(curves(found), "times as fast as compiled bf16", options.plot)
     for document in options.markdown:
-        rewrite(document, "scaling", text)
+        picture = options.plot and ("Curves: the same ratios against the batch and the number of tokens", options.plot)
+        rewrite(document, "scaling", text, picture)
     print(text)
     if wrong := [f"{p['axis']} {p['x']} {way}" for p in found["points"] for way in disagreeing(p)]:
         raise SystemExit(f"farther from its unfused reference than twice bf16's own error: {', '.join(wrong)}")
