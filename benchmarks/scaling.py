@@ -26,6 +26,7 @@ from _render import plot_lines, rewrite, setting, table, versions
 from denoiser import Bench, Path_, attention, bytes_of, compile_anew, disagreeing, ratio, relative, release, time_paths
 from random_models import Shape
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from vdit_quant.runtime.fusion import fuse
 from vdit_quant.runtime.graphs import replay_graphs
@@ -70,7 +71,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     """Measures every point; the result is plain JSON."""
-    torch._functorch.config.enable_autograd_cache = False  # as in denoiser.py
+    functorch_config.enable_autograd_cache = False  # as in denoiser.py
     batches, sides = ((2, 32), (16, 32)) if options.quick else (BATCHES, SIDES)
     work = [("batch", batch, random_models.dit_xl(), batch) for batch in batches]
     work += [("tokens", side * side, random_models.pixart_sigma(2 * side), 2) for side in sides]
