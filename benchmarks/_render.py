@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 Series = Mapping[str, Sequence[tuple[float, float]]]
 
 
-def rewrite(document: Path, name: str, text: str) -> None:
-    """Replaces what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. Raises SystemExit without them."""
+def rewrite(document: Path, name: str, text: str, plot: tuple[str, Path] | None = None) -> None:
+    """Replaces what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` by `text` and the picture `plot`, its
+    description and its file. Raises SystemExit without the marks."""
+    if plot is not None:
+        text += f"\n\n![{plot[0]}]({Path(os.path.relpath(plot[1], document.parent)).as_posix()})"
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     old = document.read_text(encoding="utf-8")
     if old.count(begin) != 1 or old.count(end) != 1:

@@ -33,6 +33,7 @@ import torch
 from _render import plot_bars, rewrite, setting, table, versions
 from random_models import Shape, build, compressed, inputs
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vdit_quant.runtime.fusion import fuse
@@ -67,7 +68,7 @@ class Path_:
 def main() -> None:
     options = arguments().parse_args()
     # a graph that another back-end's attention was traced into must never be taken from a cache on disk
-    torch._functorch.config.enable_autograd_cache = False
+    functorch_config.enable_autograd_cache = False
     found = json.loads(options.json.read_text(encoding="utf-8")) if options.json.is_file() else {"models": {}}
     for name in [] if options.render else options.model or MODELS:
         found["models"][name] = measure_model(name, options)
@@ -77,7 +78,8 @@ def main() -> None:
     if options.plot is not None:
         plot(found, options.plot)
     for document in options.markdown:
-        rewrite(document, "denoiser", text)
+        picture = options.plot and ("Bars: how many times as fast as compiled bf16 each way is", options.plot)
+        rewrite(document, "denoiser", text, picture)
     print(text)
     if wrong := [f"{model} {way}" for model in found["models"] for way in disagreeing(found["models"][model])]:
         raise SystemExit(f"farther from its unfused reference than twice bf16's own error: {', '.join(wrong)}")

@@ -26,6 +26,7 @@ from _render import plot_lines, rewrite, setting, table, versions
 from denoiser import Bench, Path_, attention, bytes_of, compile_anew, disagreeing, ratio, relative, release, time_paths
 from random_models import Shape
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from vdit_quant.runtime.fusion import fuse
 from vdit_quant.runtime.graphs import replay_graphs
@@ -49,7 +50,8 @@ def main() -> None:
     if options.plot is not None:
         plot_lines(curves(found), "times as fast as compiled bf16", options.plot)
     for document in options.markdown:
-        rewrite(document, "scaling", text)
+        picture = options.plot and ("Curves: the same ratios against the batch and the number of tokens", options.plot)
+        rewrite(document, "scaling", text, picture)
     print(text)
     if wrong := [f"{p['axis']} {p['x']} {way}" for p in found["points"] for way in disagreeing(p)]:
         raise SystemExit(f"farther from its unfused reference than twice bf16's own error: {', '.join(wrong)}")
@@ -69,7 +71,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     """Measures every point; the result is plain JSON."""
-    torch._functorch.config.enable_autograd_cache = False  # as in denoiser.py
+    functorch_config.enable_autograd_cache = False  # as in denoiser.py
     batches, sides = ((2, 32), (16, 32)) if options.quick else (BATCHES, SIDES)
     work = [("batch", batch, random_models.dit_xl(), batch) for batch in batches]
     work += [("tokens", side * side, random_models.pixart_sigma(2 * side), 2) for side in sides]
@@ -110,11 +112,8 @@ def prepare_baseline(bench: Bench, way: str) -> Path_:
 
 def compile_blocks(module: Any, **options: Any) -> Any:
     """Compiles what all blocks of the model share, once, apart from anything compiled before; returns the model."""
-
-    def own(block: Any, *args: Any, **kwargs: Any) -> Any:
-        return type(block).forward(block, *args, **kwargs)
-
-    compiled = compile_anew(own, fullgraph=True, **options)
+    (kind,) = {type(block) for block in module.transformer_blocks}
+    compiled = compile_anew(kind.forward, fullgraph=True, **options)
     for block in module.transformer_blocks:
         block.forward = partial(compiled, block)
     return module

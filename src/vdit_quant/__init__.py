@@ -7,15 +7,17 @@ from importlib import import_module, metadata
 
 from .runtime.registration import register_with_diffusers
 
-__all__ = ["InputError", "compare", "compress", "load", "load_into", "prune_model"]
+__all__ = ["InputError", "compare", "compress", "fuse", "load", "load_into", "prune_model", "replay_graphs"]
 
 _PLACES = {
     "InputError": ".quantize.errors",
     "compress": ".calibrate.pipeline",
     "compare": ".evaluate.compare",
+    "fuse": ".runtime.fusion",
     "load": ".runtime.load",
     "load_into": ".runtime.load",
     "prune_model": ".prune.pipeline",
+    "replay_graphs": ".runtime.graphs",
 }
 
 try:

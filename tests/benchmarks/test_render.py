@@ -90,6 +90,8 @@ def test_the_marked_region_is_replaced_and_must_be_there(benchmark: Any, tmp_pat
     document.write_text("before\n<!-- x:begin -->\nold\n<!-- x:end -->\nafter\n", encoding="utf-8")
     render.rewrite(document, "x", "new")
     assert document.read_text(encoding="utf-8") == "before\n<!-- x:begin -->\nnew\n<!-- x:end -->\nafter\n"
+    render.rewrite(document, "x", "new", ("A plot", tmp_path / "images" / "x.png"))
+    assert "\nnew\n\n![A plot](images/x.png)\n<!-- x:end -->" in document.read_text(encoding="utf-8")
     with pytest.raises(SystemExit, match="y:begin"):
         render.rewrite(document, "y", "new")
 

@@ -42,7 +42,11 @@ USE_PLUGINS = """
 import torch
 from diffusers import AuraFlowTransformer2DModel
 from vdit_quant.calibrate.pipeline import compress
+from vdit_quant.quantize.compose import Choices, compress_linear
+from vdit_quant.quantize.method import FloatLayer
 from vdit_quant.quantize.spec import LayerSpec
+from vdit_quant.runtime.attach import attach, linear_layers
+from vdit_quant.runtime.fusion import fuse
 from vdit_quant.runtime.family import find_family
 
 spec = LayerSpec.parse("wt").weight
@@ -57,6 +61,18 @@ family = find_family(model)
 roles = family.linears(model)
 assert family.name == "auraflow", family.name
 assert set(roles.values()) == {"attention", "feed_forward", "modulation", "embedder", "output"}, roles
+
+x = torch.randn(1, 5, 32)
+feed_forward = model.joint_transformer_blocks[0].ff
+make = lambda layer: compress_linear(FloatLayer("", layer.weight.detach()), None, int8, Choices(rounding="rtn"))
+int8 = LayerSpec.parse("w8-a8tok")
+with torch.no_grad():
+    attach(feed_forward, dict.fromkeys(linear_layers(feed_forward), int8),
+           {name: make(layer) for name, layer in linear_layers(feed_forward).items()})
+    expected = feed_forward(x)
+    fuse(model, cpu=True)
+    assert "forward" in feed_forward.__dict__
+    assert (feed_forward(x) - expected).norm() < 1e-3 * expected.norm()
 
 compress("demo", "out", bits="w4a8", method="shrink")
 open("two.toml", "w").write('[[step]]\\nmethod = "rtn"\\nspec = "wt"\\nroles = ["feed_forward"]\\n')

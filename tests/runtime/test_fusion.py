@@ -1,7 +1,7 @@
 """Fused blocks: the same numbers as the model's own blocks, whatever is done to the model before or after."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import diffusers
@@ -103,6 +103,17 @@ def compress(model: nn.Module, spec: str = "w4g16-a8tok-h16", specs: dict[str, s
     return model
 
 
+def compressed(case: Case, spec: str = "w4g16-a8tok-h16", specs: dict[str, str] | None = None) -> nn.Module:
+    """A copy of its own of `compress(build(case), spec, specs)`, which is made once."""
+    key = case.kind, spec, str(specs)
+    if key not in _MADE:
+        _MADE[key] = compress(build(case), spec, specs)
+    return copy.deepcopy(_MADE[key])
+
+
+_MADE: dict[tuple[str, str, str], nn.Module] = {}
+
+
 def fused_blocks(model: nn.Module) -> int:
     return sum(isinstance(getattr(m.__dict__.get("forward"), "__self__", None), FusedBlock) for m in model.modules())
 
@@ -119,7 +130,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.mark.parametrize("short_name", ["w8-a8tok", "w4g16-a8tok-h16", "w3g32-a8tok", "w4g16", "w8-a8tok-r4"])
 def test_fused_is_unfused(case: Case, short_name: str) -> None:
-    model = compress(build(case), short_name)
+    model = compressed(case, short_name)
     expected = call(model, case)
     assert close(call(fuse(model, cpu=True), case), expected)
     assert torch.equal(call(unfuse(model), case), expected)
@@ -127,7 +138,7 @@ def test_fused_is_unfused(case: Case, short_name: str) -> None:
 
 
 def test_layers_of_one_stage_may_differ(case: Case) -> None:
-    model = compress(build(case), specs={"to_k": "w8-a8tok-h16", "to_out.0": "w8", "net.2": "w8-a8tok"})
+    model = compressed(case, specs={"to_k": "w8-a8tok-h16", "to_out.0": "w8", "net.2": "w8-a8tok"})
     expected = call(model, case)
     fuse(model, cpu=True)
     assert fused_blocks(model) > 0
@@ -135,13 +146,13 @@ def test_layers_of_one_stage_may_differ(case: Case) -> None:
 
 
 def test_on_a_cpu_nothing_changes_unless_asked(case: Case) -> None:
-    model = compress(build(case))
+    model = compressed(case)
     expected = call(model, case)
     assert torch.equal(call(fuse(model), case), expected)
 
 
 def test_merged_layers_hold_nothing_twice(case: Case) -> None:
-    model = compress(build(case))
+    model = compressed(case)
     before = storage_bytes(model)
     fuse(model, cpu=True)
     call(model, case)
@@ -170,14 +181,14 @@ def test_repeated_embedders_are_held_once_and_written_in_full() -> None:
 
 
 def test_embedders_that_differ_are_not_shared() -> None:
-    model = compress(build(CASES["dit"]))
+    model = compressed(CASES["dit"])
     expected = call(model, CASES["dit"])
     assert close(call(fuse(model, cpu=True), CASES["dit"]), expected)
 
 
 @pytest.mark.parametrize("change", ["cast", "copy", "reload"])
 def test_a_changed_model_is_followed(case: Case, change: str) -> None:
-    model = compress(build(case))
+    model = compressed(case)
     fuse(model, cpu=True)
     call(model, case)
     if change == "copy":
@@ -194,7 +205,7 @@ def test_a_changed_model_is_followed(case: Case, change: str) -> None:
 
 
 def test_moving_a_model_joins_its_layers_again(case: Case) -> None:
-    model = fuse(compress(build(case)), cpu=True)
+    model = fuse(compressed(case), cpu=True)
     expected = call(model, case)
     moved = model.to(torch.float64).to(torch.float32)  # every float tensor is a new one
     assert torch.equal(call(moved, case), expected)
@@ -202,7 +213,7 @@ def test_moving_a_model_joins_its_layers_again(case: Case) -> None:
 
 @pytest.mark.parametrize("trouble", ["hook", "wrapper", "lifted", "training"])
 def test_what_a_stage_cannot_know_runs_as_it_is(case: Case, trouble: str) -> None:
-    model = fuse(compress(build(case)), cpu=True)
+    model = fuse(compressed(case), cpu=True)
     call(model, case)
     name = next(n for n in linear_layers(model) if n.endswith("to_k") and "attn" in n)
     layer = model.get_submodule(name)
@@ -231,8 +242,10 @@ class Doubled(nn.Module):
         return 2 * self.base_layer(x)
 
 
+@pytest.mark.slow
 def test_torch_compile_has_no_graph_break(case: Case) -> None:
     torch._dynamo.reset()
+    case = replace(case, config={**case.config, "num_layers": 2})  # tracing takes most of the time
     model = fuse(compress(build(case)), cpu=True)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     expected = call(model, case)
@@ -241,7 +254,7 @@ def test_torch_compile_has_no_graph_break(case: Case) -> None:
 
 def test_the_modulation_of_another_call_is_never_used() -> None:
     case = CASES["dit"]
-    model = fuse(compress(build(case)), cpu=True)
+    model = fuse(compressed(case), cpu=True)
     first = call(model, case)
     with pytest.raises(RuntimeError):
         call(model, Case(case.kind, case.config, {"hidden_states": (3, 8, 8)}, case.extra))
