@@ -27,7 +27,7 @@ from .block_tuning import BlockTuner, needs_tuning
 from .compress import compress_unit
 from .mixed import allocate_bits, require_disk_source
 from .model_source import Data, ModelSource
-from .plan import LayerPlan, Plan, make_plan
+from .plan import LayerPlan, Plan, check_formats, make_plan
 from .progress import Progress
 from .workspace import Workspace
 
@@ -57,6 +57,7 @@ class Options:
                 Default: half of what the model's weights take, at least 0.5 GB
     resume      go on where an interrupted run of the same settings stopped
     overwrite   replace an existing output
+    i_know      use formats that are known to destroy a model that was not trained with them
     """
 
     bits: str = "w4a8"
@@ -78,6 +79,7 @@ class Options:
     stats_gb: float | None = None
     resume: bool = False
     overwrite: bool = False
+    i_know: bool = False
 
     def resolve_recipe(self) -> Recipe:
         if isinstance(self.recipe, Recipe):
@@ -121,6 +123,8 @@ def compress(
     target = Path(output) if output is not None else default_output(source.label, recipe)
     check_output(target, settings.overwrite)
     plan = plan_source(source, recipe)
+    if not settings.i_know:
+        check_formats(plan)
     plans = run_time_plans(source, settings)
     workspace = Workspace(target)
     provenance = describe(source, recipe, settings)

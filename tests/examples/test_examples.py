@@ -45,7 +45,7 @@ from vdit_quant.calibrate.pipeline import compress
 from vdit_quant.quantize.spec import LayerSpec
 from vdit_quant.runtime.family import find_family
 
-spec = LayerSpec.parse("wt").weight
+spec = LayerSpec.parse("wt5").weight
 grid = torch.tensor([[-1.0, 1.0, 0.0, 1.0, 1.0, -1.0]]) * 0.5
 assert torch.equal(spec.resolve().decode(spec.resolve().encode(grid, spec), 6, spec), grid)
 
@@ -59,7 +59,7 @@ assert family.name == "auraflow", family.name
 assert set(roles.values()) == {"attention", "feed_forward", "modulation", "embedder", "output"}, roles
 
 compress("demo", "out", bits="w4a8", method="shrink")
-open("two.toml", "w").write('[[step]]\\nmethod = "rtn"\\nspec = "wt"\\nroles = ["feed_forward"]\\n')
+open("two.toml", "w").write('[[step]]\\nmethod = "rtn"\\nspec = "wt5"\\nroles = ["feed_forward"]\\n')
 compress("demo", "two", recipe="two.toml")
 
 import sys
