@@ -27,8 +27,8 @@ class Ternary(ScalarFormat):
     tag = "t"
     by_rows = True
     refusal = (
-        "ternary weights destroy a model that was not trained with them; `--bits w2a16` or `w2a8` (vq4dit) takes about "
-        "as many bytes and keeps it, and `vdit-quant convert` imports a model trained with them"
+        "ternary weights destroy a model that was not trained with them; `--bits w2a16` or `w2a8` (vq4dit) is about as "
+        "small and far closer, and `vdit-quant convert` imports a model trained with them"
     )
 
     def layout(self, n: int, k: int, spec: FormatSpec) -> dict[str, TensorLayout]:
