@@ -41,7 +41,7 @@ TUNED_SAMPLES = 32
 class Options:
     """How to calibrate.
 
-    bits        a shipped recipe: w8a8, w4a8, w4a16, w8a16
+    bits        a shipped recipe: w8a8, w4a8, w4a4, w2a16, ...
     recipe      a recipe file or object, in the place of `bits`
     method      method for the attention and feed-forward layers, in the place of the recipe's
     group_size  weight group size, in the place of the recipe's
