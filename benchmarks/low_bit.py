@@ -1,12 +1,13 @@
 """Everything below W4A8 on one model: paired PSNR, Frechet distance, bits and bytes, several GPUs at once.
 
     python benchmarks/low_bit.py MODEL --yardstick FOLDER --devices cuda:0,cuda:1,cuda:2,cuda:3 --processes 6 \\
-        --json benchmarks/results/cifar-low-bit.json --markdown docs/methods/low-bit.md
+        --json benchmarks/results/low-bit.json --markdown docs/results.md --markdown docs/methods/hqdit.md \\
+        --markdown docs/methods/svdquant.md --markdown docs/methods/vq4dit.md
 
 Each row is a method and a spec for the attention and feed-forward layers, by one process of its own; a row that fails
-keeps its error and stops no other. The JSON is written after every row, and `--render` writes the documents from it.
-`--rows` takes globs over the rows' names, `--list` prints them. Bits a weight count every scale, sign, codebook and
-low-rank branch.
+keeps its error and stops no other. The JSON is written after every row. Each table is written from it into
+the documents that hold its mark; `--render` does this alone. `--rows` takes globs over the rows' names, `--list` prints
+them. Bits a weight count every scale, sign, codebook and low-rank branch.
 """
 
 from __future__ import annotations
@@ -62,8 +63,11 @@ def main() -> None:
         return
     if not options.render:
         measure_all(options, rows)
+    if not options.json.exists():
+        raise SystemExit(f"{options.json}: no such file; measure first")
     found = json.loads(options.json.read_text(encoding="utf-8"))
-    for title in low_bit_rows.TABLES:
+    measured = {row["table"] for row in found["rows"]}
+    for title in [title for title in low_bit_rows.TABLES if title in measured]:
         table = render(found, title)
         for document in options.markdown:
             if f"<!-- quality:{title}:begin -->" in document.read_text(encoding="utf-8"):

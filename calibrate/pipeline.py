@@ -28,7 +28,7 @@ from .block_tuning import BlockTuner, needs_tuning
 from .compress import compress_unit
 from .mixed import allocate_bits, require_disk_source
 from .model_source import Data, ModelSource
-from .plan import LayerPlan, Plan, make_plan
+from .plan import LayerPlan, Plan, check_formats, make_plan
 from .progress import Progress
 from .workspace import Workspace
 
@@ -42,7 +42,7 @@ TUNED_SAMPLES = 32
 class Options:
     """How to calibrate.
 
-    bits        a shipped recipe: w8a8, w4a8, w4a16, w8a16
+    bits        a shipped recipe: w8a8, w4a8, w4a4, w2a16, ...
     recipe      a recipe file or object, in the place of `bits`
     method      method for the attention and feed-forward layers, in the place of the recipe's
     group_size  weight group size, in the place of the recipe's
@@ -58,6 +58,7 @@ class Options:
                 Default: half of what the model's weights take, at least 0.5 GB
     resume      go on where an interrupted run of the same settings stopped
     overwrite   replace an existing output
+    i_know      use formats that are known to destroy a model that was not trained with them
     """
 
     bits: str = "w4a8"
@@ -79,6 +80,7 @@ class Options:
     stats_gb: float | None = None
     resume: bool = False
     overwrite: bool = False
+    i_know: bool = False
 
     def resolve_recipe(self) -> Recipe:
         if isinstance(self.recipe, Recipe):
@@ -122,6 +124,8 @@ def compress(
     target = Path(output) if output is not None else default_output(source.label, recipe)
     check_output(target, settings.overwrite)
     plan = plan_source(source, recipe)
+    if not settings.i_know:
+        check_formats(plan)
     plans = run_time_plans(source, settings)
     workspace = Workspace(target)
     provenance = describe(source, recipe, settings)

@@ -99,6 +99,13 @@ def make_plan(model: nn.Module, family: Family, recipe: Recipe) -> Plan:
     return Plan(layers, family.name, folds)
 
 
+def check_formats(plan: Plan) -> None:
+    """Raises InputError when a layer's format is known to destroy a model that is rounded to it."""
+    for layer in plan.compressed:
+        if layer.spec is not None and (reason := layer.spec.weight.resolve().refusal):
+            raise InputError(f"layer {layer.name} as {layer.spec.name}: {reason}. --i-know does it all the same")
+
+
 def _step(name: str, role: str, recipe: Recipe) -> Step | None:
     if any(fnmatchcase(name, pattern) for pattern in recipe.keep):
         return None

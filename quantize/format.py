@@ -43,6 +43,7 @@ class Format:
     tag: ClassVar[str]
     by_rows: ClassVar[bool] = False  # every stored tensor has one row an output: layers concatenate by concatenating
     group_sizes: ClassVar[Sequence[int | None]] = (None,)
+    refusal: ClassVar[str] = ""  # why rounding a model to it needs `--i-know`, and what to do instead
 
     def check(self, k: int, spec: FormatSpec) -> None:
         """Raises InputError when rows of `k` elements cannot be held with this granularity."""

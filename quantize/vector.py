@@ -193,7 +193,8 @@ def _start(vectors: Tensor, importance: Tensor, entries: int) -> Tensor:
 
 def _distance(vectors: Tensor, importance: Tensor, book: Tensor) -> Tensor:
     """[L, E]: sum_i importance (v - c)^2, less what does not depend on c."""
-    return importance @ book.square().T - 2 * (importance * vectors) @ book.T
+    # one product: passes over [L, E] are what k-means costs
+    return torch.cat((importance, importance * vectors), 1) @ torch.cat((book.square(), -2 * book), 1).T
 
 
 def _chunks(vectors: Tensor, importance: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -14,7 +14,9 @@ def run(
         typer.Argument(help="Pipeline folder, transformer folder or hub id. Without one: the bundled demo checkpoint."),
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write the artifact to.")] = None,
-    bits: Annotated[str, typer.Option(help="Shipped recipe: w8a8, w4a8, w4a8-mod4, w4a16 or w8a16.")] = "w4a8",
+    bits: Annotated[
+        str, typer.Option(help="Shipped recipe: w8a8, w4a8, w4a8-mod4, w4a4, w3a8, w2a8, w8a16, w4a16, w3a16, w2a16.")
+    ] = "w4a8",
     method: Annotated[str | None, typer.Option(help="Method for attention and feed-forward layers.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A parameter of the method, KEY=VALUE; may be given again.")
@@ -48,6 +50,9 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; touch no weights.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    i_know: Annotated[
+        bool, typer.Option("--i-know", help="Use formats that destroy a model that was not trained with them.")
+    ] = False,
 ) -> None:
     """Calibrate a Diffusion Transformer and write a compressed artifact."""
     from ...calibrate.pipeline import Options, compress, default_output, open_source, parse_full_steps, plan_source
@@ -74,6 +79,7 @@ def run(
         stats_gb=stats_gb,
         resume=resume,
         overwrite=overwrite,
+        i_know=i_know,
     )
     source = open_source(model)
     chosen = options.resolve_recipe()

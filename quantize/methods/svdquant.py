@@ -8,7 +8,8 @@ branch starts from the truncated SVD of W' (randomised), then rounding the rest 
 lost alternate, both as the inputs see it. `branch = "error"` starts from the rounding error instead; `noise` counts the
 activations' rounding error as part of the inputs. The rotation R is an addition to the paper, and so is GPTQ.
 
-A LoRA adapter (A, B) of the layer joins the branch exactly: D and U get A's rows (times 1 / s) and B's columns.
+A LoRA adapter (A, B) of the layer joins the branch exactly: D and U get A's rows (times 1 / s) and B's columns. That is
+`low_rank.join_adapter`, for a layer that has its tensors already.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ def test_a_wrong_option(options: tuple[str, ...], words: tuple[str, ...], refuse
     ("change", "words"),
     [
         (("method =", "metod ="), ("metod", "did you mean 'method'")),
+        (("w4g64-a8tok", "wt"), ("transformer_blocks.0.attn1.to_q", "destroy", "w2a16", "--i-know")),
         (("kind =", "kynd ="), ("kynd", "did you mean 'kind'")),
         (("[[step]]", "[[steps]]"), ("steps", "did you mean 'step'")),
         (('"quantize"', '"quantise"'), ("quantise", "did you mean 'quantize'")),

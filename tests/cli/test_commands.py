@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from vdit_quant.cli import commands
 from vdit_quant.quantize import registry
@@ -74,6 +76,23 @@ def test_keep_leaves_a_layer_out(cli: Cli, tiny_folder: Path) -> None:
     found = json.loads(cli("inspect", "out", "--json").out)
     assert sum(row["count"] for row in found["layers"]) == 6
     assert not any("to_q" in row["pattern"] for row in found["layers"])
+
+
+def test_ternary_weights_take_a_word(cli: Cli, tiny_folder: Path) -> None:
+    Path("mine.toml").write_text('[[step]]\nmethod = "rtn"\nspec = "wt-a8tok"\nroles = ["feed_forward"]\n')
+    assert cli("calibrate", tiny_folder, "-o", "out", "--recipe", "mine.toml").code == 2
+    assert cli("calibrate", tiny_folder, "-o", "out", "--recipe", "mine.toml", "--i-know").code == 0
+    assert "wt-a8tok" in cli("inspect", "out").out
+
+
+def test_a_converted_checkpoint_says_how_to_load_it(cli: Cli) -> None:
+    packed = {"a.weight": torch.zeros(2, 16, dtype=torch.uint8), "a.alphas": torch.ones(1)}
+    save_file(packed, "ternary.safetensors")
+    result = cli("convert", "ternary.safetensors", "-o", "out", "--activations", "a8tok")
+    assert result.code == 0
+    assert "1 ternary layers, 128 weights, as wt-a8tok" in result.out
+    assert "load_into" in result.out
+    assert (Path("out") / "config.json").exists()
 
 
 def test_overwrite_replaces_an_artifact(cli: Cli, tiny_folder: Path) -> None:

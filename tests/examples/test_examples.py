@@ -49,7 +49,7 @@ from vdit_quant.runtime.attach import attach, linear_layers
 from vdit_quant.runtime.fusion import fuse
 from vdit_quant.runtime.family import find_family
 
-spec = LayerSpec.parse("wt").weight
+spec = LayerSpec.parse("wt5").weight
 grid = torch.tensor([[-1.0, 1.0, 0.0, 1.0, 1.0, -1.0]]) * 0.5
 assert torch.equal(spec.resolve().decode(spec.resolve().encode(grid, spec), 6, spec), grid)
 
@@ -75,7 +75,7 @@ with torch.no_grad():
     assert (feed_forward(x) - expected).norm() < 1e-3 * expected.norm()
 
 compress("demo", "out", bits="w4a8", method="shrink")
-open("two.toml", "w").write('[[step]]\\nmethod = "rtn"\\nspec = "wt"\\nroles = ["feed_forward"]\\n')
+open("two.toml", "w").write('[[step]]\\nmethod = "rtn"\\nspec = "wt5"\\nroles = ["feed_forward"]\\n')
 compress("demo", "two", recipe="two.toml")
 
 from vdit_quant.prune.pipeline import prune_model

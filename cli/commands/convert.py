@@ -1,0 +1,28 @@
+"""`vdit-quant convert`: a published low-bit checkpoint as an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def run(
+    checkpoint: Annotated[Path, typer.Argument(help="Ternary checkpoint in TerDiT's layout, as one safetensors file.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write the artifact to.")],
+    activations: Annotated[
+        str | None, typer.Option(help="Format of the activations, such as a8tok. Default: the compute dtype.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+) -> None:
+    """Turn a ternary checkpoint into an artifact, for a model class of your own."""
+    from ...quantize.spec import LayerSpec
+    from ...runtime.terdit import import_terdit
+    from ..console import console
+
+    spec = LayerSpec.parse(f"wt-{activations}" if activations else "wt")
+    layers = import_terdit(checkpoint, output, spec.activation, overwrite)
+    weights = sum(n * k for n, k in layers.values())
+    console.print(f"{len(layers)} ternary layers, {weights:,} weights, as {spec.name} -> [bold]{output}[/]")
+    console.print(f"  vdit_quant.load_into(model, '{output}') fills a model of that architecture")

@@ -1,0 +1,128 @@
+"""TerDiT's published checkpoints (Lu et al. 2024, arXiv 2405.14854) as artifacts.
+
+    weight  uint8 [N/4, K]   the byte at (r, k) holds the rows r, r + N/4, r + 2N/4, r + 3N/4 of column k, from the
+                             highest two bits to the lowest; 0, 1, 2 stand for -1, 0, 1, and 3 for nothing
+    alphas  float [1]        a of w = a q, of any sign; [N] is read as one a row
+    bias    float [N]        optional
+
+The architecture is not one of diffusers: the artifact is loaded with `load_into` by the model's own class. What that
+class adds for ternary training, an RMSNorm behind every adaLN layer, is a module of it like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..kernels.pack import code_bytes, pack_codes
+from ..quantize.errors import InputError
+from ..quantize.spec import FormatSpec, LayerSpec
+from .artifact import DTYPES, make_config
+from .writer import Entry, staged, write_json, write_tensors
+
+SHIFTS = (6, 4, 2, 0)  # of the four rows in a byte
+Headers = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def import_terdit(
+    checkpoint: str | Path, output: str | Path, activation: FormatSpec | None = None, overwrite: bool = False
+) -> dict[str, tuple[int, int]]:
+    """Writes the artifact of a TerDiT checkpoint and returns the (N, K) of its ternary layers by name.
+
+    checkpoint  a safetensors file of one partition, in the layout above
+    activation  what activations are quantised to; None: they stay in the compute dtype
+    Raises InputError, with nothing left half written, for a file that is none, or holds a layer in another layout.
+    """
+    path, spec = Path(checkpoint), LayerSpec(FormatSpec("ternary"), activation)
+    headers, read = _open(path)
+    shapes = ternary_layers(headers, path)
+    entries: dict[str, Entry] = {}
+    for name, found in headers.items():
+        layer, _, key = name.rpartition(".")
+        if layer not in shapes or key not in ("weight", "alphas"):
+            entries[name] = found
+        elif key == "weight":
+            n, k = shapes[layer]
+            entries[f"{layer}.weight"] = ((n, code_bytes(k, 2)), torch.uint8)
+            entries[f"{layer}.weight_scale"] = ((n,), torch.float32)
+
+    def get(name: str) -> Tensor:
+        layer, _, key = name.rpartition(".")
+        if layer in shapes and key == "weight":
+            return pack_codes(unpack_rows(read(name), f"{path}, {layer}"), 2)
+        if layer in shapes and key == "weight_scale":
+            return _scale(read(f"{layer}.alphas"), shapes[layer][0], f"{path}, {layer}")
+        return read(name)
+
+    provenance = {"source": path.name, "layout": "TerDiT"}
+    with staged(Path(output), overwrite) as folder:
+        write_tensors(folder, entries, get)
+        linears = [name.removesuffix(".weight") for name in entries if name.endswith(".weight")]
+        config = make_config(dict.fromkeys(shapes, spec), linears, provenance, {})
+        write_json(folder / "config.json", {"quantization_config": config.to_dict()})
+    return shapes
+
+
+def ternary_layers(headers: Headers, where: Path) -> dict[str, tuple[int, int]]:
+    """(N, K) of the layers of the layout. Raises InputError when there are none, or one disagrees with itself."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for name in headers:
+        layer, _, key = name.rpartition(".")
+        if key != "alphas":
+            continue
+        shape, dtype = headers.get(f"{layer}.weight", ((), torch.bool))
+        if len(shape) != 2 or dtype != torch.uint8:
+            found = f"{dtype} {list(shape)}" if shape else "no such tensor"
+            raise InputError(f"{where}: {layer}.weight: expected uint8 [N/4, K] beside its alphas, found {found}")
+        n, counts = 4 * shape[0], torch.Size(headers[name][0]).numel()
+        bias = headers.get(f"{layer}.bias", ((n,), dtype))[0]
+        if counts not in (1, n) or bias != (n,):
+            expected, found = f"1 or {n} alphas and a bias [{n}]", f"{counts} and {list(bias)}"
+            raise InputError(f"{where}: {layer} [{n}, {shape[1]}]: expected {expected}, found {found}")
+        shapes[layer] = (n, shape[1])
+    if not shapes:
+        raise InputError(f"{where}: no layer with uint8 weights and alphas; expected a ternary checkpoint of TerDiT")
+    return shapes
+
+
+def unpack_rows(packed: Tensor, where: str = "weight") -> Tensor:
+    """uint8 [N/4, K] with rows N/4 apart -> codes uint8 [N, K]: 0, 1, 2 for -1, 0, 1. Raises InputError for a 3."""
+    codes = torch.cat([(packed >> shift) & 3 for shift in SHIFTS])
+    if bad := int((codes == 3).sum()):
+        raise InputError(f"{where}: {bad:,} of {codes.numel():,} codes are 3, which is none; another layout?")
+    return codes
+
+
+def _scale(alphas: Tensor, n: int, where: str) -> Tensor:
+    """float32 [N]."""
+    if not torch.isfinite(alphas).all():
+        raise InputError(f"{where}: alphas are NaN or infinite")
+    return alphas.float().flatten().expand(n).clone()
+
+
+def _open(path: Path) -> tuple[Headers, Callable[[str], Tensor]]:
+    """Shape and dtype of every tensor in a file, and what reads one."""
+    if path.suffix in (".pth", ".pt", ".bin"):
+        raise InputError(
+            f"{path}: a pickle, which can run code when it is read, so it is not; expected safetensors. Convert it "
+            "once, where that does no harm: safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW)"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            found = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a complete safetensors file: {error}") from None
+    if odd := [name for name, (_, dtype) in found.items() if dtype not in DTYPES]:
+        raise InputError(f"{path}: {odd[0]} is of type {found[odd[0]][1]}; expected one of {', '.join(DTYPES)}")
+
+    def read(name: str) -> Any:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(name)
+
+    return {name: (shape, DTYPES[dtype]) for name, (shape, dtype) in found.items()}, read
