@@ -3,7 +3,7 @@
     python benchmarks/denoiser.py                                   measure every model; add them to the JSON
     python benchmarks/denoiser.py --model dit-xl-b32                one model; the others in the JSON stay
     python benchmarks/denoiser.py --render --markdown docs/benchmarks.md --plot docs/images/denoiser.png
-    python benchmarks/denoiser.py --model dit-xl-b2 --way w8a8 --way w8a8-graph --rounds 2 --json /tmp/try.json
+    python benchmarks/denoiser.py --model dit-xl-b2 --way w8a8 --way w8a8-graph --rounds 2 --json try.json
 
 Weights are random: speed does not depend on them. Every timed path is checked in the same run: its error against the
 model in fp32, and that of a fused path against the same compressed weights unfused, which must stay within twice

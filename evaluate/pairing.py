@@ -26,8 +26,8 @@ def check_pair(model: str | Path, baseline: str | Path) -> None:
 
 
 def check_same(model: Source, baseline: Source) -> None:
-    """Raises InputError unless the two take the same latents and conditions: one class, and either configs that differ
-    in nothing but the number of blocks, or the same shapes by what the family says."""
+    """Raises InputError unless the two are one architecture: one class and one config, the number of blocks excepted
+    when `model` is a pruned model or was made from one."""
     if is_artifact(baseline.transformer):
         raise InputError(f"{baseline.label}: a compressed artifact; expected a full-precision model as the baseline")
     if model.is_pipeline != baseline.is_pipeline:
@@ -35,10 +35,10 @@ def check_same(model: Source, baseline: Source) -> None:
         raise InputError(f"{whole.label} is a pipeline and {bare.label} a bare transformer; compare like with like")
     kinds = [str(source.config.get("_class_name")) for source in (model, baseline)]
     different = [f"{kinds[0]} and {kinds[1]}"] if kinds[0] != kinds[1] else _differences(model, baseline)
-    if different and (kinds[0] != kinds[1] or _shapes(model) is None or _shapes(model) != _shapes(baseline)):
+    if different:
         raise InputError(
-            f"{model.label} and {baseline.label} are not the same architecture ({', '.join(different)}), nor do they "
-            "take the same latents and conditions; compare a model with the checkpoint it was made from"
+            f"{model.label} and {baseline.label} are not the same architecture ({', '.join(different)}); "
+            "compare a model with the checkpoint it was made from"
         )
 
 
@@ -64,20 +64,16 @@ def same_conditions(ours: Any, theirs: Any) -> bool:
 
 
 def _differences(model: Source, baseline: Source) -> list[str]:
-    """Config entries in which the two differ; depths, of which a pruned model has less, are all right alone."""
+    """Config entries in which the two differ; depths, of which a pruned model has less, are all right alone in one."""
     ours, theirs = ({k: v for k, v in s.config.items() if not k.startswith("_")} for s in (model, baseline))
     ours.pop("quantization_config", None)
     names = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
-    if not names or set(names) <= set(find_family(model.skeleton()).depths):
+    if names and _was_pruned(model) and set(names) <= set(find_family(model.skeleton()).depths):
         return []
     return names
 
 
-def _shapes(source: Source) -> tuple[Any, ...] | None:
-    """Shapes of the latents and of every condition; None where the family does not know them."""
-    skeleton = source.skeleton()
-    family = find_family(skeleton)
-    try:
-        return family.latent_shape(skeleton), family.condition_shapes(skeleton)
-    except NotImplementedError:
-        return None
+def _was_pruned(source: Source) -> bool:
+    if is_artifact(source.transformer):
+        return "pruned" in read_config(source.transformer).provenance
+    return is_pruned(source.transformer)

@@ -45,7 +45,8 @@ def test_every_shipped_recipe_runs_on_the_demo(
     exact = DiTTransformer2DModel.from_pretrained(demo / "transformer")
     model = vdit_quant.load(folder, device="cpu", dtype=torch.float32).transformer
     inputs = dit_inputs(exact, batch=4)
-    assert sqnr(model(**inputs).sample, exact(**inputs).sample) > (40 if "w8" in bits else 22)
+    least = 30 if "fp8" in bits else 40 if "w8" in bits else 22  # e4m3 has three bits of mantissa: 31.5 dB a layer
+    assert sqnr(model(**inputs).sample, exact(**inputs).sample) > least
 
 
 @pytest.mark.parametrize(("spec_name", "limit"), [("w8-a8tok", 0.02), ("w4g64-a8tok", 0.2)])

@@ -96,7 +96,7 @@ def test_the_files_in_the_guide_work(root: Path, tmp_path: Path, environment: di
     package = tmp_path / "src"
     shutil.copytree(root / "src", package, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     files = PLUGIN.findall((root / "docs" / "extending.md").read_text(encoding="utf-8"))
-    assert len(files) == 5
+    assert len(files) == 6
     for name, text in files:
         (package / "vdit_quant" / name).write_text(text, encoding="utf-8")
     done = subprocess.run(
