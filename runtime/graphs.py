@@ -2,8 +2,8 @@
 
 `replay_graphs(model)` is the switch. Each combination of argument shapes, dtypes and plain values is captured at its
 first call and replayed after it; another combination is captured anew, and the least recently used one is dropped
-beyond `limit`. A call that cannot be captured (an argument that is neither a tensor nor a plain value, gradients, a
-LoRA, a CPU) runs as it is.
+beyond `limit`. A call that cannot be captured (an argument that is neither a tensor nor a plain value, grad mode, a
+LoRA, hooks on blocks, a CPU) runs as it is.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ class GraphedForward:
         return type(self.model)._apply(self.model, *args, **kwargs)
 
     def _is_disturbed(self) -> bool:
-        """Whether something acts inside the model that a graph would not see: a LoRA, which is switched and scaled by
-        plain attributes, or a hook or another forward on a block (caching, offloading)."""
-        if getattr(self.model, "_hf_peft_config_loaded", False):
+        """Whether something acts inside the model that a graph would not see: autograd, a LoRA, which is switched and
+        scaled by plain attributes, or a hook or another forward on a block (caching, offloading)."""
+        if torch.is_grad_enabled() or getattr(self.model, "_hf_peft_config_loaded", False):
             return True
         return any(
             m.__dict__.get("forward") != forward or m._forward_hooks or m._forward_pre_hooks
@@ -137,7 +137,7 @@ def _key(leaves: list[Any], tree: Any, state: bool) -> Any:
     parts: list[Any] = []
     for leaf in leaves:
         if isinstance(leaf, Tensor):
-            if leaf.device.type != "cuda" or (leaf.requires_grad and torch.is_grad_enabled()):
+            if leaf.device.type != "cuda":
                 return None
             parts.append((tuple(leaf.shape), leaf.dtype, leaf.device))
         elif isinstance(leaf, PLAIN):
