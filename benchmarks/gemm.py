@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _render import rewrite
 
 import vdit_quant
 from vdit_quant.kernels import dispatch, launch_table
@@ -38,7 +39,6 @@ SMALL = [(m, n, k) for n, k in ((6912, 1152), (193536, 1152), (18432, 3072)) for
 GROUP = 64
 CACHE_BYTES = 120e6
 E4M3_MAX = 448.0
-BEGIN, END = "<!-- gemm:begin -->", "<!-- gemm:end -->"
 
 Path_ = tuple[Callable[[int], torch.Tensor], torch.Tensor, float]  # call with weight i, what call(0) must be, tolerance
 
@@ -58,7 +58,7 @@ def main() -> None:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     tables = render(json.loads(options.json.read_text(encoding="utf-8")))
     if options.markdown.is_file():
-        rewrite(options.markdown, tables)
+        rewrite(options.markdown, "gemm", tables)
     print(tables)
 
 
@@ -253,15 +253,6 @@ def render(found: dict[str, Any]) -> str:
 
 def _line(cells: list[object]) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def rewrite(document: Path, tables: str) -> None:
-    """Replaces the marked region. Raises SystemExit when the marks are not there."""
-    text = document.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise SystemExit(f"{document}: expected one {BEGIN} ... {END}")
-    before, rest = text.split(BEGIN)
-    document.write_text(f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

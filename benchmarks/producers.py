@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _render import rewrite
 from torch import Tensor
 
 from vdit_quant.kernels import act_quant as act_module
@@ -359,16 +360,6 @@ def render(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def rewrite(document: Path, table: str) -> None:
-    """Replaces the marked region of `document`. Raises SystemExit when the marks are not there."""
-    begin, end = "<!-- producers:begin -->", "<!-- producers:end -->"
-    text = document.read_text(encoding="utf-8")
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise SystemExit(f"{document}: expected one {begin} ... {end}")
-    before, rest = text.split(begin)
-    document.write_text(f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}", encoding="utf-8")
-
-
 def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     chosen = [case for case in cases() if not options.only or options.only in f"{case.op} {case.m}x{case.k}"]
     warm_up([(case, {}) for case in chosen])
@@ -405,7 +396,7 @@ def main() -> None:
         options.markdown = options.markdown or [DOCUMENT]
     table = render(json.loads(options.json.read_text(encoding="utf-8")))
     for document in options.markdown:
-        rewrite(document, table)
+        rewrite(document, "producers", table)
     print(table)
 
 

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import _render
 import torch
 
 import vdit_quant
@@ -158,12 +159,7 @@ def caption(found: dict[str, Any]) -> str:
 
 def rewrite(document: Path, name: str, table: str) -> None:
     """Replaces the marked region of `document`. Raises SystemExit when the marks are not there."""
-    begin, end = f"<!-- quality:{name}:begin -->", f"<!-- quality:{name}:end -->"
-    text = document.read_text(encoding="utf-8")
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise SystemExit(f"{document}: expected one {begin} ... {end}")
-    before, rest = text.split(begin)
-    document.write_text(f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    _render.rewrite(document, f"quality:{name}", table)
 
 
 if __name__ == "__main__":

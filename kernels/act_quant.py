@@ -34,16 +34,15 @@ Parsed = tuple[str, Transform, Tensor | None]
 
 
 def activated(x: Tensor, act: str) -> Tensor:
-    """act(x) in fp32; gated: [M, 2N] -> [M, N]."""
-    wide = x.float()
+    """act(x) in x's dtype; gated: [M, 2N] -> [M, N]."""
     if act not in GATED:
-        return ACTS[act](wide)
-    hidden, gate = wide.chunk(2, dim=1)
+        return ACTS[act](x)
+    hidden, gate = x.chunk(2, dim=1)
     return hidden * ACTS[act](gate)
 
 
 def _reference(x: Tensor, act: str, transform: Transform, prefix: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    wide = activated(x, act)
+    wide = activated(x.float(), act)
     return transform.quantize(wide if prefix is None else torch.cat([prefix.float(), wide], dim=1))
 
 

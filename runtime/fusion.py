@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -88,12 +89,15 @@ class Fusion:
 
 def find_fusion(block: nn.Module) -> Fusion | None:
     """The fusion whose file serves this module."""
+    return _by_class().get(type(block).__name__)
+
+
+@cache
+def _by_class() -> dict[str, Fusion]:
+    # every module of a model is looked up while it loads: the folder is read once
     package: ModuleType = fusions
-    for name in registry.names(package):
-        fusion: Fusion = registry.find(package, name, "FUSION")
-        if type(block).__name__ in fusion.classes:
-            return fusion
-    return None
+    found: list[Fusion] = [registry.find(package, name, "FUSION") for name in registry.names(package)]
+    return {kind: fusion for fusion in found for kind in fusion.classes}
 
 
 def fuse(model: nn.Module, cpu: bool = False) -> nn.Module:

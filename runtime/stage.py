@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import norm_quant as norms
-from ..kernels.act_quant import ACTS, GATED, act_quant
+from ..kernels.act_quant import act_quant, activated
 from ..kernels.int8_linear import int8_linear
 from ..kernels.int8_linear_add import int8_linear_add
 from ..kernels.norm_quant import norm_quant
@@ -126,7 +126,7 @@ class Stage:
         """x: float [M, K], or [M, 2K] for a gated activation, through the activation function called `act`; beside the
         columns of `prefix` [M, P], when given, which come first and as they are."""
         if not self.ready():
-            y = activate(x, act)
+            y = activated(x, act)
             return Rows(y if prefix is None else torch.cat([prefix, y], dim=1), None, x.dtype)
         codes, row_scale = act_quant(x, act, *self._transform(), prefix=prefix)
         return Rows(codes, row_scale, x.dtype)
@@ -134,22 +134,24 @@ class Stage:
     def linear(self, rows: Rows) -> list[Tensor]:
         """The output [M, N] of every layer, in order. Outputs of one product are views of it."""
         if rows.scale is None:
-            return [layer(rows.values) for layer in self.layers]
-        outputs: list[Tensor] = []
-        for part in self.parts:
-            weight, weight_scale = _weight(part, self.k)
-            y = int8_linear(rows.values, rows.scale, weight, weight_scale, part.bias, rows.dtype)
-            outputs += y.split(part.sizes, dim=1) if len(part.sizes) > 1 else [y]
-        return outputs
+            return self._products(rows)
+        pairs = zip(self.parts, self._products(rows), strict=True)
+        return [y for part, product in pairs for y in product.split(part.sizes, dim=1)]
 
     def product(self, rows: Rows) -> Tensor:
         """[M, N_1 + N_2 + ...]: the outputs of all layers side by side."""
-        if rows.scale is not None and len(self.parts) == 1:
-            part = self.parts[0]
+        products = self._products(rows)
+        return products[0] if len(products) == 1 else torch.cat(products, dim=1)
+
+    def _products(self, rows: Rows) -> list[Tensor]:
+        """One tensor for each part, or for each layer where they are not fused."""
+        if rows.scale is None:
+            return [layer(rows.values) for layer in self.layers]
+        found = []
+        for part in self.parts:
             weight, weight_scale = _weight(part, self.k)
-            return int8_linear(rows.values, rows.scale, weight, weight_scale, part.bias, rows.dtype)
-        outputs = self.linear(rows)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+            found.append(int8_linear(rows.values, rows.scale, weight, weight_scale, part.bias, rows.dtype))
+        return found
 
     def add(self, rows: Rows, residual: Tensor, gate: Tensor | None = None) -> Tensor:
         """`residual + gate[b] * layer(rows)` for a stage of one layer: residual [M, N], gate [B, N] or None."""
@@ -178,14 +180,6 @@ def layers_at(places: Sequence[Place]) -> tuple[nn.Module, ...]:
 def spread(per_sample: Tensor, rows: int) -> Tensor:
     """[B, N] -> [rows, N]: every sample's row repeated for its rows / B tokens."""
     return per_sample.repeat_interleave(rows // len(per_sample), dim=0)
-
-
-def activate(x: Tensor, act: str) -> Tensor:
-    """float [M, K] (gated: [M, 2K]) -> [M, K]: the activation function called `act`, unfused, in x's dtype."""
-    if act not in GATED:
-        return ACTS[act](x)
-    hidden, gate = x.chunk(2, dim=1)
-    return hidden * ACTS[act](gate)
 
 
 def is_plain(layer: nn.Module) -> bool:

@@ -111,7 +111,7 @@ def run(op: str, x: Tensor, act: str, transform: Transform, prefix: Tensor | Non
             leave_gluon(x.device, error)
     if prefix is not None:
         # Beside a prefix the activation has a pass of its own; fp32, so that the codes are the same.
-        x, act = torch.cat([prefix.float(), activated(x, act)], dim=1), "none"
+        x, act = torch.cat([prefix.float(), activated(x.float(), act)], dim=1), "none"
     m = x.shape[0]
     codes, scale = transform.empty(x, k)
     if m == 0:

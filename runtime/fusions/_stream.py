@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..fusion import FusedBlock
 from ..stage import Norm, Place, Stage
 
 ACTIVATIONS = {"GEGLU": "geglu", "SwiGLU": "swiglu"}
@@ -57,3 +58,16 @@ class Stream:
         h = self.out.add(self.out.act(attended), h, mods[2])
         rows = self.up.norm(h, self.norm2, mods[3], mods[4])
         return self.down.add(self.down.act(self.up.product(rows), self.act), h, mods[5])
+
+
+class TwoStreams(FusedBlock):
+    """A block with an image and a text stream, named as diffusers names them in FLUX and SD3."""
+
+    def __init__(self, block: nn.Module, cpu: bool = False) -> None:
+        super().__init__(block, cpu)
+        own: Any = block
+        a = own.attn
+        qkv, added = ([(a, name.format(part)) for part in "qkv"] for name in ("to_{}", "add_{}_proj"))
+        self.image = Stream(own.norm1, own.norm2, qkv, (a.to_out, "0"), own.ff)
+        self.text = Stream(own.norm1_context, own.norm2_context, added, (a, "to_add_out"), own.ff_context)
+        self.stages = self.image.stages + self.text.stages

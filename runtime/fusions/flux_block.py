@@ -12,7 +12,7 @@ from ...kernels.head_norm_rope import head_norm_rope
 from ..attention import attend
 from ..fusion import FusedBlock, Fusion
 from ..stage import Norm, Place, Stage
-from ._stream import Stream, activation_of, heads_refusal, norm_weights
+from ._stream import TwoStreams, activation_of, heads_refusal, norm_weights
 
 
 def flux_attention_refusal(attention: Any) -> str | None:
@@ -28,16 +28,7 @@ def flux_attention_refusal(attention: Any) -> str | None:
     return "projections fused by diffusers" if attention.fused_projections else None
 
 
-class FusedDoubleBlock(FusedBlock):
-    def __init__(self, block: nn.Module, cpu: bool = False) -> None:
-        super().__init__(block, cpu)
-        own: Any = block
-        a = own.attn
-        qkv, added = ([(a, name.format(part)) for part in "qkv"] for name in ("to_{}", "add_{}_proj"))
-        self.image = Stream(own.norm1, own.norm2, qkv, (a.to_out, "0"), own.ff)
-        self.text = Stream(own.norm1_context, own.norm2_context, added, (a, "to_add_out"), own.ff_context)
-        self.stages = self.image.stages + self.text.stages
-
+class FusedDoubleBlock(TwoStreams):
     def forward(  # the block's own signature
         self,
         hidden_states: Tensor,

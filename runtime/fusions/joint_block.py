@@ -11,19 +11,10 @@ from ...kernels.head_norm_rope import head_norm_rope
 from ..attention import attend
 from ..fusion import FusedBlock, Fusion
 from ..stage import Norm, Place
-from ._stream import Stream, activation_of, heads_refusal, norm_weights
+from ._stream import TwoStreams, activation_of, heads_refusal, norm_weights
 
 
-class FusedJointBlock(FusedBlock):
-    def __init__(self, block: nn.Module, cpu: bool = False) -> None:
-        super().__init__(block, cpu)
-        own: Any = block
-        a = own.attn
-        qkv, added = ([(a, name.format(part)) for part in "qkv"] for name in ("to_{}", "add_{}_proj"))
-        self.image = Stream(own.norm1, own.norm2, qkv, (a.to_out, "0"), own.ff)
-        self.text = Stream(own.norm1_context, own.norm2_context, added, (a, "to_add_out"), own.ff_context)
-        self.stages = self.image.stages + self.text.stages
-
+class FusedJointBlock(TwoStreams):
     def forward(  # the block's own signature
         self,
         hidden_states: Tensor,
