@@ -67,7 +67,7 @@ def rows(options: argparse.Namespace) -> list[Row]:
     searched = {"keep": keep, "recover": "0", "search": options.search, "seed": 1}
     found.append(Row("search-1", "search, seed 1", "search", searched, (HEADLINE, PACE), weight=3))
     nine = {"keep": more, **long, "recover": options.recover_more}
-    found.append(Row("learned-9", f"learned, {more} blocks", "headline", nine, (HEADLINE, PACE), weight=4))
+    found.append(Row("learned-9", f"learned, {more} blocks", "headline", nine, (HEADLINE, PACE), weight=options.slots))
     plans = {0: HEADLINE, 1: "search-1"}
     for seed in plans:
         for criterion in ("even", "block_influence", "sensitivity", *(("relative_error", "magnitude") * (seed == 0))):
@@ -352,7 +352,8 @@ def distance(model: Any, label: str, options: argparse.Namespace) -> float | Non
 
     if options.yardstick is None:
         return None
-    workload = Workload(options.samples, options.steps, options.seed, options.guidance, min(1000, options.samples))
+    size = min(1000, options.samples)
+    workload = Workload(options.samples, options.steps, options.seed, options.guidance, size, dtype="float32")
     found = frechet.measure(label, model, workload, frechet.load_yardstick(options.yardstick), None)
     return round(found["distance"], 4)
 
@@ -375,15 +376,18 @@ def draw(sides: dict[str, Any], options: argparse.Namespace) -> None:
 
 
 def speed(model: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of one call of the denoiser by batch size (median of 5 times 10 calls), and its bytes."""
+    """Milliseconds of one call of the denoiser by batch size (median of 5 times 10 calls), and its bytes. On a GPU
+    every side replays CUDA graphs, the default of `vdit_quant.load`."""
     import torch
 
     from vdit_quant.evaluate.compare import tensor_bytes
+    from vdit_quant.runtime.graphs import replay_graphs
     from vdit_quant.runtime.load import default_device, default_dtype
     from vdit_quant.runtime.source import find_source, load_transformer
 
     device = default_device()
     denoiser: Any = load_transformer(find_source(model), default_dtype(device), device)
+    replay_graphs(denoiser, enabled=device.type == "cuda")
     config, times = denoiser.config, {}
     for batch in (2,) if options.smoke else (2, 32, 256, 1024):
         shape = (batch, config.in_channels, config.sample_size, config.sample_size)
@@ -415,7 +419,7 @@ def wait(device: Any) -> None:
 def render(found: dict[str, Any]) -> str:
     s, by_name = found["settings"], {row["name"]: row for row in found["rows"]}
     caption = (
-        f"Model `{found['model']}`, {s['samples']:,} samples, {s['steps']} steps, guidance {s['guidance']}; lower is "
+        f"Model `{found['model']}`, {s['samples']:,} samples in float32, {s['steps']} steps, guidance {s['guidance']}; lower is "
         "better, not comparable with any published FID. Data: "
         f"{s['latents']:,} samples of the teacher, {s['latent_steps']} steps, no guidance."
     )
@@ -440,7 +444,7 @@ def headline(rows_by_name: dict[str, Any]) -> list[str]:
     if "speed" in row:
         teacher = row["speed"]["teacher"]
         sizes = list(teacher["ms"])
-        out += ["", f"| denoiser, ms a call | {' | '.join(f'batch {b}' for b in sizes)} | bytes |"]
+        out += ["", f"| denoiser, ms a call, CUDA graphs | {' | '.join(f'batch {b}' for b in sizes)} | bytes |"]
         out.append("|---|" + "---:|" * (len(sizes) + 1))
         for side, values in row["speed"].items():
             cells = [f"{values['ms'][b]:.2f} ({teacher['ms'][b] / values['ms'][b]:.2f}x)" for b in sizes]
