@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..codebook_decode import BITS
 from ..quant_token import FLOATS
-from .tiles import rows_contiguous
+from .tiles import await_inputs, overlap, rows_contiguous
 
 WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
@@ -26,6 +26,7 @@ def codebook_to_int8_kernel(
     GROUP: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Decode R rows x B codes per program; C codes a row; GROUP is 0 without group scales."""
+    await_inputs()
     rows = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     safe = tl.minimum(rows, N - 1)[:, None]
     rc = tl.program_id(1) * B + tl.arange(0, B)
@@ -82,6 +83,6 @@ def run(op: str, weight: Tensor, codebook: Tensor, table: Tensor | None, group_s
             weight, words, weight if table is None else table,
             weight if group_scale is None else rows_contiguous(group_scale), out, n, codes, tables,
             BITS=BITS[entries], HAS_TABLE=table is not None,
-            GROUP=0 if group_scale is None else k // group_scale.shape[1], **options,
+            GROUP=0 if group_scale is None else k // group_scale.shape[1], **options, **overlap(weight.device),
         )  # fmt: skip
     return out.view(torch.int8)
