@@ -90,7 +90,9 @@ def rows(options: argparse.Namespace) -> list[Row]:
         ]
     guided = {**same, "guidance": options.guidance, "cache": None}
     found.append(Row("guided-0", "data sampled with guidance", "ablation", guided, (HEADLINE, PACE), HEADLINE))
-    return [row for row in found if not options.rows or row.name in (HEADLINE, PACE, *options.rows.split(","))]
+    chosen = set(options.rows.split(",")) if options.rows else {row.name for row in found}
+    chosen |= {row.plan for row in found if row.name in chosen and row.plan is not None}
+    return [row for row in found if row.name in chosen]
 
 
 def main() -> None:
@@ -138,7 +140,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--steps", type=int, default=50)
     add("--guidance", type=float, default=1.5)
     add("--seed", type=int, default=1, help="seed of the samples")
-    add("--rows", default="", help="names of the rows to run, comma-separated; default: all")
+    add("--rows", default="", help="names of the rows to run, comma-separated; others in the JSON stay. Default: all")
     add("--row", help=argparse.SUPPRESS)
     add("--paced", type=int, default=0, help=argparse.SUPPRESS)
     add("--smoke", action="store_true", help="every row for a few steps, to see that all of it works")
@@ -176,6 +178,11 @@ def gather(options: argparse.Namespace, seconds: float) -> None:
     files = [path for row in rows(options) if (path := result(options, row.name)).exists()]
     settings = {k: v for k, v in vars(options).items() if isinstance(v, int | float | str) and k not in ("row", "name")}
     found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    if options.rows and options.json.exists():  # the rows that were not run stay as they are
+        before = json.loads(options.json.read_text(encoding="utf-8"))
+        new = {row["name"]: row for row in found}
+        found = [new.pop(row["name"], row) for row in before["rows"]] + list(new.values())
+        settings = before["settings"]
     data = {"model": options.name, "settings": settings, "seconds": round(seconds), "rows": found}
     options.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
@@ -194,9 +201,11 @@ def place(row: Row, waiting: list[Row], running: dict[str, Any], options: argpar
 
 def pace(options: argparse.Namespace) -> int:
     """Recovery steps that every row of the comparison can be given, from the measured time of one."""
-    step = json.loads(result(options, PACE).read_text(encoding="utf-8")).get("step_seconds")
     compared = [row for row in rows(options) if row.table in ("criteria", "ablation")]
-    if step is None or not compared:
+    if not compared or not result(options, PACE).exists():
+        return options.row_steps
+    step = json.loads(result(options, PACE).read_text(encoding="utf-8")).get("step_seconds")
+    if step is None:
         return options.row_steps
     devices = max(1, len(options.devices.split(",")) - 1)
     # a part of the time goes to searches, samples and sharing
@@ -331,7 +340,7 @@ def row_settings(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         "overwrite": True,
         "device": "cpu" if "cpu" in options.devices else None,
     }
-    if row.name == HEADLINE:
+    if row.name == HEADLINE or (row.table == "headline" and HEADLINE not in {r.name for r in rows(options)}):
         settings["cache"] = str(latents)
     elif (
         "cache" not in row.options
@@ -419,8 +428,8 @@ def wait(device: Any) -> None:
 def render(found: dict[str, Any]) -> str:
     s, by_name = found["settings"], {row["name"]: row for row in found["rows"]}
     caption = (
-        f"Model `{found['model']}`, {s['samples']:,} samples in float32, {s['steps']} steps, guidance {s['guidance']}; lower is "
-        "better, not comparable with any published FID. Data: "
+        f"Model `{found['model']}`, {s['samples']:,} samples in float32, {s['steps']} steps, guidance {s['guidance']}; "
+        "lower is better, not comparable with any published FID. Data: "
         f"{s['latents']:,} samples of the teacher, {s['latent_steps']} steps, no guidance."
     )
     parts = [caption, "", *headline(by_name), "", *comparison(by_name, s)]
