@@ -36,6 +36,8 @@ class FusedBlock:
         self.block: Any = block
         self.cpu = cpu
         self.shared: dict[Any, Any] = {}  # one for all blocks of a model
+        self.siblings: tuple[FusedBlock, ...] = (self,)  # the fused blocks of its kind, in order
+        self.place = 0  # among them
 
     def own(self, *args: Any, **kwargs: Any) -> Any:
         """The block's own, unfused forward."""
@@ -122,6 +124,8 @@ def fuse(model: nn.Module, cpu: bool = False) -> nn.Module:
         modulation = Modulation([layers for _, layers in members])
         for index, (block, layers) in enumerate(members):
             block.index, block.modulation = index, modulation if layers else None
+            block.siblings = tuple(other for other, _ in members if type(other) is type(block))
+            block.place = block.siblings.index(block)
             block.block.forward, block.block._apply = block.forward, block.move
             block.join()
     return model

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..attention import attend
@@ -76,8 +78,7 @@ class FusedBasicBlock(FusedBlock):
     def _modulate(self, batch: int, hidden_states: Tensor, timestep: Any, labels: Any) -> tuple[Tensor, ...]:
         """shift, scale and gate [B, K] of the attention, then of the feed-forward."""
         if not self.zero:
-            parts: Tensor = self.block.scale_shift_table[None] + timestep.reshape(batch, 6, -1)
-            return parts.unbind(1)
+            return self._once("modulation", timestep, lambda: self._tables(batch, timestep))[self.place].unbind(1)
         norm = self.block.norm1
         assert self.modulation is not None
 
@@ -87,6 +88,26 @@ class FusedBasicBlock(FusedBlock):
         (parts,) = self.modulation.of(self.index, (timestep, labels), embed)
         return parts.chunk(6, dim=1)
 
+    def _tables(self, batch: int, timestep: Tensor) -> Tensor:
+        """[blocks, B, 6, K]: every block's own offsets, all added to the embedding at once."""
+        tables = torch.stack([fused.block.scale_shift_table for fused in self.siblings])
+        return tables[:, None] + timestep.reshape(1, batch, 6, -1)
+
+    def _once(self, name: str, source: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """What the first block of a forward makes of `source` for all; a block that is given another tensor makes its
+        own. Nothing is kept after the last."""
+        if self.place == 0 or name not in self.shared or self._is_other(self.shared[name][0], source):
+            self.shared[name] = source, make()
+        made: Tensor = self.shared[name][1]
+        if self.place == len(self.siblings) - 1:
+            del self.shared[name]
+        return made
+
+    @staticmethod
+    def _is_other(known: Tensor, source: Tensor) -> bool:
+        # one traced call gives every block the same tensors, and a tracer need not follow their identity
+        return not torch.compiler.is_compiling() and known is not source
+
     def _cross(self, h: Tensor, batch: int, encoder_hidden_states: Tensor | None, mask: Tensor | None) -> Tensor:
         """Attention to the text, whose tokens every query sees; the input is not normalised (as in PixArt)."""
         attention = self.block.attn2
@@ -95,7 +116,8 @@ class FusedBasicBlock(FusedBlock):
         (q,) = self.cross_q.linear(self.cross_q.act(h))
         k, v = self.cross_kv.linear(self.cross_kv.act(source.reshape(batch * length, -1)))
         if mask is not None:
-            mask = attention.prepare_attention_mask(mask, length, batch)
+            given = mask
+            mask = self._once("mask", given, lambda: attention.prepare_attention_mask(given, length, batch))
             mask = mask.view(batch, attention.heads, -1, mask.shape[-1])
         q = q.view(batch, -1, attention.heads, q.shape[1] // attention.heads)
         k, v = (x.unflatten(1, (attention.heads, -1)).unflatten(0, (batch, length)) for x in (k, v))
