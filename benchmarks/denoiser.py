@@ -45,7 +45,7 @@ MODELS: dict[str, tuple[Shape, int, str]] = {
     "pixart-b2": (random_models.pixart_sigma(), 2, "PixArt-Sigma, batch 2, 4096 tokens"),
     "flux-b1": (random_models.flux(), 1, "FLUX-shaped, 4 + 8 blocks, batch 1, 4096 + 512 tokens"),
 }
-RECIPES = ("w8a8", "w4a8", "w4a8-mod4", "w4a4", "w3a8", "w2a8")
+RECIPES = ("w8a8", "w4a8", "w4a8-mod4", "w4a4", "fp4", "w3a8", "w2a8", "ternary-a8")
 CUDNN = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 PEERS = ("torchao-fp8", "torchao-int8", "bitsandbytes-nf4", "bitsandbytes-int8")
 WAYS = (

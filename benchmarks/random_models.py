@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vdit_quant.calibrate.plan import make_plan
 from vdit_quant.quantize.compose import Choices, compress_linear
 from vdit_quant.quantize.method import FloatLayer
-from vdit_quant.quantize.recipe import load_shipped
+from vdit_quant.quantize.recipe import CORE_ROLES, Recipe, load_shipped, shipped
 from vdit_quant.runtime.attach import attach, linear_layers
 from vdit_quant.runtime.family import find_family
 
@@ -108,10 +108,23 @@ def inputs(shape: Shape, batch: int, dtype: torch.dtype, device: str, seed: int 
     return {**made, "return_dict": False}
 
 
+SPECS = {"fp4": "wfp4-ae2m1tok", "ternary-a8": "wt-a8tok"}
+"""Names for specs of the attention and feed-forward layers that no shipped recipe of that name stands for."""
+
+
+def recipe_of(name: str) -> Recipe:
+    """A shipped recipe, or one of `SPECS` with 8-bit modulation layers."""
+    if name in shipped():
+        return load_shipped(name)
+    core = {"method": "rtn", "spec": SPECS[name], "roles": list(CORE_ROLES)}
+    modulation = {"method": "rtn", "spec": "w8", "roles": ["modulation"]}
+    return Recipe.from_dict({"name": name, "step": [core, modulation]}, name)
+
+
 def compressed(model: nn.Module, recipe: str) -> nn.Module:
     """A copy of `model` compressed by the specs of a recipe, rounded to nearest (speed does not depend on it)."""
     model = copy.deepcopy(model)
-    plan, layers = make_plan(model, find_family(model), load_shipped(recipe)), linear_layers(model)
+    plan, layers = make_plan(model, find_family(model), recipe_of(recipe)), linear_layers(model)
     tensors = {}
     for layer in plan.compressed:
         assert layer.spec is not None
