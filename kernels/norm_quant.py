@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -97,18 +96,18 @@ def _check_stream(op: str, stream: list[Tensor]) -> None:
         check_rows(op, "gate", rows, *residual.shape)
 
 
-def _parse(op: str, code_dtype: torch.dtype, x: Tensor, *args: Any) -> tuple[Norm, Transform]:
-    """The arguments of an op after its first, checked against the rows of `x`."""
-    mod, affine, transform, kind, eps, block_size, hadamard_kind = args
+def _parse(op: str, form: str, x: Tensor, *args: Any) -> tuple[Norm, Transform]:
+    """The arguments of an op after its first, checked against the rows of `x`; `form` where `out` is not given."""
+    mod, affine, transform, kind, eps, block_size, hadamard_kind, out = (*args, form)[:8]
     check_float(op, x)
     norm = Norm(mod, affine, kind, eps)
     norm.check(op, *x.shape)
-    parsed = parse_transform(op, transform, block_size, hadamard_kind, code_dtype)
+    parsed = parse_transform(op, transform, block_size, hadamard_kind, out)
     parsed.check(op, x.shape[1])
     return norm, parsed
 
 
-def _define_norm_quant(name: str, code_dtype: torch.dtype) -> Any:
+def _define_norm_quant(name: str, form: str) -> Any:
     @define_op(name)
     def op(
         x: Tensor,
@@ -119,24 +118,25 @@ def _define_norm_quant(name: str, code_dtype: torch.dtype) -> Any:
         eps: float,
         block_size: int,
         hadamard_kind: str,
+        out: str = form,
     ) -> tuple[Tensor, Tensor]:
-        args = (mod, affine, transform, kind, eps, block_size, hadamard_kind)
-        return _reference(x, *_parse(name, code_dtype, x, *args))
+        args = (mod, affine, transform, kind, eps, block_size, hadamard_kind, out)
+        return _reference(x, *_parse(name, form, x, *args))
 
     @op.register_fake
     def _(x: Tensor, *args: Any) -> Quantized:
-        _, transform = _parse(name, code_dtype, x, *args)
+        _, transform = _parse(name, form, x, *args)
         return transform.empty(x, x.shape[1])
 
     @op.register_cuda
     def _(x: Tensor, *args: Any) -> Quantized:
-        found: Quantized = dispatch.run(name, _reference, x, *_parse(name, code_dtype, x, *args))
+        found: Quantized = dispatch.run(name, _reference, x, *_parse(name, form, x, *args))
         return found
 
     return op
 
 
-def _define_gate_norm_quant(name: str, code_dtype: torch.dtype) -> Any:
+def _define_gate_norm_quant(name: str, form: str) -> Any:
     @define_op(name)
     def op(
         stream: list[Tensor],
@@ -147,31 +147,32 @@ def _define_gate_norm_quant(name: str, code_dtype: torch.dtype) -> Any:
         eps: float,
         block_size: int,
         hadamard_kind: str,
+        out: str = form,
     ) -> tuple[Tensor, Tensor, Tensor]:
         _check_stream(name, stream)
-        args = (mod, affine, transform, kind, eps, block_size, hadamard_kind)
-        return _gate_reference(stream[0], stream[1:], *_parse(name, code_dtype, stream[0], *args))
+        args = (mod, affine, transform, kind, eps, block_size, hadamard_kind, out)
+        return _gate_reference(stream[0], stream[1:], *_parse(name, form, stream[0], *args))
 
     @op.register_fake
     def _(stream: list[Tensor], *args: Any) -> Gated:
         _check_stream(name, stream)
-        _, transform = _parse(name, code_dtype, stream[0], *args)
+        _, transform = _parse(name, form, stream[0], *args)
         return stream[0].new_empty(stream[0].shape), *transform.empty(stream[0], stream[0].shape[1])
 
     @op.register_cuda
     def _(stream: list[Tensor], *args: Any) -> Gated:
         _check_stream(name, stream)
-        parsed = _parse(name, code_dtype, stream[0], *args)
+        parsed = _parse(name, form, stream[0], *args)
         found: Gated = dispatch.run(name, _gate_reference, stream[0], stream[1:], *parsed)
         return found
 
     return op
 
 
-norm_quant = _define_norm_quant("norm_quant", torch.int8)
-"""norm_quant(x, mod, affine, transform, kind, eps, block_size, hadamard_kind) -> (codes, scale).
+norm_quant = _define_norm_quant("norm_quant", "int8")
+"""norm_quant(x, mod, affine, transform, kind, eps, block_size, hadamard_kind, out="int8") -> (codes, scale).
 
-Codes and scales of T(norm(x)), as `quant_token` defines them:
+Codes and scales of T(norm(x)), as `quant_token` or, for FP4, `quant_token_fp4` defines them:
 
 xhat = (x - mean) / sqrt(var + eps) for kind "layer", x / sqrt(mean(x**2) + eps) for kind "rms"; moments over K
 y = (xhat * weight + bias) * (1 + scale[b]) + shift[b], b = m // (M / B)
@@ -187,23 +188,25 @@ mod: [] or [shift, scale], float [B, K] with any row strides (chunks of [B, 6K] 
 affine: [], [weight] or [weight, bias], float [K]
 transform: [], [pre_scale], [signs] or [pre_scale, signs]; pre_scale fp32 [K], signs int8 [K] of +-1
 block_size: 0 for no rotation; hadamard_kind: "sylvester" or "regular"
-returns codes: int8 [M, K]; scale: fp32 [M]
+out: int8, fp8, fp4, or fp4g16 to fp4g128, as for `act_quant`
+returns codes: int8 | float8_e4m3fn [M, K]; scale: fp32 [M]
 Raises ValueError when a shape, dtype, size or kind does not fit.
 """
 
-norm_quant_fp8 = _define_norm_quant("norm_quant_fp8", torch.float8_e4m3fn)
-"""`norm_quant` with codes float8_e4m3fn [M, K] and scale[m] = amax[m] / 448."""
+norm_quant_fp8 = _define_norm_quant("norm_quant_fp8", "fp8")
+"""`norm_quant` to fp8 unless told: codes float8_e4m3fn [M, K] and scale[m] = amax[m] / 448."""
 
-gate_norm_quant = _define_gate_norm_quant("gate_norm_quant", torch.int8)
-"""gate_norm_quant(stream, mod, affine, transform, kind, eps, block_size, hadamard_kind) -> (h, codes, scale).
+gate_norm_quant = _define_gate_norm_quant("gate_norm_quant", "int8")
+"""gate_norm_quant(stream, mod, affine, transform, kind, eps, block_size, hadamard_kind, out="int8")
+-> (h, codes, scale).
 
 h = residual + gate[b] * branch in fp32, rounded once to the residual's dtype; then `norm_quant` of h as rounded.
 
 stream: [residual, branch] or [residual, branch, gate]; residual and branch fp32 | bf16 | fp16 [M, K] with any row
     strides, gate float [B, K] with any row stride; the rest as for `norm_quant`
-returns h: residual's dtype [M, K]; codes: int8 [M, K]; scale: fp32 [M]
+returns h: residual's dtype [M, K]; codes: int8 | float8_e4m3fn [M, K]; scale: fp32 [M]
 Raises ValueError when a shape, dtype, size or kind does not fit.
 """
 
-gate_norm_quant_fp8 = _define_gate_norm_quant("gate_norm_quant_fp8", torch.float8_e4m3fn)
-"""`gate_norm_quant` with codes float8_e4m3fn [M, K] and scale[m] = amax[m] / 448."""
+gate_norm_quant_fp8 = _define_gate_norm_quant("gate_norm_quant_fp8", "fp8")
+"""`gate_norm_quant` to fp8 unless told: codes float8_e4m3fn [M, K] and scale[m] = amax[m] / 448."""

@@ -46,7 +46,7 @@ def few_tokens(monkeypatch: Any) -> None:
     from vdit_quant.kernels._triton import rows
 
     options = rows.launch_options
-    monkeypatch.setattr(rows, "launch_options", lambda k, size: {**options(k, size), "R": 2})
+    monkeypatch.setattr(rows, "launch_options", lambda *sizes: {**options(*sizes), "R": 2})
 
 
 def assert_codes_nearly_equal(got: Any, want: Any, tolerance: float = 1e-5) -> None:
