@@ -10,7 +10,7 @@ from . import dispatch
 from .int8_linear import check_float, describe, expect
 from .op import define_op
 from .quant_token import FLOATS
-from .transform import Transform, parse_transform
+from .transform import FORMS, Transform, parse_transform
 
 KINDS = ("layer", "rms")
 Quantized = tuple[Tensor, Tensor]
@@ -97,12 +97,12 @@ def _check_stream(op: str, stream: list[Tensor]) -> None:
 
 
 def _parse(op: str, form: str, x: Tensor, *args: Any) -> tuple[Norm, Transform]:
-    """The arguments of an op after its first, checked against the rows of `x`; `form` where `out` is not given."""
-    mod, affine, transform, kind, eps, block_size, hadamard_kind, out = (*args, form)[:8]
+    """The arguments of an op after its first, checked against the rows of `x`."""
+    mod, affine, transform, kind, eps, block_size, hadamard_kind = args
     check_float(op, x)
     norm = Norm(mod, affine, kind, eps)
     norm.check(op, *x.shape)
-    parsed = parse_transform(op, transform, block_size, hadamard_kind, out)
+    parsed = parse_transform(op, transform, block_size, hadamard_kind, form)
     parsed.check(op, x.shape[1])
     return norm, parsed
 
@@ -118,9 +118,8 @@ def _define_norm_quant(name: str, form: str) -> Any:
         eps: float,
         block_size: int,
         hadamard_kind: str,
-        out: str = form,
     ) -> tuple[Tensor, Tensor]:
-        args = (mod, affine, transform, kind, eps, block_size, hadamard_kind, out)
+        args = (mod, affine, transform, kind, eps, block_size, hadamard_kind)
         return _reference(x, *_parse(name, form, x, *args))
 
     @op.register_fake
@@ -147,10 +146,9 @@ def _define_gate_norm_quant(name: str, form: str) -> Any:
         eps: float,
         block_size: int,
         hadamard_kind: str,
-        out: str = form,
     ) -> tuple[Tensor, Tensor, Tensor]:
         _check_stream(name, stream)
-        args = (mod, affine, transform, kind, eps, block_size, hadamard_kind, out)
+        args = (mod, affine, transform, kind, eps, block_size, hadamard_kind)
         return _gate_reference(stream[0], stream[1:], *_parse(name, form, stream[0], *args))
 
     @op.register_fake
@@ -170,9 +168,9 @@ def _define_gate_norm_quant(name: str, form: str) -> Any:
 
 
 norm_quant = _define_norm_quant("norm_quant", "int8")
-"""norm_quant(x, mod, affine, transform, kind, eps, block_size, hadamard_kind, out="int8") -> (codes, scale).
+"""norm_quant(x, mod, affine, transform, kind, eps, block_size, hadamard_kind) -> (codes, scale).
 
-Codes and scales of T(norm(x)), as `quant_token` or, for FP4, `quant_token_fp4` defines them:
+Codes and scales of T(norm(x)), as `quant_token` defines them:
 
 xhat = (x - mean) / sqrt(var + eps) for kind "layer", x / sqrt(mean(x**2) + eps) for kind "rms"; moments over K
 y = (xhat * weight + bias) * (1 + scale[b]) + shift[b], b = m // (M / B)
@@ -188,25 +186,31 @@ mod: [] or [shift, scale], float [B, K] with any row strides (chunks of [B, 6K] 
 affine: [], [weight] or [weight, bias], float [K]
 transform: [], [pre_scale], [signs] or [pre_scale, signs]; pre_scale fp32 [K], signs int8 [K] of +-1
 block_size: 0 for no rotation; hadamard_kind: "sylvester" or "regular"
-out: int8, fp8, fp4, or fp4g16 to fp4g128, as for `act_quant`
-returns codes: int8 | float8_e4m3fn [M, K]; scale: fp32 [M]
+returns codes: int8 [M, K]; scale: fp32 [M]
 Raises ValueError when a shape, dtype, size or kind does not fit.
 """
 
 norm_quant_fp8 = _define_norm_quant("norm_quant_fp8", "fp8")
-"""`norm_quant` to fp8 unless told: codes float8_e4m3fn [M, K] and scale[m] = amax[m] / 448."""
+"""`norm_quant` with codes float8_e4m3fn [M, K] and scale[m] = amax[m] / 448."""
+
+NORM_QUANT = {
+    "int8": norm_quant,
+    "fp8": norm_quant_fp8,
+    **{form: _define_norm_quant(f"norm_quant_{form}", form) for form in FORMS if form.startswith("fp4")},
+}
+"""Form of `transform.FORMS` -> `norm_quant` to it: `norm_quant_fp4` and the others have the codes, int8, and scales of
+`quant_token_fp4` with their group."""
 
 gate_norm_quant = _define_gate_norm_quant("gate_norm_quant", "int8")
-"""gate_norm_quant(stream, mod, affine, transform, kind, eps, block_size, hadamard_kind, out="int8")
--> (h, codes, scale).
+"""gate_norm_quant(stream, mod, affine, transform, kind, eps, block_size, hadamard_kind) -> (h, codes, scale).
 
 h = residual + gate[b] * branch in fp32, rounded once to the residual's dtype; then `norm_quant` of h as rounded.
 
 stream: [residual, branch] or [residual, branch, gate]; residual and branch fp32 | bf16 | fp16 [M, K] with any row
     strides, gate float [B, K] with any row stride; the rest as for `norm_quant`
-returns h: residual's dtype [M, K]; codes: int8 | float8_e4m3fn [M, K]; scale: fp32 [M]
+returns h: residual's dtype [M, K]; codes: int8 [M, K]; scale: fp32 [M]
 Raises ValueError when a shape, dtype, size or kind does not fit.
 """
 
 gate_norm_quant_fp8 = _define_gate_norm_quant("gate_norm_quant_fp8", "fp8")
-"""`gate_norm_quant` to fp8 unless told: codes float8_e4m3fn [M, K] and scale[m] = amax[m] / 448."""
+"""`gate_norm_quant` with codes float8_e4m3fn [M, K] and scale[m] = amax[m] / 448."""

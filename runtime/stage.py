@@ -23,7 +23,6 @@ from ..kernels import norm_quant as norms
 from ..kernels.act_quant import act_quant, activated
 from ..kernels.int8_linear import int8_linear
 from ..kernels.int8_linear_add import int8_linear_add
-from ..kernels.norm_quant import norm_quant
 from ..quantize.format import Tensors
 from ..quantize.spec import FormatSpec
 from .linear import CompressedLinear
@@ -116,9 +115,9 @@ class Stage:
         if not self.ready():
             y = norms.Norm(mod, list(norm.affine), norm.kind, norm.eps).apply(x)
             return Rows(y.to(x.dtype), None, x.dtype)
-        pre_scale, signs, *form = self._transform()
+        pre_scale, signs, *rotation, form = self._transform()
         transform, affine = [t for t in (pre_scale, signs) if t is not None], list(norm.affine)
-        codes, row_scale = norm_quant(x, mod, affine, transform, norm.kind, norm.eps, *form)
+        codes, row_scale = norms.NORM_QUANT[form](x, mod, affine, transform, norm.kind, norm.eps, *rotation)
         return Rows(codes, row_scale, x.dtype)
 
     def act(self, x: Tensor, act: str = "none", prefix: Tensor | None = None) -> Rows:

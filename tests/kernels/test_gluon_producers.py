@@ -22,7 +22,7 @@ from vdit_quant.kernels import dispatch
 from vdit_quant.kernels import norm_quant as norm_module
 from vdit_quant.kernels.act_quant import ACTS, GATED, act_quant
 from vdit_quant.kernels.hadamard import hadamard_matrix
-from vdit_quant.kernels.norm_quant import Norm, gate_norm_quant, norm_quant, norm_quant_fp8
+from vdit_quant.kernels.norm_quant import NORM_QUANT, Norm, gate_norm_quant, norm_quant, norm_quant_fp8
 from vdit_quant.kernels.quant_token_fp4 import quant_token_fp4
 from vdit_quant.kernels.transform import FORMS, Transform
 
@@ -141,13 +141,13 @@ def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
     types = rows | vectors | {"prefix_ptr": "*bf16", "prefix_stride": "i32"}
     yield "act behind a prefix", gluon_producers.act_quant_kernel, types, constants, options
     yield "act behind a prefix to FP4", gluon_producers.act_quant_kernel, types, {**constants, "FP4": 16}, options
-    norm = rows | mod | gate | {"TOKENS": "i32", "eps": "fp32"}
+    norm = rows | mod | {"TOKENS": "i32", "eps": "fp32"}
     for k, size in ((1152, 0), (1152, 128), (1536, 64), (2240, 64), (3072, 128), (5120, 0), (5120, 128)):
         options = gluon_producers.launch_options(k, 0, size)
         constants = {"K": k, "INT8": True, "TINY": 1e-30, "BLOCK": size, "REGULAR": False, "LAYER": True, "ONE": True}
         constants |= {name: options[name] for name in ("R", "HELD", "KEEP")}
         for group in (0, 16):
-            name, types = f"gate K={k} {size} to FP4 {group}", norm | (vectors if size else {})
+            name, types = f"norm K={k} {size} to FP4 {group}", norm | (vectors if size else {})
             yield name, gluon_producers.norm_quant_kernel, types, constants | {"FP4": group}, options
     for k, size, group in ((4608, 0, 0), (4608, 128, 128), (13824, 64, 16), (15360, 0, 32), (15360, 128, 0)):
         options = gluon_producers.launch_options(k, 0, size)
@@ -323,20 +323,14 @@ def test_fp4_codes(k: int, out: str) -> None:
         want, want_scale = quant_token_fp4(x, group or 0)
         assert torch.equal(codes, want)
         torch.testing.assert_close(scale, want_scale, rtol=1e-5, atol=0)
-    x, residual = torch.randn(66, 2 * k, device="cuda").bfloat16().chunk(2, dim=1)
-    mod, gate = list(torch.randn(2, 2 * k, device="cuda").chunk(2, dim=1)), torch.randn(1, k, device="cuda")
+    mod = list(torch.randn(2, 2 * k, device="cuda").chunk(2, dim=1))
     for size in (0, 64):
         transform = replace(transform_of(k, size, "sylvester", dtype), fp4_group=group)
-        last = ("layer", 1e-6, size, "sylvester", out)
-        norm = Norm(mod, [], "layer", 1e-6)
-        h, *gated = gate_norm_quant([residual, x, gate], mod, [], listed(transform), *last)
-        pairs = [
-            (norm_quant(x, mod, [], listed(transform), *last), norm_module._reference(x, norm, transform)),
-            (gated, norm_module._reference(h, norm, transform)),
-        ]
-        for (codes, scale), (want, want_scale) in pairs:
-            torch.testing.assert_close(scale, want_scale, rtol=1e-3, atol=0)
-            assert (codes != want).float().mean() < 1e-3
+        x = torch.randn(66, k, device="cuda").bfloat16()
+        codes, scale = NORM_QUANT[out](x, mod, [], listed(transform), "layer", 1e-6, size, "sylvester")
+        want, want_scale = norm_module._reference(x, Norm(mod, [], "layer", 1e-6), transform)
+        torch.testing.assert_close(scale, want_scale, rtol=1e-3, atol=0)
+        assert (codes != want).float().mean() < 1e-3
 
 
 @on_gpu
