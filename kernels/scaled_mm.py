@@ -8,6 +8,8 @@ from torch import Tensor
 
 MULTIPLE = 16
 """cuBLASLt wants rows of both operands to start at multiples of 16 bytes."""
+FEW = 16
+"""Below so many tokens cuBLASLt finds no algorithm for some shapes (one token, K = 15360)."""
 
 
 @cache
@@ -54,8 +56,8 @@ def supports(
     op: str, codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Any, out_dtype: torch.dtype
 ) -> str | None:
     """`limits` of these tensors."""
-    if codes.shape[0] == 0:
-        return "no tokens"
+    if codes.shape[0] < FEW:
+        return f"fewer than {FEW} tokens"
     return limits(op, codes.device, out_dtype, k=codes.shape[1], n=weight.shape[0])
 
 

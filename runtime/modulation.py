@@ -67,15 +67,14 @@ class Modulation:
     def ready(self) -> bool:
         """Whether the layers run as one; joins them when their tensors have been moved or replaced since."""
         layers = layers_at(self.places)
-        if not layers or not all(map(_is_weight_only, layers)):
+        if not layers or not all(map(is_plain, layers)):
             return False
+        # specs are compared here alone: a tracer cannot compare them
         if not torch.compiler.is_compiling() and is_stale(layers, self.parts):
-            self.parts = merge(layers)
-        return bool(self.parts)
+            self.parts = merge(layers) if all(map(_is_weight_only, layers)) else []
+        return len(self.parts) > 0
 
 
 def _is_weight_only(layer: nn.Module) -> bool:
-    if not is_plain(layer):
-        return False
     assert isinstance(layer, CompressedLinear)
     return layer.spec == LayerSpec(layer.spec.weight)

@@ -107,7 +107,7 @@ class Stage:
             return False
         if not torch.compiler.is_compiling() and is_stale(layers, self.parts):
             self.parts = [] if self.refusal() is not None else merge(layers)
-        return bool(self.parts)
+        return len(self.parts) > 0
 
     def norm(self, x: Tensor, norm: Norm, shift: Tensor | None = None, scale: Tensor | None = None) -> Rows:
         """x: float [M, K] normalised, then `* (1 + scale[b]) + shift[b]` with shift and scale [B, K], B dividing M."""

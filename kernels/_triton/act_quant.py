@@ -25,6 +25,7 @@ from .rows import (
     transform_tile,
     unsupported,
 )
+from .tiles import await_inputs, overlap
 
 __all__ = ["limits", "run", "supports"]
 
@@ -72,6 +73,7 @@ def act_quant_kernel(
     FLAT: tl.constexpr, K: tl.constexpr, W: tl.constexpr, R: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """R tokens at a time."""
+    await_inputs()
     TWO: tl.constexpr = REST > 0
     h = load_hadamard(hadamard_ptr, SIZE)
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, R), tl.num_programs(0)):
@@ -129,5 +131,6 @@ def run(op: str, x: Tensor, act: str, transform: Transform, prefix: Tensor | Non
         m,
         ACT=act,
         **options,
+        **overlap(x.device),
     )
     return codes, scale

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..quant_token import FLOATS, TINY
 from .int8_linear import grid, int8_options, tile_product
 from .quant_token import MAX_K, launch_options
-from .tiles import INTERPRETED, ROUND_EACH_STEP, rows_contiguous, store_scaled, tile_ids
+from .tiles import INTERPRETED, ROUND_EACH_STEP, await_inputs, overlap, rows_contiguous, store_scaled, tile_ids
 
 
 @triton.jit
@@ -33,6 +33,7 @@ def quant_token_fp8_kernel(
     x_ptr, codes_ptr, scale_ptr, K, TINY: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr
 ):  # fmt: skip
     """One token per program; BLOCK >= K."""
+    await_inputs()
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
@@ -50,6 +51,7 @@ def fp8_linear_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """e4m3 x e4m3 -> fp32, one [BM, BN] tile per program; both operands K contiguous."""
+    await_inputs()
     pid_m, pid_n = tile_ids(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
     acc = tile_product(x_ptr, w_ptr, pid_m, pid_n, M, N, K, tl.float32, EVEN_K, BM, BN, BK)
     store_scaled(
@@ -89,7 +91,7 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     if m:
         options = launch_options(k) | ROUND_EACH_STEP
         kernel = quant_token_fp8_kernel[(m,)]
-        kernel(rows_contiguous(x), codes, scale, k, TINY=TINY, INTERPRET=INTERPRETED, **options)
+        kernel(rows_contiguous(x), codes, scale, k, TINY=TINY, INTERPRET=INTERPRETED, **options, **overlap(x.device))
     return codes, scale
 
 
@@ -116,6 +118,7 @@ def _multiply(
         EVEN_K=k % options["BK"] == 0,
         **options,
         **ROUND_EACH_STEP,
+        **overlap(y.device),
     )
     return y
 

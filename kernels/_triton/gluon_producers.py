@@ -17,6 +17,7 @@ from ..norm_quant import Norm
 from ..quant_token import TINY
 from ..transform import Transform
 from .gluon_rows import (
+    await_inputs,
     layout_of,
     load_factor,
     load_rows,
@@ -31,6 +32,7 @@ from .gluon_rows import (
     tokens,
     widen,
 )
+from .tiles import overlap
 
 
 @gluon.jit
@@ -190,6 +192,7 @@ def norm_quant_kernel(
 
     ONE: so do all of a tile. KEEP: and all tiles of a program; what is done to the channels then stays in registers.
     """
+    await_inputs()
     PIECES: gl.constexpr = pieces(K, 0, R, gl.num_warps(), BLOCK)
     TRANSFORMED: gl.constexpr = pre_scale_ptr is not None or signs_ptr is not None
     CHANGED: gl.constexpr = TRANSFORMED or weight_ptr is not None or shift_ptr is not None
@@ -237,6 +240,7 @@ def act_quant_kernel(
     BLOCK: gl.constexpr, REGULAR: gl.constexpr, R: gl.constexpr, HELD: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
     """STEPS tiles of R tokens; KEEP: pre_scale * signs stay in registers between them."""
+    await_inputs()
     PIECES: gl.constexpr = pieces(K, PREFIX, R, gl.num_warps(), BLOCK)
     TRANSFORMED: gl.constexpr = pre_scale_ptr is not None or signs_ptr is not None
     if TRANSFORMED and KEEP:
@@ -332,12 +336,13 @@ def _launch(
 
     Triton would examine every argument again at every call, which takes longer than many of these kernels.
     """
-    warps, registers = options["num_warps"], options["maxnreg"]
+    limits = {"num_warps": options["num_warps"], "maxnreg": options["maxnreg"]}
     types = [None if t is None else t.dtype for t in tensors]
-    key = (kernel, torch.cuda.current_device(), warps, registers, constants, *types)
+    key = (kernel, torch.cuda.current_device(), *limits.values(), constants, *types)
     compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[key] = kernel[(programs,)](*tensors, *numbers, *constants, num_warps=warps, maxnreg=registers)
+        more = overlap(next(t.device for t in tensors if t is not None))
+        _compiled[key] = kernel[(programs,)](*tensors, *numbers, *constants, **limits, **more)
     else:
         compiled[(programs, 1, 1)](*tensors, *numbers, *constants)
 

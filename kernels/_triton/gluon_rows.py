@@ -14,12 +14,22 @@ shuffles. Neither shared memory nor a product is needed, and every step is fp32.
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.target_info import cuda_capability_geq
 
 from .gluon_fp4 import fp4_codes
 from .tiles import limit_of
 
 LANE = 8
 """Channels that a thread holds side by side."""
+
+
+@gluon.jit
+def await_inputs():
+    """As in `tiles`."""
+    if cuda_capability_geq(9, 0):
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @gluon.constexpr_function

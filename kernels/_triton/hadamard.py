@@ -13,7 +13,7 @@ from torch import Tensor
 from ..hadamard import matrix_on
 from ..quant_token import FLOATS
 from .int8_linear import dot_dtype
-from .tiles import rows_contiguous
+from .tiles import await_inputs, overlap, rows_contiguous
 
 
 @triton.jit(do_not_specialize=["ROWS"])
@@ -23,6 +23,7 @@ def hadamard_kernel(
     SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """BM blocks x BN of their SIZE outputs per program; BLOCKS of them make one token."""
+    await_inputs()
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     rn = tl.program_id(1) * BN + tl.arange(0, BN)
     rk = tl.arange(0, BK)
@@ -86,5 +87,6 @@ def run(op: str, x: Tensor, signs: Tensor | None, block_size: int, kind: str) ->
         DOT=dot_dtype(x.dtype),
         SIZE=block_size,
         **options,
+        **overlap(y.device),
     )
     return y

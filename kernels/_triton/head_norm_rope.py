@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..quant_token import FLOATS
-from .tiles import rows_contiguous
+from .tiles import await_inputs, overlap, rows_contiguous
 
 MAX_WIDTH = 16384
 """Most channels of q that one program keeps in registers."""
@@ -47,6 +47,7 @@ def head_norm_rope_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Token program_id(0) of batch row program_id(1); it becomes token OFFSET + program_id(0) of TOKENS."""
+    await_inputs()
     token = OFFSET + tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     r = tl.arange(0, ROWS)
@@ -123,7 +124,7 @@ def run(
             head_norm_rope_kernel[(x.shape[1], batch)](
                 x, q_weight, k_weight, cos, sin, y, eps, x.stride(0), x.stride(1), tokens, offset, batch,
                 HEADS=heads, HEAD=head_dim, NORM=bool(own), ALL=bool(own) and own[0].shape[0] > head_dim,
-                ROPE=bool(rope), **launch_options(heads, head_dim),
+                ROPE=bool(rope), **launch_options(heads, head_dim), **overlap(x.device),
             )  # fmt: skip
         offset += x.shape[1]
     return y

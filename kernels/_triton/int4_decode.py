@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import launch_table
 from ..quant_token import FLOATS
-from .tiles import rows_contiguous
+from .tiles import await_inputs, overlap, rows_contiguous
 
 OP = "int4_to_int8"
 TUNABLE = (OP,)
@@ -41,6 +41,7 @@ def decode_bytes(packed, group_ptr, rows, columns, first_group, GROUP: tl.conste
 @triton.jit
 def int4_bytes_kernel(w_ptr, group_ptr, out_ptr, N, K, GROUP: tl.constexpr, R: tl.constexpr, B: tl.constexpr):
     """Decode R rows x 2B columns per program, for any K."""
+    await_inputs()
     rows = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     safe = tl.minimum(rows, N - 1)
     width = (K + 1) // 2
@@ -93,6 +94,7 @@ def decode_words(words, scale, GROUPED: tl.constexpr):
 @triton.jit
 def int4_words_kernel(w_ptr, group_ptr, out_ptr, WORDS, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     """Decode BLOCK words of eight codes per program."""
+    await_inputs()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < WORDS
     words = tl.load(w_ptr.to(tl.pointer_type(tl.int32)) + at, mask=inside, other=0, eviction_policy="evict_first")
@@ -158,12 +160,12 @@ def decode(weight: Tensor, group_scale: Tensor | None, k: int) -> Tensor:
         words = n * k // 8
         options = launch_table.lookup(OP, weight.device, 1, n, k, group=group) or words_options(words)
         int4_words_kernel[(triton.cdiv(words, options["BLOCK"]),)](
-            weight, group_ptr, out, words, GROUP=group, **options
+            weight, group_ptr, out, words, GROUP=group, **options, **overlap(weight.device)
         )
     else:
         options = bytes_options(k)
         blocks = (triton.cdiv(n, options["R"]), triton.cdiv(k, 2 * options["B"]))
-        int4_bytes_kernel[blocks](weight, group_ptr, out, n, k, GROUP=group, **options)
+        int4_bytes_kernel[blocks](weight, group_ptr, out, n, k, GROUP=group, **options, **overlap(weight.device))
     return out
 
 

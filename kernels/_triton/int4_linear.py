@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .int4_decode import decode, decode_bytes, group_of, limits
 from .int8_linear import dot_dtype, grid, matmul_int8
-from .tiles import ROUND_EACH_STEP, rows_contiguous, store_scaled, tile, tile_ids
+from .tiles import ROUND_EACH_STEP, await_inputs, overlap, rows_contiguous, store_scaled, tile, tile_ids
 
 FUSED_TOKENS = 64
 """Up to this many tokens the product decodes."""
@@ -29,6 +29,7 @@ def int4_linear_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One [BM, BN] tile per program; INT8: int8 activations and an exact int32 sum, else float activations."""
+    await_inputs()
     pid_m, pid_n = tile_ids(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
     rm = tl.minimum(pid_m * BM + tl.arange(0, BM), M - 1).to(tl.int64)
     rn = tl.minimum(pid_n * BN + tl.arange(0, BN), N - 1).to(tl.int64)
@@ -109,6 +110,7 @@ def matmul_decoding(
         GROUP=group_of(k, group_scale),
         **options,
         **(ROUND_EACH_STEP if int8 else {}),
+        **overlap(y.device),
     )
     return y
 

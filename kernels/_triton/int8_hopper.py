@@ -26,7 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .tiles import ROUND_EACH_STEP
+from .gluon_rows import await_inputs
+from .tiles import ROUND_EACH_STEP, overlap
 
 
 @gluon.jit
@@ -232,6 +233,7 @@ def int8_hopper_kernel(
     for i in gl.static_range(NC):
         mbarrier.init(loaded.index(i), count=1)
     fence_async_shared()
+    await_inputs()
     if NC == 1:
         gl.warp_specialize([
             (multiply, (
@@ -346,4 +348,7 @@ def launch(
         return
     # Two programs share the registers of a processor.
     limit = {} if programs == 1 else {"maxnreg": 65536 // (programs * 128 * (nc + 1))}
-    _compiled[key] = int8_hopper_kernel[grid](*args, num_warps=4, **limit, **ROUND_EACH_STEP), boxes
+    _compiled[key] = (
+        int8_hopper_kernel[grid](*args, num_warps=4, **limit, **ROUND_EACH_STEP, **overlap(y.device)),
+        boxes,
+    )

@@ -13,7 +13,17 @@ from torch import Tensor
 from .. import launch_table
 from ..quant_token import FLOATS
 from . import hopper
-from .tiles import INTERPRETED, ROUND_EACH_STEP, TORCH_TO_TRITON, rows_contiguous, store_scaled, tile, tile_ids
+from .tiles import (
+    INTERPRETED,
+    ROUND_EACH_STEP,
+    TORCH_TO_TRITON,
+    await_inputs,
+    overlap,
+    rows_contiguous,
+    store_scaled,
+    tile,
+    tile_ids,
+)
 
 TUNABLE = ("int8_linear",)
 
@@ -51,6 +61,7 @@ def int8_linear_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Int8 x int8 -> int32, one [BM, BN] tile per program; both operands K contiguous."""
+    await_inputs()
     pid_m, pid_n = tile_ids(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
     acc = tile_product(x_ptr, w_ptr, pid_m, pid_n, M, N, K, tl.int32, EVEN_K, BM, BN, BK)
     store_scaled(
@@ -66,6 +77,7 @@ def int8_weight_linear_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Float x int8: the weight tile becomes DOT (exact: |w| <= 127) on its way to the dot."""
+    await_inputs()
     pid_m, pid_n = tile_ids(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
     rm = tl.minimum(pid_m * BM + tl.arange(0, BM), M - 1).to(tl.int64)
     rn = tl.minimum(pid_n * BN + tl.arange(0, BN), N - 1).to(tl.int64)
@@ -194,6 +206,7 @@ def matmul_int8(
         EVEN_K=k % options["BK"] == 0,
         **options,
         **ROUND_EACH_STEP,
+        **overlap(y.device),
     )
     return y
 
@@ -219,6 +232,7 @@ def matmul_weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
         EVEN_K=k % options["BK"] == 0,
         DOT=dot_dtype(x.dtype),
         **options,
+        **overlap(y.device),
     )
     return y
 

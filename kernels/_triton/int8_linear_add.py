@@ -16,7 +16,7 @@ from . import hopper
 from .int8_linear import candidates as plain_candidates
 from .int8_linear import example as plain_example
 from .int8_linear import grid, int8_options, operands, tile_product
-from .tiles import ROUND_EACH_STEP, rows_contiguous, scaled, tile_ids
+from .tiles import ROUND_EACH_STEP, await_inputs, overlap, rows_contiguous, scaled, tile_ids
 
 TUNABLE = ("int8_linear_add",)
 
@@ -28,6 +28,7 @@ def int8_linear_add_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One [BM, BN] tile per program; ONE_SAMPLE: no tile crosses from one sample of TOKENS rows into the next."""
+    await_inputs()
     pid_m, pid_n = tile_ids(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
     acc = tile_product(x_ptr, w_ptr, pid_m, pid_n, M, N, K, tl.int32, EVEN_K, BM, BN, BK)
     rm = pid_m * BM + tl.arange(0, BM)
@@ -127,5 +128,6 @@ def run(
         EVEN_K=k % options["BK"] == 0,
         **options,
         **ROUND_EACH_STEP,
+        **overlap(y.device),
     )
     return y

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..quant_token import FLOATS
 from .int8_linear import dot_dtype, grid, int8_options, tile_product
-from .tiles import ROUND_EACH_STEP, rows_contiguous, scaled, tile, tile_ids
+from .tiles import ROUND_EACH_STEP, await_inputs, overlap, rows_contiguous, scaled, tile, tile_ids
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -22,6 +22,7 @@ def int8_linear_low_rank_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One [BM, BN] tile per program; the branch is walked BR ranks at a time."""
+    await_inputs()
     pid_m, pid_n = tile_ids(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
     acc = tile_product(x_ptr, w_ptr, pid_m, pid_n, M, N, K, tl.int32, EVEN_K, BM, BN, BK)
     rm = pid_m * BM + tl.arange(0, BM)
@@ -95,6 +96,7 @@ def matmul_low_rank(
         DOT=dot_dtype(low.dtype),
         **options,
         **ROUND_EACH_STEP,
+        **overlap(y.device),
     )
     return y
 

@@ -31,6 +31,7 @@ from .rows import (
     transform_tile,
     unsupported,
 )
+from .tiles import await_inputs, overlap
 
 __all__ = ["limits", "run", "supports"]
 
@@ -82,6 +83,7 @@ def norm_quant_kernel(
     FLAT: tl.constexpr, K: tl.constexpr, W: tl.constexpr, R: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """R tokens at a time; TOKENS of them share a row of gate, shift and scale."""
+    await_inputs()
     TWO: tl.constexpr = REST > 0
     h = load_hadamard(hadamard_ptr, SIZE)
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, R), tl.num_programs(0)):
@@ -197,4 +199,5 @@ def _launch(stream: list[Tensor], h: Tensor, norm: Norm, transform: Transform, o
         HAS_MOD=bool(norm.mod),
         AFFINE=len(norm.affine),
         **options,
+        **overlap(h.device),
     )

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..quant_token import FLOATS
-from .tiles import rows_contiguous
+from .tiles import await_inputs, overlap, rows_contiguous
 
 
 @triton.jit
@@ -20,6 +20,7 @@ def packed_to_int8_kernel(
     R: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Decode R rows x B columns per program; GROUP is 0 without group scales."""
+    await_inputs()
     rows = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     safe = tl.minimum(rows, N - 1)[:, None]
     rk = tl.program_id(1) * B + tl.arange(0, B)
@@ -71,5 +72,7 @@ def run(op: str, weight: Tensor, group_scale: Tensor | None, k: int, bits: int, 
         weight = rows_contiguous(weight)
         group_ptr = weight if group_scale is None else rows_contiguous(group_scale)
         group = 0 if group_scale is None else k // group_scale.shape[1]
-        packed_to_int8_kernel[blocks](weight, group_ptr, out, n, k, BITS=bits, ODD=odd, GROUP=group, **options)
+        packed_to_int8_kernel[blocks](
+            weight, group_ptr, out, n, k, BITS=bits, ODD=odd, GROUP=group, **options, **overlap(weight.device)
+        )
     return out

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..quant_token import FLOATS, TINY
-from .tiles import ROUND_EACH_STEP, round_to_int8, rows_contiguous
+from .tiles import ROUND_EACH_STEP, await_inputs, overlap, round_to_int8, rows_contiguous
 
 MAX_K = 32768
 """Longest row kept in registers (64 elements per thread with 16 warps)."""
@@ -20,6 +20,7 @@ MAX_K = 32768
 @triton.jit
 def quant_token_kernel(x_ptr, codes_ptr, scale_ptr, K, TINY: tl.constexpr, BLOCK: tl.constexpr):
     """One token per program; BLOCK >= K."""
+    await_inputs()
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
@@ -57,5 +58,5 @@ def run(op: str, x: Tensor) -> tuple[Tensor, Tensor]:
     if m:
         # Fused, x * inverse + magic would skip the rounding of the product and move values that it puts on a tie.
         options = launch_options(k) | ROUND_EACH_STEP
-        quant_token_kernel[(m,)](rows_contiguous(x), codes, scale, k, TINY=TINY, **options)
+        quant_token_kernel[(m,)](rows_contiguous(x), codes, scale, k, TINY=TINY, **options, **overlap(x.device))
     return codes, scale

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..quant_token import FLOATS, TINY
 from ..quant_token_fp4 import BLOCK_LARGEST, LARGEST, ROW_LARGEST
 from .quant_token import MAX_K
-from .tiles import ROUND_EACH_STEP, round_to_e2m1, rows_contiguous
+from .tiles import ROUND_EACH_STEP, await_inputs, overlap, round_to_e2m1, rows_contiguous
 
 
 @triton.jit
@@ -22,6 +22,7 @@ def quant_token_fp4_kernel(
     GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One token per program; BLOCK >= K; GROUP is 0 for one scale per token. LARGEST: its maximum's level."""
+    await_inputs()
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
@@ -73,6 +74,6 @@ def run(op: str, x: Tensor, group: int) -> tuple[Tensor, Tensor]:
         largest = ROW_LARGEST if group else LARGEST
         quant_token_fp4_kernel[(m,)](
             rows_contiguous(x), codes, scale, k, TINY=TINY, LARGEST=largest, BLOCK_LARGEST=float(BLOCK_LARGEST),
-            GROUP=group, **options,
+            GROUP=group, **options, **overlap(x.device),
         )  # fmt: skip
     return codes, scale

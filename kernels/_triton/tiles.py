@@ -3,10 +3,15 @@
 # Kernel parameters are typed by what is launched, not by annotations.
 # mypy: disable-error-code="no-untyped-def"
 
+from functools import cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.target_info import cuda_capability_geq
 
 from .. import quant_token_fp4 as fp4
 from ..quant_token import LIMITS
@@ -107,6 +112,37 @@ def store_scaled(
 
 INTERPRETED = not isinstance(store_scaled, triton.JITFunction)
 """True under TRITON_INTERPRET=1, where bfloat16 is stored but cannot be computed with."""
+
+COMPILED = tl.constexpr(not INTERPRETED)
+
+OVERLAP = True
+"""Whether kernels start before the one before them has ended; see `await_inputs`."""
+
+
+@triton.jit
+def await_inputs():
+    """Wait for the kernels launched before, then let the next one start: the first statement of every kernel.
+
+    With programmatic dependent launch (Hopper and later) programs of a kernel are put on multiprocessors that the last
+    programs of the one before leave idle, and what it takes to start them is hidden. Everything before has then ended
+    and its stores are seen, for every kernel waits here: that of the one before is that of all before it.
+    """
+    if COMPILED and cuda_capability_geq(9, 0):
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@cache
+def _can_overlap(device: torch.device) -> bool:
+    if INTERPRETED or device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def overlap(device: torch.device) -> dict[str, Any]:
+    """Launch options of a kernel that begins with `await_inputs`."""
+    return {"launch_pdl": True} if OVERLAP and _can_overlap(device) else {}
+
 
 ROUND_EACH_STEP = {"enable_fp_fusion": False}
 """Launch option that forbids a * b + c in one rounding: the int8 kernels then equal their references bit for bit."""

@@ -21,7 +21,7 @@ from ..quant_token import FLOATS
 from .int4_decode import decode
 from .int4_linear import matmul_decoding
 from .int8_linear import dot_dtype, matmul_weight_only
-from .tiles import rows_contiguous, store_scaled
+from .tiles import await_inputs, overlap, rows_contiguous, store_scaled
 
 TUNABLE = ("int8_weight_linear",)
 
@@ -39,6 +39,7 @@ def small_weight_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """BN outputs of all M <= BM tokens per program."""
+    await_inputs()
     pid = tl.program_id(0)
     rn = tl.minimum(pid * BN + tl.arange(0, BN), N - 1).to(tl.int64)
     rm = tl.arange(0, BM)
@@ -129,6 +130,7 @@ def matmul_small(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
         DOT=dot_dtype(x.dtype),
         BM=max(16, triton.next_power_of_2(m)),
         **options,
+        **overlap(x.device),
     )
     return y
 

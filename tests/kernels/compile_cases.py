@@ -16,6 +16,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from cases import _case
 
@@ -24,6 +25,16 @@ BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 UNALIGNED = {"M", "ROWS", "BLOCKS", "TOKENS", "OFFSET", "BATCHES", "factor", "eps"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 UNITS = r"\b(IGMMA|HGMMA|QGMMA|QMMA|IMMA|HMMA|UTC[A-Z]*MMA)\b"
+
+
+class _Driver:
+    """Stands in for the driver of a GPU: a kernel may ask for which one it is compiled."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
 
 
 def compile_case(case: _case.Compile, architecture: str) -> dict[str, Any]:
@@ -41,11 +52,13 @@ def compile_case(case: _case.Compile, architecture: str) -> dict[str, Any]:
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     amd = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture), 32)
+    driver.set_active(_Driver(target))
     compiled = triton.compile(source, target=target, options=options)
     if amd:
         found = inspect_amdgcn(compiled.asm["amdgcn"])
     else:
         found = inspect_cubin(compiled.asm["cubin"], disassemble=architecture in case.units)
+        found["waits"] = "griddepcontrol.wait" in compiled.asm["ptx"]
     return {"shared": compiled.metadata.shared, **found}
 
 

@@ -45,6 +45,7 @@ def test_every_tile_fits_and_spills_nothing(op: str, compiled: dict[str, list[di
     for tile in compiled[op]:
         # A processor keeps 1 KiB of each program for itself.
         assert (tile["shared"] + 1024) * tile["programs"] <= SHARED + 1024, tile
+        assert tile["waits"], tile
         if "stack" not in tile:
             pytest.skip("NVIDIA's cuobjdump is not part of this Triton")
         assert tile["stack"] == 0, tile
@@ -108,7 +109,8 @@ def main(op: str) -> None:
         int8_hopper._compiled.clear()
         int8_hopper.launch(*tensors, torch.empty_like(residual), options, added)
         ((kernel, _),) = int8_hopper._compiled.values()
-        found = {"shared": kernel.metadata.shared, **_inspect(kernel.asm["cubin"])}
+        waits = "griddepcontrol.wait" in kernel.asm["ptx"]
+        found = {"shared": kernel.metadata.shared, "waits": waits, **_inspect(kernel.asm["cubin"])}
         sys.stdout.write(json.dumps({"programs": options["PROGRAMS"], "options": options, **found}) + "\n")
         sys.stdout.flush()
 

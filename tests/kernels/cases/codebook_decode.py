@@ -11,6 +11,7 @@ from vdit_quant.kernels.pack import pack_codes
 from ._case import GROUPED_LAYERS, Compile, run_twin, twin
 
 OPS = {"codebook_to_int8": codebook_to_int8}
+WORDS = {1: "*i8", 2: "*i16", 4: "*i32"}
 LIMITS = [
     ("codebook_to_int8", {"dtype": torch.uint8, "group": 64}, None),
     ("codebook_to_int8", {"dtype": torch.float64}, "dtype torch.float64 is not supported"),
@@ -32,11 +33,17 @@ def examples(a: Any) -> dict[str, list[tuple[Any, ...]]]:
 def compile_cases() -> Iterator[Compile]:
     file = twin("codebook_to_int8")
     for bits, length, group in ((8, 4, 0), (6, 2, 0), (4, 1, 0), (4, 1, 32), (2, 1, 0)):
-        word = {1: "*i8", 2: "*i16", 4: "*i32"}[length]
-        types = {"w_ptr": "*u8", "book_ptr": word, "table_ptr": "*u8", "group_ptr": "*u8", "out_ptr": word}
+        types = {"w_ptr": "*u8", "book_ptr": WORDS[length], "table_ptr": "*u8", "group_ptr": "*u8"}
+        types["out_ptr"] = WORDS[length]
         types |= {"N": "i32", "C": "i32", "TABLES": "i32"}
         constants = {"BITS": bits, "HAS_TABLE": bits == 4, "GROUP": group, **file.launch_options(1152)}
         yield Compile(f"bits={bits} group={group}", file.codebook_to_int8_kernel, types, constants)
+    for bits, length in ((8, 4), (6, 2), (4, 1), (2, 1)):
+        types = {"w_ptr": "*u8", "book_ptr": WORDS[length], "table_ptr": "*u8", "out_ptr": WORDS[length]}
+        types |= {"UNITS": "i32", "ROW_UNITS": "i32", "TABLES": "i32"}
+        options = file.words_options((16 if bits == 6 else 32 // bits) * length // 4)
+        constants = {"BITS": bits, "LENGTH": length, "HAS_TABLE": bits == 4, **options}
+        yield Compile(f"words, bits={bits}", file.codebook_words_kernel, types, constants)
 
 
 def _layers(entries: int, k: int, n: int, group: int | None, make_layer: Any, device: str = "cpu") -> Iterator[Any]:
@@ -54,7 +61,7 @@ def _layers(entries: int, k: int, n: int, group: int | None, make_layer: Any, de
 
 @pytest.mark.parametrize("entries", BITS)
 def interpreter_equals_reference(entries: int, make_layer) -> None:
-    for k, n, group in [(4, 3, None), (60, 9, None), (1036, 10, None), (192, 40, 32)]:
+    for k, n, group in [(4, 3, None), (60, 9, None), (64, 21, None), (1036, 10, None), (192, 40, 32), (576, 7, None)]:
         for args in _layers(entries, k, n, group, make_layer):
             assert torch.equal(run_twin("codebook_to_int8", *args), codebook_to_int8(*args))
 

@@ -104,8 +104,8 @@ def cuda_multiplies_as_the_reference(k: int, n: int, mode: str, make_layer) -> N
             with dispatch.use(mode=mode):
                 got = fp8_linear(*args)
             assert got.dtype == dtype
-            # Hopper adds up e4m3 products with about 13 bits of mantissa.
-            assert relative_rms(got, want) < 1e-3 + torch.finfo(dtype).eps
+            # Hopper adds up e4m3 products, 32 at a time, with about 13 bits of mantissa: as many errors as steps.
+            assert relative_rms(got, want) < 2**-12 * (k / 32) ** 0.5 + torch.finfo(dtype).eps
 
 
 @needs_fp8
