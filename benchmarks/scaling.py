@@ -124,7 +124,7 @@ def prepare_ours(bench: Bench, way: str) -> Path_:
     original, own = bench.unfused(way)
     module = replay_graphs(fuse(copy.deepcopy(original)))
     out = module(**bench.arguments)[0]
-    checks = {"from_unfused": relative(out, own), "allowed": 2 * bench.bf16_error}
+    checks = {"from_unfused": relative(out, own), "allowed": bench.allowed(way)}
     return path(bench, way, module, {"error": relative(out, bench.truth), **checks})
 
 

@@ -10,7 +10,7 @@ from . import dispatch
 from .int8_linear import check_float, describe, expect
 from .op import define_op
 from .quant_token import FLOATS
-from .transform import CODE_DTYPES, Transform
+from .transform import Transform, make_transform
 
 
 def _tanh_gelu(x: Tensor) -> Tensor:
@@ -58,12 +58,11 @@ def _parse(
 ) -> Parsed:
     check_float("act_quant", x)
     expect(act in ACTS, "act_quant", f"act to be one of {', '.join(ACTS)}", repr(act))
-    expect(out in CODE_DTYPES, "act_quant", f"out to be one of {', '.join(CODE_DTYPES)}", repr(out))
     expect(act not in GATED or x.shape[1] % 2 == 0, "act_quant", f"two halves for {act}", f"{x.shape[1]} columns")
     if prefix is not None:
         ok = prefix.dim() == 2 and prefix.dtype in FLOATS and len(prefix) == len(x)
         expect(ok, "act_quant", f"a float prefix of shape ({len(x)}, P)", describe(prefix))
-    transform = Transform(pre_scale, signs, block_size, hadamard_kind, CODE_DTYPES[out])
+    transform = make_transform("act_quant", pre_scale, signs, block_size, hadamard_kind, out)
     transform.check("act_quant", token_width(x, act, prefix))
     return act, transform, prefix
 
@@ -85,7 +84,7 @@ def act_quant(
     out: str = "int8",
     prefix: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Codes and scales of T([prefix | act(x)]), as `quant_token` defines them.
+    """Codes and scales of T([prefix | act(x)]), as `quant_token` or, for FP4, `quant_token_fp4` defines them.
 
     T(y) = (y * pre_scale * signs)[m, block] @ H / sqrt(block_size) for every block of channels, see `hadamard`. All of
     it is fp32: nothing is rounded to x's dtype between x and the codes. Only the portable Triton twin (`norm_quant`
@@ -96,7 +95,8 @@ def act_quant(
     pre_scale: fp32 [K] or None
     signs: int8 [K] of +-1, or None
     block_size: 0 for no rotation; hadamard_kind: "sylvester" or "regular"
-    out: int8, or fp8 for float8_e4m3fn codes and scale[m] = amax[m] / 448
+    out: int8; fp8 for float8_e4m3fn codes and scale[m] = amax[m] / 448; fp4 for E2M1 elements as int8 codes, fp4g16,
+        fp4g32, fp4g64 or fp4g128 for such with a scale for each group
     prefix: fp32 | bf16 | fp16 [M, P], any row stride: columns that come first, as they are; K = P + N
     returns codes: int8 | float8_e4m3fn [M, K]; scale: fp32 [M]
     Raises ValueError when a shape, dtype, size, act or kind does not fit.

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,7 +10,7 @@ from . import dispatch
 from .int8_linear import check_float, describe, expect
 from .op import define_op
 from .quant_token import FLOATS
-from .transform import Transform, parse_transform
+from .transform import FORMS, Transform, parse_transform
 
 KINDS = ("layer", "rms")
 Quantized = tuple[Tensor, Tensor]
@@ -97,18 +96,18 @@ def _check_stream(op: str, stream: list[Tensor]) -> None:
         check_rows(op, "gate", rows, *residual.shape)
 
 
-def _parse(op: str, code_dtype: torch.dtype, x: Tensor, *args: Any) -> tuple[Norm, Transform]:
+def _parse(op: str, form: str, x: Tensor, *args: Any) -> tuple[Norm, Transform]:
     """The arguments of an op after its first, checked against the rows of `x`."""
     mod, affine, transform, kind, eps, block_size, hadamard_kind = args
     check_float(op, x)
     norm = Norm(mod, affine, kind, eps)
     norm.check(op, *x.shape)
-    parsed = parse_transform(op, transform, block_size, hadamard_kind, code_dtype)
+    parsed = parse_transform(op, transform, block_size, hadamard_kind, form)
     parsed.check(op, x.shape[1])
     return norm, parsed
 
 
-def _define_norm_quant(name: str, code_dtype: torch.dtype) -> Any:
+def _define_norm_quant(name: str, form: str) -> Any:
     @define_op(name)
     def op(
         x: Tensor,
@@ -121,22 +120,22 @@ def _define_norm_quant(name: str, code_dtype: torch.dtype) -> Any:
         hadamard_kind: str,
     ) -> tuple[Tensor, Tensor]:
         args = (mod, affine, transform, kind, eps, block_size, hadamard_kind)
-        return _reference(x, *_parse(name, code_dtype, x, *args))
+        return _reference(x, *_parse(name, form, x, *args))
 
     @op.register_fake
     def _(x: Tensor, *args: Any) -> Quantized:
-        _, transform = _parse(name, code_dtype, x, *args)
+        _, transform = _parse(name, form, x, *args)
         return transform.empty(x, x.shape[1])
 
     @op.register_cuda
     def _(x: Tensor, *args: Any) -> Quantized:
-        found: Quantized = dispatch.run(name, _reference, x, *_parse(name, code_dtype, x, *args))
+        found: Quantized = dispatch.run(name, _reference, x, *_parse(name, form, x, *args))
         return found
 
     return op
 
 
-def _define_gate_norm_quant(name: str, code_dtype: torch.dtype) -> Any:
+def _define_gate_norm_quant(name: str, form: str) -> Any:
     @define_op(name)
     def op(
         stream: list[Tensor],
@@ -150,25 +149,25 @@ def _define_gate_norm_quant(name: str, code_dtype: torch.dtype) -> Any:
     ) -> tuple[Tensor, Tensor, Tensor]:
         _check_stream(name, stream)
         args = (mod, affine, transform, kind, eps, block_size, hadamard_kind)
-        return _gate_reference(stream[0], stream[1:], *_parse(name, code_dtype, stream[0], *args))
+        return _gate_reference(stream[0], stream[1:], *_parse(name, form, stream[0], *args))
 
     @op.register_fake
     def _(stream: list[Tensor], *args: Any) -> Gated:
         _check_stream(name, stream)
-        _, transform = _parse(name, code_dtype, stream[0], *args)
+        _, transform = _parse(name, form, stream[0], *args)
         return stream[0].new_empty(stream[0].shape), *transform.empty(stream[0], stream[0].shape[1])
 
     @op.register_cuda
     def _(stream: list[Tensor], *args: Any) -> Gated:
         _check_stream(name, stream)
-        parsed = _parse(name, code_dtype, stream[0], *args)
+        parsed = _parse(name, form, stream[0], *args)
         found: Gated = dispatch.run(name, _gate_reference, stream[0], stream[1:], *parsed)
         return found
 
     return op
 
 
-norm_quant = _define_norm_quant("norm_quant", torch.int8)
+norm_quant = _define_norm_quant("norm_quant", "int8")
 """norm_quant(x, mod, affine, transform, kind, eps, block_size, hadamard_kind) -> (codes, scale).
 
 Codes and scales of T(norm(x)), as `quant_token` defines them:
@@ -191,10 +190,18 @@ returns codes: int8 [M, K]; scale: fp32 [M]
 Raises ValueError when a shape, dtype, size or kind does not fit.
 """
 
-norm_quant_fp8 = _define_norm_quant("norm_quant_fp8", torch.float8_e4m3fn)
+norm_quant_fp8 = _define_norm_quant("norm_quant_fp8", "fp8")
 """`norm_quant` with codes float8_e4m3fn [M, K] and scale[m] = amax[m] / 448."""
 
-gate_norm_quant = _define_gate_norm_quant("gate_norm_quant", torch.int8)
+NORM_QUANT = {
+    "int8": norm_quant,
+    "fp8": norm_quant_fp8,
+    **{form: _define_norm_quant(f"norm_quant_{form}", form) for form in FORMS if form.startswith("fp4")},
+}
+"""Form of `transform.FORMS` -> `norm_quant` to it: `norm_quant_fp4` and the others have the codes, int8, and scales of
+`quant_token_fp4` with their group."""
+
+gate_norm_quant = _define_gate_norm_quant("gate_norm_quant", "int8")
 """gate_norm_quant(stream, mod, affine, transform, kind, eps, block_size, hadamard_kind) -> (h, codes, scale).
 
 h = residual + gate[b] * branch in fp32, rounded once to the residual's dtype; then `norm_quant` of h as rounded.
@@ -205,5 +212,5 @@ returns h: residual's dtype [M, K]; codes: int8 [M, K]; scale: fp32 [M]
 Raises ValueError when a shape, dtype, size or kind does not fit.
 """
 
-gate_norm_quant_fp8 = _define_gate_norm_quant("gate_norm_quant_fp8", torch.float8_e4m3fn)
+gate_norm_quant_fp8 = _define_gate_norm_quant("gate_norm_quant_fp8", "fp8")
 """`gate_norm_quant` with codes float8_e4m3fn [M, K] and scale[m] = amax[m] / 448."""

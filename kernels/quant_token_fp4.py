@@ -44,10 +44,9 @@ def round_to_e2m1(t: Tensor) -> Tensor:
     return torch.copysign((size / step).round() * step, t)
 
 
-def _reference(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    _check(x, group)
-    m, k = x.shape
-    wide = x.float()
+def round_rows_fp4(wide: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of fp32 rows [M, K]: the unchecked body, shared with fused ops."""
+    m, k = wide.shape
     amax = wide.abs().amax(dim=1).clamp_min_(TINY)
     # As tensors: dividing by or into a Python number is a multiplication with a rounded reciprocal on some devices.
     limit = torch.full_like(amax, ROW_LARGEST if group else LARGEST)
@@ -61,6 +60,11 @@ def _reference(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     level = (code.to(torch.int32) * block.to(torch.int32) + BLOCK_ONE // 2) >> 4
     level = level.to(torch.int8).view(m, k)
     return level, amax / limit * _gain(scaled, level.float())
+
+
+def _reference(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    _check(x, group)
+    return round_rows_fp4(x.float(), group)
 
 
 def _gain(scaled: Tensor, codes: Tensor) -> Tensor:

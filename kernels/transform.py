@@ -6,11 +6,18 @@ import torch
 from torch import Tensor
 
 from .hadamard import check_kind, rotate
+from .int4_linear import GROUPS
 from .int8_linear import describe, expect
 from .quant_token import round_rows
+from .quant_token_fp4 import round_rows_fp4
 
-CODE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-"""Name of an output form -> dtype of its codes; `quant_token.LIMITS` has the largest code of each."""
+FORMS: dict[str, tuple[torch.dtype, int | None]] = {
+    "int8": (torch.int8, None),
+    "fp8": (torch.float8_e4m3fn, None),
+    "fp4": (torch.int8, 0),
+    **{f"fp4g{group}": (torch.int8, group) for group in GROUPS},
+}
+"""Name of an output form -> `code_dtype` and `fp4_group` of a `Transform` that ends in it."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,7 @@ class Transform:
     signs: int8 [K] of +-1, or None; only with a Hadamard matrix
     block_size: 0 is no Hadamard matrix; hadamard_kind then says nothing
     code_dtype: torch.int8 or torch.float8_e4m3fn
+    fp4_group: None, or the group of `quant_token_fp4`, whose codes (int8) and scales are then those of z
     """
 
     pre_scale: Tensor | None
@@ -28,6 +36,7 @@ class Transform:
     block_size: int
     hadamard_kind: str
     code_dtype: torch.dtype
+    fp4_group: int | None = None
 
     def check(self, op: str, k: int) -> None:
         """Raise ValueError unless this fits rows of `k` elements."""
@@ -42,6 +51,8 @@ class Transform:
         if self.block_size:
             check_kind(self.block_size, self.hadamard_kind)
             expect(k % self.block_size == 0, op, f"K to be a multiple of block_size {self.block_size}", f"K={k}")
+        if self.fp4_group:
+            expect(k % self.fp4_group == 0, op, f"K to be a multiple of the group {self.fp4_group}", f"K={k}")
 
     def quantize(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """fp32 rows [M, K] -> codes [M, K], scale fp32 [M]: the torch reference."""
@@ -49,7 +60,7 @@ class Transform:
             y = y * self.pre_scale
         if self.block_size:
             y = rotate(y, self.signs, self.block_size, self.hadamard_kind)
-        return round_rows(y, self.code_dtype)
+        return round_rows(y, self.code_dtype) if self.fp4_group is None else round_rows_fp4(y, self.fp4_group)
 
     def empty(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Uninitialised codes [M, k] and scale [M] for the rows of `x`."""
@@ -57,9 +68,15 @@ class Transform:
         return codes, torch.empty((x.shape[0],), dtype=torch.float32, device=x.device)
 
 
-def parse_transform(
-    op: str, tensors: list[Tensor], block_size: int, hadamard_kind: str, code_dtype: torch.dtype
+def make_transform(
+    op: str, pre_scale: Tensor | None, signs: Tensor | None, block_size: int, hadamard_kind: str, out: str
 ) -> Transform:
+    """The transform that ends in a form of `FORMS`."""
+    expect(out in FORMS, op, f"out to be one of {', '.join(FORMS)}", repr(out))
+    return Transform(pre_scale, signs, block_size, hadamard_kind, *FORMS[out])
+
+
+def parse_transform(op: str, tensors: list[Tensor], block_size: int, hadamard_kind: str, out: str) -> Transform:
     """The transform of an op's list: an fp32 pre_scale or int8 signs, told apart by dtype, or both in this order."""
     kinds = [t.dtype for t in tensors]
     ok = kinds in ([], [torch.float32], [torch.int8], [torch.float32, torch.int8])
@@ -67,4 +84,4 @@ def parse_transform(
     expect(ok, op, "transform to be [], [pre_scale], [signs] or [pre_scale, signs], fp32 and int8", found)
     pre_scale = tensors[0] if torch.float32 in kinds else None
     signs = tensors[-1] if torch.int8 in kinds else None
-    return Transform(pre_scale, signs, block_size, hadamard_kind, code_dtype)
+    return make_transform(op, pre_scale, signs, block_size, hadamard_kind, out)

@@ -41,7 +41,8 @@ class Format:
     """
 
     tag: ClassVar[str]
-    by_rows: ClassVar[bool] = False  # every stored tensor has one row an output: layers concatenate by concatenating
+    by_rows: ClassVar[bool] = False  # every stored tensor has one row an output: layers concatenate by concatenating,
+    shared: ClassVar[tuple[str, ...]] = ()  # but for these tensors, of which layers that join must have the same
     group_sizes: ClassVar[Sequence[int | None]] = (None,)
     refusal: ClassVar[str] = ""  # why rounding a model to it needs `--i-know`, and what to do instead
 
@@ -83,6 +84,11 @@ class Format:
 
     def row_ops(self, spec: FormatSpec) -> tuple[str, ...] | None:
         """Names of the kernel ops that `quantize_rows` calls; None where it gives None."""
+        return None
+
+    def row_form(self, spec: FormatSpec) -> str | None:
+        """The `kernels.transform.FORMS` that `quantize_rows` has: fused producers write that too; None for no form of
+        theirs."""
         return None
 
     def ops(self, spec: LayerSpec) -> tuple[str, ...]:

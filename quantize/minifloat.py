@@ -50,6 +50,8 @@ class Minifloat(ScalarFormat):
     elements  those a row chooses from, by the squared error of its elements
     """
 
+    by_rows = True
+    shared = ("weight_codebook",)
     group_sizes = (None, 16, 32, 64, 128)
 
     def __init__(self, *elements: str) -> None:
@@ -144,6 +146,11 @@ class Minifloat(ScalarFormat):
 
     def row_ops(self, spec: FormatSpec) -> tuple[str, ...]:
         return ("quant_token_fp4",) if self.elements == ("e2m1",) else ("codebook_to_int8",)
+
+    def row_form(self, spec: FormatSpec) -> str | None:
+        if self.elements != ("e2m1",):
+            return None
+        return "fp4" if spec.group_size is None else f"fp4g{spec.group_size}"
 
     def ops(self, spec: LayerSpec) -> tuple[str, ...]:
         rows = activation_ops(spec.activation)

@@ -4,9 +4,10 @@
     outputs = stage.linear(rows)                    one product for all layers
     h = stage.add(rows, residual, gate)             the product, gated and added to the residual
 
-Each line is one kernel where the layers allow it: their inputs are scaled, rotated and quantised alike, and their
-weights are exactly int8. Where they do not (a LoRA layer, float activations, a low-rank branch), the same three calls
-run the layers as they are. What a stage computes in one kernel it rounds once, at the end.
+Each line is one kernel where the layers allow it: their inputs are scaled, rotated and quantised alike, to int8 codes
+with one scale for each token, and their weights are exactly int8. Where they do not (a LoRA layer, float activations, a
+low-rank branch), the same three calls run the layers as they are. What a stage computes in one kernel it rounds once,
+at the end.
 """
 
 from __future__ import annotations
@@ -22,12 +23,9 @@ from ..kernels import norm_quant as norms
 from ..kernels.act_quant import act_quant, activated
 from ..kernels.int8_linear import int8_linear
 from ..kernels.int8_linear_add import int8_linear_add
-from ..kernels.norm_quant import norm_quant
 from ..quantize.format import Tensors
 from ..quantize.spec import FormatSpec
 from .linear import CompressedLinear
-
-TOKEN = FormatSpec("int8")
 
 
 class Rows(NamedTuple):
@@ -99,7 +97,7 @@ class Stage:
         if reason := next((r for r in map(_refusal, (first, *others)) if r is not None), None):
             return reason
         if not all(_reads_alike(first, layer) for layer in others):
-            return "layers that read one tensor scale or rotate it differently"
+            return "layers that read one tensor scale, rotate or quantise it differently"
         return None
 
     def ready(self) -> bool:
@@ -117,9 +115,9 @@ class Stage:
         if not self.ready():
             y = norms.Norm(mod, list(norm.affine), norm.kind, norm.eps).apply(x)
             return Rows(y.to(x.dtype), None, x.dtype)
-        pre_scale, signs, block, kind = self._transform()
+        pre_scale, signs, *rotation, form = self._transform()
         transform, affine = [t for t in (pre_scale, signs) if t is not None], list(norm.affine)
-        codes, row_scale = norm_quant(x, mod, affine, transform, norm.kind, norm.eps, block, kind)
+        codes, row_scale = norms.NORM_QUANT[form](x, mod, affine, transform, norm.kind, norm.eps, *rotation)
         return Rows(codes, row_scale, x.dtype)
 
     def act(self, x: Tensor, act: str = "none", prefix: Tensor | None = None) -> Rows:
@@ -128,7 +126,7 @@ class Stage:
         if not self.ready():
             y = activated(x, act)
             return Rows(y if prefix is None else torch.cat([prefix, y], dim=1), None, x.dtype)
-        codes, row_scale = act_quant(x, act, *self._transform(), prefix=prefix)
+        codes, row_scale = act_quant(x, act, *self._transform(), prefix)
         return Rows(codes, row_scale, x.dtype)
 
     def linear(self, rows: Rows) -> list[Tensor]:
@@ -162,14 +160,17 @@ class Stage:
         weight, weight_scale = _weight(part, self.k)
         return int8_linear_add(rows.values, rows.scale, weight, weight_scale, part.bias, residual, gate)
 
-    def _transform(self) -> tuple[Tensor | None, Tensor | None, int, str]:
-        """pre_scale, signs, block_size and kind of the rotation: what is done to the input before it is quantised."""
+    def _transform(self) -> tuple[Tensor | None, Tensor | None, int, str, str]:
+        """pre_scale, signs, block_size and kind of the rotation: what is done to the input before it is quantised; and
+        the form that it then gets."""
         layer = self.layers[0]
         assert isinstance(layer, CompressedLinear)
+        form = _form(layer.spec.activation)
+        assert form is not None
         pre_scale, signs = layer._buffers.get("pre_quant_scale"), layer._buffers.get("hadamard_signs")
         if layer.spec.hadamard is None:
-            return pre_scale, None, 0, "sylvester"
-        return pre_scale, signs, layer.spec.hadamard.block_size, layer.spec.hadamard.kind
+            return pre_scale, None, 0, "sylvester", form
+        return pre_scale, signs, layer.spec.hadamard.block_size, layer.spec.hadamard.kind, form
 
 
 def layers_at(places: Sequence[Place]) -> tuple[nn.Module, ...]:
@@ -191,13 +192,20 @@ def is_plain(layer: nn.Module) -> bool:
     return not layer._forward_hooks and not layer._forward_pre_hooks and "forward" not in layer.__dict__
 
 
+def _form(activation: FormatSpec | None) -> str | None:
+    """The form of `kernels.transform.FORMS` that activations of this format have; None where none is theirs."""
+    return None if activation is None else activation.resolve().row_form(activation)
+
+
 def _refusal(layer: nn.Module) -> str | None:
     if not is_plain(layer):
         return "a layer is not compressed, or is wrapped"
     assert isinstance(layer, CompressedLinear)
     spec = layer.spec
-    if spec.activation != TOKEN:
+    if spec.activation is None:
         return "activations stay in the compute dtype"
+    if _form(spec.activation) is None:
+        return f"no fused kernel quantises activations to {spec.activation.format}"
     if spec.rank:
         return "a low-rank branch reads the float input"
     tensors = {name: t.to("meta") for name, t in layer.tensors().items()}
@@ -209,13 +217,17 @@ def _refusal(layer: nn.Module) -> str | None:
 def _reads_alike(one: nn.Module, other: nn.Module) -> bool:
     assert isinstance(one, CompressedLinear)
     assert isinstance(other, CompressedLinear)
-    if (one.in_features, one.spec.pre_scale, one.spec.hadamard) != (
-        other.in_features, other.spec.pre_scale, other.spec.hadamard,
-    ):  # fmt: skip
+    if any(getattr(one.spec, part) != getattr(other.spec, part) for part in ("activation", "pre_scale", "hadamard")):
+        return False
+    if one.in_features != other.in_features:
         return False
     names = ("pre_quant_scale", "hadamard_signs")
     pairs = [(one._buffers.get(name), other._buffers.get(name)) for name in names]
-    return all(a is None or (b is not None and (a.is_meta or torch.equal(a, b))) for a, b in pairs)
+    return all(a is None or (b is not None and _equal(a, b)) for a, b in pairs)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.is_meta or torch.equal(one, other)
 
 
 def is_stale(layers: tuple[nn.Module, ...], parts: list[Part]) -> bool:
@@ -245,8 +257,9 @@ def merge(layers: tuple[nn.Module, ...]) -> list[Part]:
 
 
 def _can_join(one: CompressedLinear, other: CompressedLinear) -> bool:
+    fmt = one.spec.weight.resolve()
     same = one.spec.weight == other.spec.weight and (one.bias is None) == (other.bias is None)
-    return same and one.spec.weight.resolve().by_rows
+    return same and fmt.by_rows and all(_equal(one.tensors()[n], other.tensors()[n]) for n in fmt.shared)
 
 
 def _join(layers: list[CompressedLinear]) -> Part:
@@ -255,8 +268,10 @@ def _join(layers: list[CompressedLinear]) -> Part:
     if len(layers) == 1:
         bias = layers[0].bias
         return Part({name: layers[0]._buffers[name] for name in names}, bias, spec, sizes)  # type: ignore[misc]
-    tensors: Tensors = {}
+    tensors = {name: layers[0].tensors()[name] for name in spec.resolve().shared}
     for name in names:
+        if name in tensors:
+            continue
         tensors[name] = torch.cat([layer.tensors()[name] for layer in layers])
         for layer, view in zip(layers, tensors[name].split(sizes), strict=True):
             layer._buffers[name] = view

@@ -69,8 +69,8 @@ def act_tile(
 def act_quant_kernel(
     x_ptr, pre_scale_ptr, signs_ptr, hadamard_ptr, pairs_ptr, scale_ptr, x_stride, HALF, M,
     ACT: tl.constexpr, HAS_PRE_SCALE: tl.constexpr, HAS_SIGNS: tl.constexpr, INT8: tl.constexpr,
-    TINY: tl.constexpr, DOT: tl.constexpr, SIZE: tl.constexpr, MIN_ROWS: tl.constexpr, FLAT: tl.constexpr,
-    K: tl.constexpr, W: tl.constexpr, R: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
+    FP4: tl.constexpr, TINY: tl.constexpr, DOT: tl.constexpr, SIZE: tl.constexpr, MIN_ROWS: tl.constexpr,
+    FLAT: tl.constexpr, K: tl.constexpr, W: tl.constexpr, R: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """R tokens at a time."""
     await_inputs()
@@ -91,7 +91,7 @@ def act_quant_kernel(
             y2 = transform_tile(y2, pre_scale_ptr, signs_ptr, zero, FIRST, HAS_PRE_SCALE, HAS_SIGNS, K)
         quantize_tokens(
             y1, y2, h, pairs_ptr, scale_ptr, row, live,
-            INT8, TINY, DOT, SIZE, MIN_ROWS, K, FIRST, TWO, FLAT,
+            INT8, FP4, TINY, DOT, SIZE, MIN_ROWS, K, FIRST, TWO, FLAT,
         )  # fmt: skip
 
 

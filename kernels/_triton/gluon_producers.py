@@ -185,7 +185,7 @@ def transformed(tile, line):
 def norm_quant_kernel(
     x_ptr, branch_ptr, gate_ptr, h_ptr, shift_ptr, mod_scale_ptr, weight_ptr, bias_ptr, pre_scale_ptr, signs_ptr,
     codes_ptr, scale_ptr, x_stride, branch_stride, gate_stride, shift_stride, mod_scale_stride, M, TOKENS, STEPS, eps,
-    LAYER: gl.constexpr, K: gl.constexpr, ONE: gl.constexpr, INT8: gl.constexpr, TINY: gl.constexpr,
+    LAYER: gl.constexpr, K: gl.constexpr, ONE: gl.constexpr, INT8: gl.constexpr, FP4: gl.constexpr, TINY: gl.constexpr,
     BLOCK: gl.constexpr, REGULAR: gl.constexpr, R: gl.constexpr, HELD: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
     """STEPS tiles of R tokens; TOKENS of them share a row of gate, shift and scale.
@@ -230,13 +230,13 @@ def norm_quant_kernel(
                 )  # fmt: skip
                 tile = transformed(tile, line)
             changed = changed + (tile,)
-        quantize_tokens(changed, codes_ptr, scale_ptr, first, M, PIECES, INT8, TINY, BLOCK, REGULAR, HELD, K)
+        quantize_tokens(changed, codes_ptr, scale_ptr, first, M, PIECES, INT8, FP4, TINY, BLOCK, REGULAR, HELD, K)
 
 
 @gluon.jit(do_not_specialize=["M", "STEPS"])
 def act_quant_kernel(
     x_ptr, prefix_ptr, pre_scale_ptr, signs_ptr, codes_ptr, scale_ptr, x_stride, prefix_stride, M, STEPS,
-    ACT: gl.constexpr, K: gl.constexpr, PREFIX: gl.constexpr, INT8: gl.constexpr, TINY: gl.constexpr,
+    ACT: gl.constexpr, K: gl.constexpr, PREFIX: gl.constexpr, INT8: gl.constexpr, FP4: gl.constexpr, TINY: gl.constexpr,
     BLOCK: gl.constexpr, REGULAR: gl.constexpr, R: gl.constexpr, HELD: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
     """STEPS tiles of R tokens; KEEP: pre_scale * signs stay in registers between them."""
@@ -259,7 +259,7 @@ def act_quant_kernel(
                 tiles = products(tiles, kept)
             else:
                 tiles = products(tiles, factors(pre_scale_ptr, signs_ptr, PIECES, BLOCK, HELD, R))
-        quantize_tokens(tiles, codes_ptr, scale_ptr, first, M, PIECES, INT8, TINY, BLOCK, REGULAR, HELD, K)
+        quantize_tokens(tiles, codes_ptr, scale_ptr, first, M, PIECES, INT8, FP4, TINY, BLOCK, REGULAR, HELD, K)
 
 
 MAX_HELD = 96
@@ -389,7 +389,7 @@ def _vectors(transform: Transform) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _constants(transform: Transform, options: dict[str, Any]) -> tuple[Any, ...]:
-    """INT8, TINY, BLOCK, REGULAR, R, HELD and KEEP."""
+    """INT8, FP4, TINY, BLOCK, REGULAR, R, HELD and KEEP."""
     int8, regular = transform.code_dtype == torch.int8, transform.hadamard_kind == "regular"
-    block = transform.block_size
-    return int8, TINY, block, regular and block > 0, options["R"], options["HELD"], options["KEEP"]
+    block, held = transform.block_size, (options["R"], options["HELD"], options["KEEP"])
+    return int8, transform.fp4_group, TINY, block, regular and block > 0, *held

@@ -17,6 +17,9 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.language.target_info import cuda_capability_geq
 
+from .gluon_fp4 import fp4_codes
+from .tiles import limit_of
+
 LANE = 8
 """Channels that a thread holds side by side."""
 
@@ -311,14 +314,20 @@ def spread(values, tile):
 
 
 @gluon.jit
+def low_bytes(t):
+    """int8: the lowest bytes of fp32 numbers; behind a sum with 1.5 * 2**23 they are the integers."""
+    return gl.inline_asm_elementwise(
+        """{ .reg .b32 low, high;
+        prmt.b32 low, $1, $2, 0x0040; prmt.b32 high, $3, $4, 0x0040; prmt.b32 $0, low, high, 0x5410; }""",
+        "=r,f,f,f,f", [t], dtype=gl.int8, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@gluon.jit
 def encode(z, inverse, INT8: gl.constexpr):
     """Codes of z * inverse: int8, rounding half to even by adding 1.5 * 2**23, or float8_e4m3fn."""
     if INT8:
-        codes = gl.inline_asm_elementwise(
-            """{ .reg .b32 low, high;
-            prmt.b32 low, $1, $2, 0x0040; prmt.b32 high, $3, $4, 0x0040; prmt.b32 $0, low, high, 0x5410; }""",
-            "=r,f,f,f,f", [z * inverse + 12582912.0], dtype=gl.int8, is_pure=True, pack=4,
-        )  # fmt: skip
+        codes = low_bytes(z * inverse + 12582912.0)
     else:
         t = gl.maximum(z * inverse, -448.0, propagate_nan=tl.PropagateNan.ALL)
         codes = gl.minimum(t, 448.0, propagate_nan=tl.PropagateNan.ALL).to(gl.float8e4nv)
@@ -344,12 +353,33 @@ def store_rows(ptr, tile, first, M, FROM: gl.constexpr, END: gl.constexpr, K: gl
 
 
 @gluon.jit
-def quantize_tokens(
-    tiles, codes_ptr, scale_ptr, first, M, PIECES: gl.constexpr, INT8: gl.constexpr, TINY: gl.constexpr,
-    BLOCK: gl.constexpr, REGULAR: gl.constexpr, HELD: gl.constexpr, K: gl.constexpr,
+def store_fp4(
+    tiles, inverse, codes_ptr, first, M, PIECES: gl.constexpr, FP4: gl.constexpr, BLOCK: gl.constexpr,
+    HELD: gl.constexpr, K: gl.constexpr,
 ):  # fmt: skip
-    """Rotate (BLOCK > 0), find one scale per token, round and store all tiles. H's 1 / sqrt(BLOCK) is in the scale."""
-    LIMIT: gl.constexpr = 127.0 if INT8 else 448.0
+    """Store the codes of t = tiles * inverse; returns the gain |t|^2 / <t, codes> of every token, fp32 [R]."""
+    squares = ()
+    along = ()
+    for i in gl.static_range(len(tiles)):
+        t = tiles[i] * spread(inverse, tiles[i])
+        codes, raised = fp4_codes(t, FP4)
+        store_rows(codes_ptr, low_bytes(raised), first, M, PIECES[i][0], PIECES[i][2], K)
+        squares = squares + (t * t,)
+        along = along + (t * codes,)
+    total = per_token(along, False, PIECES, BLOCK, HELD)
+    return gl.where(total > 0, per_token(squares, False, PIECES, BLOCK, HELD) / total, 1.0)
+
+
+@gluon.jit
+def quantize_tokens(
+    tiles, codes_ptr, scale_ptr, first, M, PIECES: gl.constexpr, INT8: gl.constexpr, FP4: gl.constexpr,
+    TINY: gl.constexpr, BLOCK: gl.constexpr, REGULAR: gl.constexpr, HELD: gl.constexpr, K: gl.constexpr,
+):  # fmt: skip
+    """Rotate (BLOCK > 0), find one scale per token, round and store all tiles. H's 1 / sqrt(BLOCK) is in the scale.
+
+    FP4: None, or the group of `quant_token_fp4`.
+    """
+    LIMIT: gl.constexpr = limit_of(INT8, FP4)
     UNIT: gl.constexpr = BLOCK**-0.5 if BLOCK > 0 else 1.0
     if BLOCK > 0:
         rotated = ()
@@ -360,8 +390,13 @@ def quantize_tokens(
     top = per_token(magnitudes(rotated), True, PIECES, BLOCK, HELD)
     amax = max_or_nan(top * UNIT, gl.full(top.shape, TINY, gl.float32, top.type.layout))
     row = first + gl.arange(0, top.shape[0], layout=top.type.layout)
-    gl.store(scale_ptr + row, gl.div_rn(amax, gl.full(amax.shape, LIMIT, gl.float32, amax.type.layout)), mask=row < M)
+    scale = gl.div_rn(amax, gl.full(amax.shape, LIMIT, gl.float32, amax.type.layout))
     inverse = gl.div_rn(gl.full(amax.shape, LIMIT, gl.float32, amax.type.layout), amax) * UNIT
-    for i in gl.static_range(len(tiles)):
-        codes = encode(rotated[i], spread(inverse, rotated[i]), INT8)
-        store_rows(codes_ptr, codes, first, M, PIECES[i][0], PIECES[i][2], K)
+    if FP4 is not None:
+        gain = store_fp4(rotated, inverse, codes_ptr, first, M, PIECES, FP4, BLOCK, HELD, K)
+        scale = scale * gl.convert_layout(gain, scale.type.layout)
+    gl.store(scale_ptr + row, scale, mask=row < M)
+    if FP4 is None:
+        for i in gl.static_range(len(tiles)):
+            codes = encode(rotated[i], spread(inverse, rotated[i]), INT8)
+            store_rows(codes_ptr, codes, first, M, PIECES[i][0], PIECES[i][2], K)

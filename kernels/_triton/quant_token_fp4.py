@@ -13,19 +13,7 @@ from torch import Tensor
 from ..quant_token import FLOATS, TINY
 from ..quant_token_fp4 import BLOCK_LARGEST, LARGEST, ROW_LARGEST
 from .quant_token import MAX_K
-from .tiles import ROUND_EACH_STEP, await_inputs, overlap, rows_contiguous
-
-
-@triton.jit
-def _e2m1(t):
-    """int32: the nearest of 0, 1, 2, 3, 4, 6, 8, 12 with t's sign, ties to the even code."""
-    size = tl.minimum(tl.abs(t), 12.0)
-    step = tl.where(size < 4, 1.0, tl.where(size < 8, 2.0, 4.0))
-    # after adding 1.5 * 2**23 the low mantissa bits are the integer, rounded half to even; the steps divide exactly
-    inverse = tl.where(size < 4, 1.0, tl.where(size < 8, 0.5, 0.25))
-    whole = (size * inverse + 12582912.0) - 12582912.0
-    value = (whole * step).to(tl.int32)
-    return tl.where(t < 0, -value, value)
+from .tiles import ROUND_EACH_STEP, await_inputs, overlap, round_to_e2m1, rows_contiguous
 
 
 @triton.jit
@@ -45,11 +33,11 @@ def quant_token_fp4_kernel(
         blocks = tl.reshape(t, (BLOCK // GROUP, GROUP))
         largest = tl.max(tl.where(blocks == blocks, tl.abs(blocks), float("inf")), axis=1)
         block = tl.minimum(tl.maximum(tl.ceil(largest * (16.0 / 12.0)), 1.0), BLOCK_LARGEST)
-        code = _e2m1(blocks * tl.div_rn(16.0, block)[:, None])
+        code = round_to_e2m1(blocks * tl.div_rn(16.0, block)[:, None]).to(tl.int32)
         level = (code * block.to(tl.int32)[:, None] + 8) >> 4
         codes = tl.reshape(level, (BLOCK,))
     else:
-        codes = _e2m1(t)
+        codes = round_to_e2m1(t)
     tl.store(codes_ptr + row * K + k, codes.to(tl.int8), mask=k < K)
     along = tl.sum(t * codes.to(tl.float32), axis=0)
     gain = tl.where(along > 0, tl.sum(t * t, axis=0) / along, 1.0)

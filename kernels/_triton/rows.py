@@ -21,7 +21,7 @@ from ..dispatch import logger
 from ..hadamard import matrix_on
 from ..quant_token import FLOATS, TINY
 from ..transform import Transform
-from .tiles import INTERPRETED, rows_contiguous
+from .tiles import INTERPRETED, fp4_tile, limit_of, rows_contiguous
 
 MAX_K = 16384
 """Longest token kept in registers."""
@@ -196,11 +196,11 @@ def load_hadamard(h_ptr, SIZE: tl.constexpr):
 @triton.jit
 def quantize_tokens(
     y1, y2, h, pairs_ptr, scale_ptr, row, live,
-    INT8: tl.constexpr, TINY: tl.constexpr, DOT: tl.constexpr, SIZE: tl.constexpr, MIN_ROWS: tl.constexpr,
-    K: tl.constexpr, FIRST: tl.constexpr, TWO: tl.constexpr, FLAT: tl.constexpr,
+    INT8: tl.constexpr, FP4: tl.constexpr, TINY: tl.constexpr, DOT: tl.constexpr, SIZE: tl.constexpr,
+    MIN_ROWS: tl.constexpr, K: tl.constexpr, FIRST: tl.constexpr, TWO: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
-    """Rotate (SIZE > 0), find one scale per token, round and store both tiles."""
-    LIMIT: tl.constexpr = 127.0 if INT8 else 448.0
+    """Rotate (SIZE > 0), find one scale per token, round and store both tiles. FP4: None, or a group."""
+    LIMIT: tl.constexpr = limit_of(INT8, FP4)
     unit = tl.full(row.shape, 1.0, tl.float32)
     if SIZE > 0:
         unit *= SIZE**-0.5
@@ -219,8 +219,17 @@ def quantize_tokens(
     else:
         top = token_maxima(y1, y2, TWO, FLAT)
     amax = max_or_nan(top * unit, tl.full(row.shape, TINY, tl.float32))
-    tl.store(scale_ptr + row, tl.div_rn(amax, LIMIT), mask=live)
+    scale = tl.div_rn(amax, LIMIT)
     inverse = tl.div_rn(tl.full(row.shape, LIMIT, tl.float32), amax) * unit
+    if FP4 is not None:
+        t1, t2 = y1 * inverse[:, None, None], y2 * inverse[:, None, None]
+        y1 = fp4_tile(t1, FP4)
+        if TWO:
+            y2 = fp4_tile(t2, FP4)
+        along = token_sums(t1 * y1, t2 * y2, TWO, FLAT)
+        scale *= tl.where(along > 0, token_sums(t1 * t1, t2 * t2, TWO, FLAT) / along, 1.0)
+        inverse = tl.full(row.shape, 1.0, tl.float32)
+    tl.store(scale_ptr + row, scale, mask=live)
     at = (row.to(tl.int64) * (K // 2))[:, None, None]
     store_codes(pairs_ptr, at, y1, inverse, live, 0, K, INT8)
     if TWO:
@@ -254,8 +263,8 @@ def _power_of_two(n: int) -> int:
 
 
 @cache
-def launch_options(k: int, block_size: int) -> dict[str, Any]:
-    """Tokens, chunk width and warps of a program, and the type of the rotation's operands.
+def launch_options(k: int, block_size: int, group: int = 0) -> dict[str, Any]:
+    """Tokens, chunk width (at least a group) and warps of a program, and the type of the rotation's operands.
 
     None of it may depend on M: the order of the sums, and so a token's codes, follow from it.
     """
@@ -274,7 +283,7 @@ def launch_options(k: int, block_size: int) -> dict[str, Any]:
         elif chunk < 128:
             r = 1  # chunks spread thin take many registers
         warps = 4 if r * k <= 128 * 80 else 8
-    width = min(chunk, max(block_size, 32 * LANE * warps // r, 16))
+    width = min(chunk, max(block_size, group, 32 * LANE * warps // r, 16))
     return {"R": r, "W": width, "num_warps": warps, "DOT": "fp16", "MIN_ROWS": 16, "num_stages": 1}
 
 
@@ -290,7 +299,7 @@ DOT_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "bf16x2": torch.bflo
 
 def tile_options(k: int, transform: Transform) -> dict[str, Any]:
     """Every constexpr that a producer takes for its tiles and its transform, and the launch options."""
-    options = launch_options(k, transform.block_size)
+    options = launch_options(k, transform.block_size, transform.fp4_group or 0)
     first, rest = chunks(k, options["W"])
     flat = options["R"] * options["W"] < 32 * LANE * options["num_warps"]
     return options | {
@@ -302,6 +311,7 @@ def tile_options(k: int, transform: Transform) -> dict[str, Any]:
         "HAS_PRE_SCALE": transform.pre_scale is not None,
         "HAS_SIGNS": transform.signs is not None,
         "INT8": transform.code_dtype == torch.int8,
+        "FP4": transform.fp4_group,
         "TINY": TINY,
     }
 
@@ -368,6 +378,7 @@ def leave_gluon(device: torch.device, error: Exception) -> None:
 def gluon_for(x: Tensor, k: int, prefix: int, transform: Transform) -> ModuleType | None:
     """The Gluon kernels, if they take tokens of k channels on this device."""
     found = gluon_on(x.device)
-    if found is None or x.device in _left or found.limits(k, prefix, transform.block_size) is not None:
+    block = max(transform.block_size, transform.fp4_group or 0)
+    if found is None or x.device in _left or found.limits(k, prefix, block) is not None:
         return None
     return found

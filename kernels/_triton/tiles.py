@@ -13,6 +13,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.language.target_info import cuda_capability_geq
 
+from .. import quant_token_fp4 as fp4
+from ..quant_token import LIMITS
+
 TORCH_TO_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -40,6 +43,44 @@ def tile_ids(pid, num_m, num_n, GROUP_M: tl.constexpr):
 def round_to_int8(t):
     """Round half to even for |t| < 2**22, then int8: after adding 1.5 * 2**23 the low mantissa bits are the integer."""
     return (t + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+BLOCK_LARGEST = tl.constexpr(float(fp4.BLOCK_LARGEST))
+
+
+@triton.constexpr_function
+def limit_of(int8, group):
+    """The code of a token's largest magnitude; group: None, or that of `quant_token_fp4`."""
+    if group is None:
+        return LIMITS[torch.int8 if int8 else torch.float8_e4m3fn]
+    return fp4.ROW_LARGEST if group else fp4.LARGEST
+
+
+@triton.jit
+def round_to_e2m1(t):
+    """fp32: the nearest of 0, 1, 2, 3, 4, 6, 8, 12 with t's sign, ties to the even code, for |t| < 14.
+
+    From 2**e to 2**(e + 1) these are 2**(e - 1) apart, or 1 below 4: added to t, 1.5 * 2**23 times that distance leaves
+    no room for less.
+    """
+    size = tl.maximum(tl.abs(t), 2.0)
+    power = (size.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    # As fma, so that t is rounded before: the compiler would fuse its product with this sum.
+    return tl.fma(power, -6291456.0, tl.fma(power, 6291456.0, t))
+
+
+@triton.jit
+def fp4_tile(t, FP4: tl.constexpr):
+    """fp32 [R, C, W]: the codes of t as `quant_token_fp4` defines them; FP4 is its group."""
+    if FP4 > 0:
+        blocks = tl.reshape(t, (t.shape[0], t.shape[1], t.shape[2] // FP4, FP4))
+        largest = tl.max(tl.abs(blocks), 3)
+        block = tl.minimum(tl.maximum(tl.ceil(largest * (16.0 / 12.0)), 1.0), BLOCK_LARGEST)
+        code = round_to_e2m1(blocks * tl.div_rn(tl.full(block.shape, 16.0, tl.float32), block)[:, :, :, None])
+        levels = tl.reshape(tl.floor(code * (block * 0.0625)[:, :, :, None] + 0.5), t.shape)
+    else:
+        levels = round_to_e2m1(t)
+    return levels
 
 
 @triton.jit

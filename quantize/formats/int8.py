@@ -54,6 +54,9 @@ class Int8(ScalarFormat):
     def row_ops(self, spec: FormatSpec) -> tuple[str, ...]:
         return ("quant_token",)
 
+    def row_form(self, spec: FormatSpec) -> str:
+        return "int8"
+
     def ops(self, spec: LayerSpec) -> tuple[str, ...]:
         rows = activation_ops(spec.activation)
         return ("int8_weight_linear",) if rows is None else (*rows, "int8_linear")

@@ -52,6 +52,13 @@ def cells(text: str, name: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+def test_coarse_codes_are_held_against_their_own_noise(denoiser: ModuleType) -> None:
+    rows = {"bf16-compiled": row(20.0), "w4a4": {**row(11.0, 0.15), "allowed": 0.2}}
+    text = denoiser.render({"models": {"a": model(rows=rows)}})
+    assert "`w4a4`: 0.1000 with its own weights." in text
+    assert "too far" not in text
+
+
 def test_both_baselines_are_the_fastest_of_their_kind(denoiser: ModuleType) -> None:
     text = denoiser.render({"models": {"a": model()}})
     assert cells(text, "w8a8")[1:4] == ["10.00", "1.80", "1.60"]

@@ -10,6 +10,7 @@ from torch import Tensor
 from vdit_quant.kernels.act_quant import ACTS, act_quant
 from vdit_quant.kernels.hadamard import hadamard, hadamard_matrix
 from vdit_quant.kernels.quant_token import quant_token
+from vdit_quant.kernels.quant_token_fp4 import quant_token_fp4
 
 M, K = 7, 192
 
@@ -83,15 +84,24 @@ def test_fp8_codes_use_the_whole_range() -> None:
     assert torch.isfinite(scale).all()
 
 
+@pytest.mark.parametrize(("out", "group"), [("fp4", 0), ("fp4g16", 16), ("fp4g64", 64)])
+def test_fp4_is_quant_token_fp4_of_what_the_layer_reads(out: str, group: int) -> None:
+    x, pre_scale, signs = torch.randn(M, K), torch.rand(K) + 0.5, (torch.randint(2, (K,)) * 2 - 1).to(torch.int8)
+    want = quant_token_fp4(hadamard(F.silu(x) * pre_scale, signs, 64, "regular"), group)
+    for mine, other in zip(act_quant(x, "silu", pre_scale, signs, 64, "regular", out), want, strict=True):
+        assert torch.equal(mine, other)
+
+
 def test_errors_name_what_was_expected_and_found() -> None:
     x = torch.randn(3, 65)
     for args, message in (
         (("relu", None, None, 0, ""), "act to be one of none, gelu"),
         (("swiglu", None, None, 0, ""), "two halves for swiglu, found 65 columns"),
-        (("none", None, None, 0, "", "int4"), "out to be one of int8, fp8, found 'int4'"),
+        (("none", None, None, 0, "", "int4"), "out to be one of int8, fp8, fp4, .*, found 'int4'"),
         (("none", torch.ones(64), None, 0, ""), r"pre_scale torch.float32 of shape \(65,\)"),
         (("none", None, torch.ones(65, dtype=torch.int8), 0, ""), "a block_size with signs"),
         (("none", None, None, 16, "sylvester"), "K to be a multiple of block_size 16"),
+        (("none", None, None, 0, "", "fp4g16"), "K to be a multiple of the group 16"),
     ):
         with pytest.raises(ValueError, match=f"act_quant: expected .*{message}"):
             act_quant(x, *args)

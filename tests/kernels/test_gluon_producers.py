@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from vdit_quant.kernels import dispatch
 from vdit_quant.kernels import norm_quant as norm_module
 from vdit_quant.kernels.act_quant import ACTS, GATED, act_quant
 from vdit_quant.kernels.hadamard import hadamard_matrix
-from vdit_quant.kernels.norm_quant import Norm, gate_norm_quant, norm_quant, norm_quant_fp8
-from vdit_quant.kernels.transform import Transform
+from vdit_quant.kernels.norm_quant import NORM_QUANT, Norm, gate_norm_quant, norm_quant, norm_quant_fp8
+from vdit_quant.kernels.quant_token_fp4 import quant_token_fp4
+from vdit_quant.kernels.transform import FORMS, Transform
 
 pytest.importorskip("triton.experimental.gluon")
 from vdit_quant.kernels._triton import gluon_producers, gluon_rows
@@ -138,6 +140,22 @@ def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
     constants |= {"REGULAR": False, **{name: options[name] for name in ("R", "HELD", "KEEP")}}
     types = rows | vectors | {"prefix_ptr": "*bf16", "prefix_stride": "i32"}
     yield "act behind a prefix", gluon_producers.act_quant_kernel, types, constants, options
+    yield "act behind a prefix to FP4", gluon_producers.act_quant_kernel, types, {**constants, "FP4": 16}, options
+    norm = rows | mod | {"TOKENS": "i32", "eps": "fp32"}
+    for k, size in ((1152, 0), (1152, 128), (1536, 64), (2240, 64), (3072, 128), (5120, 0), (5120, 128)):
+        options = gluon_producers.launch_options(k, 0, size)
+        constants = {"K": k, "INT8": True, "TINY": 1e-30, "BLOCK": size, "REGULAR": False, "LAYER": True, "ONE": True}
+        constants |= {name: options[name] for name in ("R", "HELD", "KEEP")}
+        for group in (0, 16):
+            name, types = f"norm K={k} {size} to FP4 {group}", norm | (vectors if size else {})
+            yield name, gluon_producers.norm_quant_kernel, types, constants | {"FP4": group}, options
+    for k, size, group in ((4608, 0, 0), (4608, 128, 128), (13824, 64, 16), (15360, 0, 32), (15360, 128, 0)):
+        options = gluon_producers.launch_options(k, 0, size)
+        constants = {"K": k, "PREFIX": 0, "INT8": True, "TINY": 1e-30, "BLOCK": size, "REGULAR": False, "FP4": group}
+        constants |= {"ACT": "gelu_tanh", **{name: options[name] for name in ("R", "HELD", "KEEP")}}
+        name = f"act K={k} {size} to FP4 {group}"
+        transform = vectors if size else {}
+        yield name, gluon_producers.act_quant_kernel, rows | transform, constants, options
 
 
 def compile_all(capability: int) -> None:
@@ -291,6 +309,28 @@ def test_fp8_codes() -> None:
         transform = transform_of(3072, size, "sylvester", torch.float8_e4m3fn)
         got = norm_quant_fp8(x, [], [], listed(transform), "rms", 1e-6, size, "sylvester")
         assert_agree(got, norm_module._reference(x, Norm([], [], "rms", 1e-6), transform))
+
+
+@on_gpu
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("out", ["fp4", "fp4g16", "fp4g128"])
+@pytest.mark.parametrize("k", [1152, 3072, 5120, 15360])
+def test_fp4_codes(k: int, out: str) -> None:
+    """Without a transform bit for bit `quant_token_fp4`'s; else an element in a thousand may be rounded otherwise."""
+    dtype, group = FORMS[out]
+    for x in (torch.randn(65, k, device="cuda"), torch.randn(65, k, device="cuda").bfloat16() * 100):
+        codes, scale = act_quant(x, "none", None, None, 0, "", out)
+        want, want_scale = quant_token_fp4(x, group or 0)
+        assert torch.equal(codes, want)
+        torch.testing.assert_close(scale, want_scale, rtol=1e-5, atol=0)
+    mod = list(torch.randn(2, 2 * k, device="cuda").chunk(2, dim=1))
+    for size in (0, 64):
+        transform = replace(transform_of(k, size, "sylvester", dtype), fp4_group=group)
+        x = torch.randn(66, k, device="cuda").bfloat16()
+        codes, scale = NORM_QUANT[out](x, mod, [], listed(transform), "layer", 1e-6, size, "sylvester")
+        want, want_scale = norm_module._reference(x, Norm(mod, [], "layer", 1e-6), transform)
+        torch.testing.assert_close(scale, want_scale, rtol=1e-3, atol=0)
+        assert (codes != want).float().mean() < 1e-3
 
 
 @on_gpu

@@ -6,8 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vdit_quant.kernels.hadamard import hadamard, hadamard_matrix
-from vdit_quant.kernels.norm_quant import gate_norm_quant, gate_norm_quant_fp8, norm_quant, norm_quant_fp8
+from vdit_quant.kernels.norm_quant import (
+    NORM_QUANT,
+    gate_norm_quant,
+    gate_norm_quant_fp8,
+    norm_quant,
+    norm_quant_fp8,
+)
 from vdit_quant.kernels.quant_token import quant_token
+from vdit_quant.kernels.quant_token_fp4 import quant_token_fp4
 
 M, K, B = 24, 192, 3
 PLAIN = ("layer", 1e-6, 0, "")
@@ -94,6 +101,15 @@ def test_the_gated_residual_is_rounded_once_and_quantised_as_stored(dtype: torch
         assert torch.equal(got, want)
     plain, *_ = gate_norm_quant([residual, branch], mod, [], [], *PLAIN)
     assert torch.equal(plain, (residual.float() + branch.float()).to(dtype))
+
+
+@pytest.mark.parametrize(("out", "group"), [("fp4", 0), ("fp4g32", 32)])
+def test_fp4_is_quant_token_fp4_of_what_the_layer_reads(out: str, group: int) -> None:
+    x, signs = draw(M, K), torch.ones(K, dtype=torch.int8)
+    y = hadamard(F.layer_norm(x, (K,), eps=1e-6), signs, 64, "sylvester")
+    got = NORM_QUANT[out](x, [], [], [signs], "layer", 1e-6, 64, "sylvester")
+    for mine, want in zip(got, quant_token_fp4(y, group), strict=True):
+        assert torch.equal(mine, want)
 
 
 def test_fp8_codes_use_the_whole_range() -> None:

@@ -128,7 +128,19 @@ def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 
 
-@pytest.mark.parametrize("short_name", ["w8-a8tok", "w4g16-a8tok-h16", "w3g32-a8tok", "w4g16", "w8-a8tok-r4"])
+FUSED = (
+    "w8-a8tok", "w4g16-a8tok-h16", "w3g32-a8tok", "wvq2-a8tok", "wvq3-a8tok", "wt-a8tok", "wfp4-a8tok",
+    "wfp4-ae2m1tok-h16", "we2m1g32-ae2m1tok", "wfp4-ae2m1g16-h32", "w8-ae2m1g32", "wvq3-ae2m1tok", "wt-ae2m1tok",
+)  # fmt: skip
+NOT_FUSED = {
+    "w4g16": "activations stay in the compute dtype",
+    "wmxfp4g32-amxfp4g32": "no fused kernel quantises activations to mxfp4",
+    "wmxfp4g32-ae2m1tok": "format mxfp4 is not exact in int8",
+    "w8-a8tok-r4": "a low-rank branch reads the float input",
+}
+
+
+@pytest.mark.parametrize("short_name", [*FUSED, *NOT_FUSED])
 def test_fused_is_unfused(case: Case, short_name: str) -> None:
     model = compressed(case, short_name)
     expected = call(model, case)
@@ -262,6 +274,41 @@ def test_the_modulation_of_another_call_is_never_used() -> None:
     assert not torch.equal(
         call(model, Case(case.kind, case.config, case.shapes, {"class_labels": torch.tensor([7, 8])})), first
     )
+
+
+def test_integer_forms_of_weights_and_tokens_are_fused() -> None:
+    for short_name in FUSED:
+        model = compressed(CASES["dit"], short_name)
+        found = report(model, find_family(model).block_names(model))
+        assert found == {"BasicTransformerBlock": "3 fused"}, short_name
+
+
+def test_the_report_gives_the_reason() -> None:
+    for short_name, reason in NOT_FUSED.items():
+        model = compressed(CASES["dit"], short_name)
+        found = report(model, find_family(model).block_names(model))
+        assert found == {"BasicTransformerBlock": f"3 not fused ({reason})"}, short_name
+
+
+def test_fp4_layers_of_one_stage_are_one_product(case: Case) -> None:
+    model = fuse(compressed(case, "wfp4-ae2m1tok-h16"), cpu=True)
+    blocks = [m.forward.__self__ for m in model.modules() if "forward" in m.__dict__]
+    assert blocks
+    assert all(len(stage.parts) == 1 for block in blocks for stage in block.stages)
+
+
+def test_layers_with_other_tables_are_not_joined() -> None:
+    model = compressed(CASES["dit"], "wfp4-ae2m1tok-h16")
+    model.transformer_blocks[0].attn1.to_k._buffers["weight_codebook"] //= 2
+    expected = call(model, CASES["dit"])
+    assert close(call(fuse(model, cpu=True), CASES["dit"]), expected)
+
+
+def test_activations_of_one_stage_may_differ() -> None:
+    model = compressed(CASES["dit"], "wfp4-ae2m1tok", {"to_k": "wfp4-a8tok", "net.2": "wfp4-ae2m1g16"})
+    expected = call(model, CASES["dit"])
+    assert "partly fused" in report(model, ["transformer_blocks.0"])["BasicTransformerBlock"]
+    assert close(call(fuse(model, cpu=True), CASES["dit"]), expected)
 
 
 def test_the_report_names_what_is_not_fused() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdit_quant.kernels.transform import Transform
+from vdit_quant.kernels.transform import FORMS, Transform
 
 from ._case import relative_rms, twin
 
@@ -21,19 +21,19 @@ WIDTHS = [64, 192, 448]
 ROTATIONS = [(0, ""), (16, "regular"), (64, "sylvester"), (128, "sylvester")]
 
 
-def tile_constants(k: int, block_size: int, dtype: torch.dtype = torch.int8) -> dict[str, Any]:
+def tile_constants(k: int, block_size: int, out: str = "int8") -> dict[str, Any]:
     """Tiles for rows of k channels; with a rotation also a channel scale and signs."""
     vectors = (torch.ones(k), torch.ones(k, dtype=torch.int8)) if block_size else (None, None)
-    return dict(twin("act_quant").tile_options(k, Transform(*vectors, block_size, "sylvester", dtype)))
+    return dict(twin("act_quant").tile_options(k, Transform(*vectors, block_size, "sylvester", *FORMS[out])))
 
 
 def transform_of(
-    a: Any, size: int, kind: str, k: int | None = None, pre_scale: bool = True, signs: bool = True
+    a: Any, size: int, kind: str, k: int | None = None, pre_scale: bool = True, signs: bool = True, out: str = "int8"
 ) -> Transform:
     """A transform made of the first k (None: all) channels of a random layer; signs only with a rotation."""
     scale = a.x[0, :k].float().abs() + 0.1 if pre_scale else None
     flips = (a.codes[0, :k] | 1).sign().contiguous() if signs and size else None
-    return Transform(scale, flips, size, kind, torch.int8)
+    return Transform(scale, flips, size, kind, *FORMS[out])
 
 
 def vectors_of(transform: Transform) -> list[Tensor]:
@@ -46,7 +46,7 @@ def few_tokens(monkeypatch: Any) -> None:
     from vdit_quant.kernels._triton import rows
 
     options = rows.launch_options
-    monkeypatch.setattr(rows, "launch_options", lambda k, size: {**options(k, size), "R": 2})
+    monkeypatch.setattr(rows, "launch_options", lambda *sizes: {**options(*sizes), "R": 2})
 
 
 def assert_codes_nearly_equal(got: Any, want: Any, tolerance: float = 1e-5) -> None:
@@ -57,6 +57,17 @@ def assert_codes_nearly_equal(got: Any, want: Any, tolerance: float = 1e-5) -> N
     difference = (codes.int() - want_codes.int()).abs()
     assert difference.max() <= 1
     assert (difference > 0).float().mean() < 0.05
+
+
+def assert_fp4_nearly_equal(got: Any, want: Any, tolerance: float = 1e-5, rare: float = 0.01) -> None:
+    """Scales agree and nearly all codes do; the others are one element further, or in a block with another scale."""
+    (codes, scale), (want_codes, want_scale) = got, want
+    assert codes.dtype == want_codes.dtype == torch.int8
+    torch.testing.assert_close(scale, want_scale, rtol=tolerance, atol=0)
+    off = codes != want_codes
+    assert off.float().mean() < rare
+    step = want_codes.abs().amax(1, keepdim=True) / 3 + 1
+    assert ((codes.int() - want_codes.int()).abs() <= step).all()
 
 
 def assert_codes_agree(got: Any, want: Any) -> None:

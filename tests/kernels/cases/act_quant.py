@@ -7,7 +7,8 @@ import torch
 from vdit_quant.kernels import act_quant as module
 from vdit_quant.kernels.act_quant import ACTS, GATED, act_quant
 from vdit_quant.kernels.quant_token import quant_token
-from vdit_quant.kernels.transform import Transform
+from vdit_quant.kernels.quant_token_fp4 import quant_token_fp4
+from vdit_quant.kernels.transform import FORMS, Transform
 
 from ._case import E4M3, EVERYWHERE, FLOAT, FLOATS, HOPPER, TWO, Compile, run_twin, twin
 from ._producer import (
@@ -18,6 +19,7 @@ from ._producer import (
     WIDTHS,
     assert_codes_agree,
     assert_codes_nearly_equal,
+    assert_fp4_nearly_equal,
     few_tokens,
     tile_constants,
     transform_of,
@@ -37,6 +39,8 @@ def examples(a: Any) -> dict[str, list[tuple[Any, ...]]]:
             *((a.x, act, None, None, 0, "") for act in ACTS),
             (a.x.bfloat16(), "gelu_tanh", a.x[0], signs, 16, "regular", "fp8"),
             (a.x.repeat(1, 3)[:, 64:], "swiglu", None, None, 64, "regular"),
+            (a.x, "none", None, None, 0, "", "fp4"),
+            (a.x, "silu", None, None, 64, "sylvester", "fp4g16", a.x),
         ]
     }
 
@@ -53,8 +57,11 @@ def compile_cases() -> Iterator[Compile]:
     for act in ("gelu", "swiglu", "geglu"):
         yield Compile(f"K=12288 {act}", kernel, types, {"ACT": act, **tile_constants(12288, 0)})
     for size in (0, 128):
-        constants = {"ACT": "none", **tile_constants(3072, size, E4M3)}
+        constants = {"ACT": "none", **tile_constants(3072, size, "fp8")}
         yield Compile(f"to fp8 b={size}", kernel, types, constants, ("90",), FLOAT if size else {}, mixed=True)
+    for k, size, out in ((1152, 0, "fp4"), (4608, 64, "fp4"), (4608, 64, "fp4g16"), (15360, 0, "fp4g128")):
+        constants = {"ACT": "gelu_tanh", **tile_constants(k, size, out)}
+        yield Compile(f"K={k} b={size} to {out}", kernel, types, constants)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +86,29 @@ def interpreter_to_fp8(make_layer) -> None:
     # The interpreter's cast loses the carry into the exponent, which rounding up needs now and then.
     near = (codes.float() - want.float()).abs() <= want.float().abs() / 8 + 0.002
     assert near.float().mean() > 0.9
+
+
+@pytest.mark.parametrize("out", ["fp4", "fp4g16", "fp4g64"])
+@pytest.mark.parametrize(("act", "size", "kind"), [("none", 0, ""), ("geglu", 0, ""), ("gelu_tanh", 64, "regular")])
+def interpreter_to_fp4(out: str, act: str, size: int, kind: str, make_layer, monkeypatch) -> None:
+    few_tokens(monkeypatch)
+    for k, dtype in ((192, torch.bfloat16), (448, torch.float32)):
+        a, merged = make_layer(3, k, 1), make_layer(3, 3 * k, 1, dtype=dtype).x * 3
+        x = merged[:, k:] if act in GATED else merged[:, k : 2 * k]
+        transform = transform_of(a, size, kind, out=out)
+        want = act_quant(x, act, transform.pre_scale, transform.signs, size, kind, out)
+        assert_fp4_nearly_equal(run_twin("act_quant", x, act, transform), want, 2e-2 if size else 1e-5)
+
+
+@pytest.mark.parametrize(("out", "group"), [("fp4", 0), ("fp4g32", 32)])
+def interpreter_alone_is_quant_token_fp4(out: str, group: int, make_layer) -> None:
+    x = make_layer(5, 192, 1).x
+    ties = torch.tensor([12, 0.5, 1.5, 2.5, 3.5, 5, 7, 10, -0.5, -1.5, -2.5, -5, -7, -10, 0, 11.0])
+    x[0], x[1], x[2, 3] = ties.repeat(12), 0, 100
+    codes, scale = run_twin("act_quant", x, "none", Transform(None, None, 0, "", *FORMS[out]))
+    want, want_scale = quant_token_fp4(x, group)
+    assert torch.equal(codes, want)
+    torch.testing.assert_close(scale, want_scale, rtol=1e-6, atol=0)
 
 
 def interpreter_alone_is_quant_token(make_layer) -> None:
@@ -122,6 +152,29 @@ def cuda_equals_reference(k: int, act: str, dtype: torch.dtype, make_layer) -> N
             transform = transform_of(a, size, kind, k)
             want = module._reference(x, act, transform)
             assert_codes_agree(act_quant(x, act, transform.pre_scale, transform.signs, size, kind), want)
+
+
+@pytest.mark.parametrize("out", ["fp4", "fp4g16", "fp4g128"])
+@pytest.mark.parametrize("k", [1152, 4608, 15360])
+def cuda_to_fp4(k: int, out: str, make_layer) -> None:
+    for act, (size, kind) in (("none", ROTATIONS[0]), ("swiglu", ROTATIONS[0]), ("gelu_tanh", ROTATIONS[2])):
+        for m in (1, 129):
+            a = make_layer(m, 3 * k, 1, dtype=torch.bfloat16, device="cuda")
+            x = a.x[:, k:] if act in GATED else a.x[:, k : 2 * k]
+            transform = transform_of(a, size, kind, k, out=out)
+            got = act_quant(x, act, transform.pre_scale, transform.signs, size, kind, out)
+            assert_fp4_nearly_equal(got, module._reference(x, act, transform), 1e-3)
+
+
+@pytest.mark.parametrize("k", [1152, 3072, 12288])
+def cuda_alone_is_quant_token_fp4(k: int, make_layer) -> None:
+    x = make_layer(129, k, 1, device="cuda").x
+    x[1], x[2, :4] = 0, torch.tensor([12, 5, -7, 2.5])
+    for out, group in (("fp4", 0), ("fp4g16", 16), ("fp4g32", 32), ("fp4g64", 64), ("fp4g128", 128)):
+        codes, scale = act_quant(x, "none", None, None, 0, "", out)
+        want, want_scale = quant_token_fp4(x, group)
+        assert torch.equal(codes, want)
+        torch.testing.assert_close(scale, want_scale, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("size", [0, 64])

@@ -1,4 +1,4 @@
-"""`norm_quant` and `gate_norm_quant`, to int8 and to fp8."""
+"""`norm_quant` and `gate_norm_quant`, to int8, fp8 and FP4."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from vdit_quant.kernels import norm_quant as module
 from vdit_quant.kernels.hadamard import hadamard, hadamard_matrix
 from vdit_quant.kernels.norm_quant import (
+    NORM_QUANT,
     Norm,
     gate_norm_quant,
     gate_norm_quant_fp8,
@@ -41,15 +42,18 @@ from ._producer import (
     WIDTHS,
     assert_codes_agree,
     assert_codes_nearly_equal,
+    assert_fp4_nearly_equal,
     few_tokens,
     tile_constants,
     transform_of,
     vectors_of,
 )
 
+FP4 = [form for form in NORM_QUANT if form.startswith("fp4")]
 OPS = {
     "norm_quant": norm_quant,
     "norm_quant_fp8": norm_quant_fp8,
+    **{f"norm_quant_{form}": NORM_QUANT[form] for form in FP4},
     "gate_norm_quant": gate_norm_quant,
     "gate_norm_quant_fp8": gate_norm_quant_fp8,
 }
@@ -69,6 +73,7 @@ def examples(a: Any) -> dict[str, list[tuple[Any, ...]]]:
             (a.x.bfloat16(), mod, [a.x[0], a.x[1]], [a.x[2], signs], "layer", 1e-6, 16, "sylvester"),
         ],
         "norm_quant_fp8": [(a.x, mod, [a.x[0]], [signs], *regular)],
+        **{f"norm_quant_{form}": [(a.x.repeat(1, 2), [], [], [], *regular)] for form in FP4},
         "gate_norm_quant": [
             ([a.x, a.x.bfloat16()], [], [], [a.x[0]], *regular),
             ([a.x.half(), a.x, a.x[:1]], mod, [], [], "layer", 1e-6, 0, ""),
@@ -91,6 +96,10 @@ def compile_cases() -> Iterator[Compile]:
             if (k, size) == (1152, 128):
                 on, units = NVIDIA, FLOAT  # hot, but AMD's compiler spills it
             yield Compile(f"K={k} b={size} gated={gated}", kernel, types, constants, on, units, mixed=True)
+    for k, size, out in ((1152, 0, "fp4"), (1152, 64, "fp4g16"), (3072, 128, "fp4"), (5120, 0, "fp4g16")):
+        constants = {"HAS_BRANCH": False, "HAS_GATE": False, "HAS_MOD": True, "LAYER": True, "AFFINE": 0}
+        constants |= tile_constants(k, size, out)
+        yield Compile(f"K={k} b={size} to {out}", kernel, types, constants)
 
 
 @pytest.mark.parametrize(("size", "kind"), SIZES)
@@ -138,6 +147,16 @@ def interpreter_to_fp8(make_layer, monkeypatch) -> None:
         # The interpreter's cast loses the carry into the exponent, which rounding up needs now and then.
         near = (codes.float() - want.float()).abs() <= want.float().abs() / 8 + 0.002
         assert near.float().mean() > 0.9
+
+
+@pytest.mark.parametrize(("out", "size"), [*((form, 0) for form in FP4), ("fp4", 64)])
+def interpreter_to_fp4(out: str, size: int, make_layer, monkeypatch) -> None:
+    few_tokens(monkeypatch)
+    a, b = make_layer(4, 384, 1), make_layer(2, 768, 1).x
+    mod, transform = [b[:, :384], b[:, 384:]], transform_of(a, size, "sylvester", out=out)
+    got = run_twin(f"norm_quant_{out}", a.x, Norm(mod, [], "layer", 1e-6), transform)
+    want = NORM_QUANT[out](a.x, mod, [], vectors_of(transform), "layer", 1e-6, size, "sylvester")
+    assert_fp4_nearly_equal(got, want, 2e-2 if size else 1e-5)
 
 
 @pytest.mark.parametrize("size", [0, 64])
@@ -196,6 +215,15 @@ def cuda_rows_that_are_not_finite(size: int) -> None:
     codes, scale = norm_quant(x, [], [], [], "rms", 1e-6, size, "sylvester")
     assert torch.isfinite(scale).tolist() == [True, False, False, True, True]
     assert codes[4].abs().max() == 0
+
+
+@pytest.mark.parametrize("out", FP4)
+@pytest.mark.parametrize(("k", "size"), [(1152, 0), (1152, 64), (3072, 128), (5120, 0)])
+def cuda_to_fp4(k: int, size: int, out: str, make_layer) -> None:
+    a, b = make_layer(258, k, 1, dtype=torch.bfloat16, device="cuda"), make_layer(3, 2 * k, 1, device="cuda").x
+    mod, transform = [b[:, :k], b[:, k:]], transform_of(a, size, "sylvester", out=out)
+    got = NORM_QUANT[out](a.x, mod, [], vectors_of(transform), "layer", 1e-6, size, "sylvester")
+    assert_fp4_nearly_equal(got, module._reference(a.x, Norm(mod, [], "layer", 1e-6), transform), 1e-3)
 
 
 @needs_fp8
