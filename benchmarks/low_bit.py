@@ -102,6 +102,12 @@ def selected(name: str, globs: list[str] | None) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in globs)
 
 
+def urgency(item: tuple[str, dict[str, Any]]) -> tuple[int, int]:
+    """Table by table, and the longest rows of each first."""
+    _, row = item
+    return low_bit_rows.TABLES.index(row["table"]), -row["params"].get("steps", 0)
+
+
 def measure_all(options: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> None:
     """Runs every row and writes the JSON after each."""
     begin, devices = time.perf_counter(), options.devices.split(",")
@@ -109,7 +115,7 @@ def measure_all(options: argparse.Namespace, rows: dict[str, dict[str, Any]]) ->
     todo, done = context.Queue(), context.Queue()
     seeds = tuple(int(s) for s in options.seeds.split(","))
     yardstick = None if options.yardstick is None else str(options.yardstick)
-    for name, row in sorted(rows.items(), key=lambda item: -item[1]["params"].get("steps", 0)):  # the longest first
+    for name, row in sorted(rows.items(), key=urgency):
         shared = (options.samples, options.steps, seeds, options.guidance, yardstick, options.frechet_samples)
         todo.put(Job(name, options.model, "", *shared, row))
     workers = []
