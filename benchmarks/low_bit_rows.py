@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-TABLES = ("low-bit", "hqdit-ablation", "vq4dit-ablation", "svdquant-ablation", "explore")
+TABLES = ("low-bit", "vq4dit-ablation", "hqdit-ablation", "svdquant-ablation", "explore")
 ROWS: dict[str, dict[str, Any]] = {}
 
 STEPS = 600  # training steps a block
