@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import launch_table
 from ..quant_token import FLOATS
-from .int4_decode import decode
+from .int4_decode import decode, group_of
 from .int4_linear import matmul_decoding
 from .int8_linear import dot_dtype, matmul_weight_only
 from .tiles import await_inputs, overlap, rows_contiguous, store_scaled
@@ -58,6 +58,56 @@ def small_weight_kernel(
         acc = tl.dot(w.to(DOT), x.to(DOT), acc, input_precision="ieee")
         x_at += BK
         w_at += BK
+    store_scaled(
+        y_ptr, acc.T, weight_scale_ptr, weight_scale_ptr, bias_ptr, 0, pid, M, N,
+        HAS_SCALE=False, HAS_BIAS=HAS_BIAS, BM=BM, BN=BN,
+    )  # fmt: skip
+
+
+@triton.jit
+def nibbles_dot(acc, packed, x, scale, GROUPED: tl.constexpr, FLOAT: tl.constexpr, DOT: tl.constexpr):
+    """acc + w @ x for packed [BN, B] bytes of two codes and x [B, BM] words of two channels: the even channels and the
+    odd ones are a product each, so that no code has to change its place."""
+    signed = packed.to(tl.int8, bitcast=True)
+    low = (signed << 4) >> 4
+    high = signed >> 4
+    if GROUPED:
+        low = ((low.to(tl.int16) * scale[:, None] + 8) >> 4).to(tl.int8)
+        high = ((high.to(tl.int16) * scale[:, None] + 8) >> 4).to(tl.int8)
+    even = x.to(tl.int16).to(FLOAT, bitcast=True)
+    odd = (x >> 16).to(tl.int16).to(FLOAT, bitcast=True)
+    acc = tl.dot(low.to(DOT), even.to(DOT), acc, input_precision="ieee")
+    return tl.dot(high.to(DOT), odd.to(DOT), acc, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["M"])
+def small_int4_kernel(
+    x_ptr, w_ptr, weight_scale_ptr, group_ptr, bias_ptr, y_ptr, M, N, K,
+    HAS_BIAS: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    STEP: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """As `small_weight_kernel`, STEP channels at a time, which have one group scale. STEP * UNROLL divides K."""
+    await_inputs()
+    pid = tl.program_id(0)
+    rn = tl.minimum(pid * BN + tl.arange(0, BN), N - 1).to(tl.int64)
+    rm = tl.arange(0, BM)
+    inside = (rm < M)[None, :]
+    rb = tl.arange(0, STEP // 2)
+    x_at = x_ptr.to(tl.pointer_type(tl.int32)) + rm[None, :] * (K // 2) + rb[:, None]
+    w_at = w_ptr + rn[:, None] * (K // 2) + rb[None, :]
+    group_at = group_ptr + rn * (K // STEP)
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
+    for _ in range(0, K, STEP * UNROLL):
+        for u in tl.static_range(UNROLL):
+            packed = tl.load(w_at + u * (STEP // 2), eviction_policy="evict_first")
+            x = tl.load(x_at + u * (STEP // 2), mask=inside, other=0, cache_modifier=".ca")
+            scale = rn.to(tl.int16)
+            if GROUP > 0:
+                scale = tl.load(group_at + u).to(tl.int16)
+            acc = nibbles_dot(acc, packed, x, scale, GROUP > 0, x_ptr.dtype.element_ty, DOT)
+        x_at += STEP // 2 * UNROLL
+        w_at += STEP // 2 * UNROLL
+        group_at += UNROLL
     store_scaled(
         y_ptr, acc.T, weight_scale_ptr, weight_scale_ptr, bias_ptr, 0, pid, M, N,
         HAS_SCALE=False, HAS_BIAS=HAS_BIAS, BM=BM, BN=BN,
@@ -135,12 +185,46 @@ def matmul_small(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     return y
 
 
+def small_int4_options(m: int, n: int, k: int, group: int) -> dict[str, int] | None:
+    """Launch options of the kernel for few tokens and packed weights; None where it does not run."""
+    step = group or 64
+    if m > SMALL or step < 32 or k % step:
+        return None
+    unroll = next(u for u in (4, 3, 2, 1) if k % (step * u) == 0)
+    wide, warps = (64, 4) if m > ALIKE else (64 if n > 1 << 14 else 32, 2)
+    return {"STEP": step, "UNROLL": unroll, "BN": wide, "num_warps": warps, "num_stages": 3}
+
+
+def matmul_small_int4(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, group_scale: Tensor | None, bias: Tensor | None
+) -> Tensor | None:
+    """Launch the kernel for few tokens on a packed weight; None where it does not run."""
+    (m, k), n, group = x.shape, weight.shape[0], group_of(x.shape[1], group_scale)
+    options = small_int4_options(m, n, k, group)
+    x, weight = rows_contiguous(x), rows_contiguous(weight)
+    if options is None or x.dtype == torch.float32 or (x.data_ptr() | weight.data_ptr()) % 16:
+        return None
+    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    if y.numel():
+        small_int4_kernel[(triton.cdiv(n, options["BN"]),)](
+            x, weight, rows_contiguous(weight_scale),
+            weight if group_scale is None else rows_contiguous(group_scale),
+            weight_scale if bias is None else rows_contiguous(bias), y, m, n, k,
+            HAS_BIAS=bias is not None, GROUP=group, DOT=dot_dtype(x.dtype), BM=max(16, triton.next_power_of_2(m)),
+            **options, **overlap(x.device),
+        )  # fmt: skip
+    return y
+
+
 def _int8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     small = x.shape[0] <= SMALL and x.dtype != torch.float32
     return (matmul_small if small else matmul_weight_only)(x, weight, weight_scale, bias)
 
 
 def _int4(x: Tensor, weight: Tensor, weight_scale: Tensor, group_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    small = matmul_small_int4(x, weight, weight_scale, group_scale, bias)
+    if small is not None:
+        return small
     if x.shape[0] <= SMALL and x.dtype != torch.float32:
         return matmul_decoding(x, None, weight, weight_scale, group_scale, bias, x.dtype)
     return matmul_weight_only(x, decode(weight, group_scale, x.shape[1]), weight_scale, bias)
