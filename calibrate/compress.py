@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -46,10 +47,12 @@ def compress_unit(
     layers = {name: read_layer(name, checkpoint, device) for name in dict.fromkeys([*names, *producers])}
     layers, stats = fold_scales(layers, stats, folds, {plan.name: plan for plan in plans})
     out: Tensors = {}
-    for offset, plan in enumerate(plans):
-        report(plan, offset)
-        tensors = compress_layer(plan, layers[plan.name], stats.get(plan.name))
-        out.update({f"{plan.name}.{key}": t for key, t in tensors.items()})
+    done = 0
+    for group in together(plans, stats):
+        report(group[0], done)
+        for plan, tensors in compress_together(group, layers, stats.get(group[0].name)).items():
+            out.update({f"{plan}.{key}": t for key, t in tensors.items()})
+        done += len(group)
     for fold in folds:
         producer = layers[fold.producer]
         if producer.bias is not None:
@@ -67,6 +70,40 @@ def read_layer(name: str, checkpoint: FloatTensors, device: torch.device | str) 
         raise InputError(f"layer {name}: {bad} of {weight.numel():,} weights are NaN or infinite")
     has_bias = f"{name}.bias" in checkpoint.headers
     return FloatLayer(name, weight, checkpoint.get(f"{name}.bias").to(device, torch.float32) if has_bias else None)
+
+
+def together(plans: Sequence[LayerPlan], stats: Mapping[str, LayerStats]) -> list[list[LayerPlan]]:
+    """The layers in order; those that one call of their method can compress are one group: they read the same input
+    (share one `LayerStats`), get the same spec by the same method, and no row of theirs depends on another."""
+    groups: dict[object, list[LayerPlan]] = {}
+    for plan in plans:
+        key = (id(stats[plan.name]), repr(plan.spec), plan.method, repr(plan.params)) if _by_rows(plan, stats) else None
+        groups.setdefault(key or plan.name, []).append(plan)
+    return list(groups.values())
+
+
+def _by_rows(plan: LayerPlan, stats: Mapping[str, LayerStats]) -> bool:
+    spec = plan.spec
+    if spec is None or plan.name not in stats or spec.pre_scale or spec.rank:
+        return False
+    return resolve_method(plan.method, {})[0].by_rows and spec.weight.resolve().by_rows
+
+
+def compress_together(
+    group: Sequence[LayerPlan], layers: Mapping[str, FloatLayer], stats: LayerStats | None
+) -> dict[str, Tensors]:
+    """Layer -> stored tensors, on the CPU, from one call for all rows: GPTQ's factorisation and its loop over columns
+    cost the same for the query, key and value of an attention as for one of them."""
+    first = group[0]
+    if len(group) == 1:
+        return {first.name: compress_layer(first, layers[first.name], stats)}
+    rows = [plan.n for plan in group]
+    stacked = FloatLayer(first.name, torch.cat([layers[plan.name].weight for plan in group]))
+    joint = compress_layer(dataclasses.replace(first, n=sum(rows)), stacked, stats)
+    assert first.spec is not None
+    stored = first.spec.weight.resolve().layout(first.n, first.k, first.spec.weight)  # the rest is of the input
+    parts = {name: t.split(rows) if name in stored else [t] * len(rows) for name, t in joint.items()}
+    return {plan.name: {name: t[i].contiguous() for name, t in parts.items()} for i, plan in enumerate(group)}
 
 
 def compress_layer(plan: LayerPlan, layer: FloatLayer, stats: LayerStats | None) -> Tensors:

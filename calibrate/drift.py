@@ -34,8 +34,15 @@ class Drift:
     guidance: float = 1.0
 
     def error(self, difference: Tensor, timesteps: Tensor, branches: Tensor) -> float:
-        """difference float [rows, ...] of the denoiser's outputs; timesteps float32 [rows]; branches int64 [rows], 0
-        conditional, 1 unconditional. The rows of one timestep and branch list the samples in one common order."""
+        """The squared length of the effect."""
+        return float(self.effect(difference, timesteps, branches).square().sum())
+
+    def effect(self, difference: Tensor, timesteps: Tensor, branches: Tensor) -> Tensor:
+        """float64 [samples * elements]: what the sampler adds up, over the square root of its size.
+
+        difference float [rows, ...] of the denoiser's outputs; timesteps float32 [rows]; branches int64 [rows], 0
+        conditional, 1 unconditional. The rows of one timestep and branch list the samples in one common order.
+        """
         total: Tensor | float = 0.0
         for step in timesteps.unique().tolist():
             for branch in branches.unique().tolist():
@@ -43,7 +50,7 @@ class Drift:
                 share = self._share(branch, guided=len(branches.unique()) > 1)
                 total = total + rows * (share * self.weights[step])
         assert isinstance(total, Tensor)
-        return float(total.square().mean())
+        return total.flatten() / math.sqrt(total.numel())
 
     def _share(self, branch: int, guided: bool) -> float:
         if not guided:

@@ -7,69 +7,92 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..evaluate.sampling import Sampler, Workload, make_sampler
-from ..quantize.allocate import Budget, LayerCandidates, allocate
+from ..evaluate.sampling import Sampler, Workload
+from ..quantize.allocate import Budget, LayerCandidates, allocate, greedy
 from ..quantize.bit_plan import BitPlan
 from ..quantize.errors import InputError, unknown
 from ..quantize.format import Tensors
-from ..quantize.layer import layer_layout
 from ..quantize.recipe import CORE_ROLES
-from ..quantize.spec import LayerSpec
+from ..quantize.spec import HadamardSpec, LayerSpec
 from ..quantize.stats import LayerStats
-from ..runtime.linear import CompressedLinear
 from ..runtime.source import Source
 from . import statistics
 from .compress import compress_layer, read_layer
 from .drift import drift_of
+from .offload import open_sampler
 from .plan import LayerPlan, Plan
 from .probe import capture, probe_steps
 from .progress import Progress
-from .sensitivity import Scoring, measure, measure_samples, offers, tie_qkv
+from .sensitivity import Offers, Scoring, measure, measure_samples, offers, tie_qkv, unmeasured
+from .timing import Timer, gpu_timer, timed
 from .workspace import Workspace
 
 CANDIDATES = ("w2g64", "w3g64", "w4g64", "w6g64", "w8")
-MODULATION = ("w4g64", "w8")  # 2 and 3 bits ruin a modulation layer before they save anything
+MODULATION = ("w3g64", "w4g64", "w6g64", "w8")
+ROTATION = 64  # block of the Hadamard rotation of modulation layers
 SENSITIVITIES = ("drift", "samples")
 PROBE_SAMPLES = 8
-_TIMED_ROWS = 4096
 
 
-def allocate_bits(
-    source: Source, plan: Plan, budget: str, sensitivity: str, workload: Workload, workspace: Workspace,
-    progress: Progress, device: torch.device,
-) -> tuple[Plan, BitPlan]:  # fmt: skip
-    """The plan with every compressed layer's spec chosen among `CANDIDATES` (`MODULATION` for modulation layers) so
-    that the measured errors are least under `budget`, and the record of that choice.
+@dataclass(frozen=True)
+class Sizing:
+    """A budget that can be met. costs: every offered layer's candidates with bytes and, for a time, milliseconds."""
+
+    budget: Budget
+    sensitivity: str
+    offered: Offers
+    costs: Sequence[LayerCandidates]
+    offload: bool = False
+
+
+def prepare(
+    plan: Plan, budget: str, sensitivity: str, device: torch.device, offload: bool = False, timer: Timer | None = None
+) -> Sizing:
+    """What is known before anything is measured on the model.
 
     sensitivity  drift: teacher-forced, cheap; samples: a sampling run of 8 samples for each (layer, candidate)
-    Raises InputError for a budget that cannot be met, naming the smallest that can.
+    timer        for a budget in milliseconds; None: the GPU's
+    Raises InputError for a budget that cannot be met, naming the smallest that can, or a time without a GPU.
     """
     parsed = Budget.parse(budget)
     if sensitivity not in SENSITIVITIES:
         raise unknown("sensitivity", sensitivity, SENSITIVITIES)
-    # float32: the noise of a 16-bit run would hide what 8-bit layers cost
-    sampler = make_sampler(source, torch.float32, device)
     offered = [pair for layer in plan.compressed for pair in offers([layer], candidates(layer))]
+    costs = unmeasured(offered, Scoring(tie=tie_qkv))
+    if parsed.unit == "ms":
+        timer = timer or gpu_timer(device, parsed.text)
+        costs = timed(costs, {layer.name: layer for layer in plan.compressed}, timer)
+    greedy(costs, parsed)
+    return Sizing(parsed, sensitivity, offered, costs, offload)
+
+
+def allocate_bits(
+    source: Source, plan: Plan, sizing: Sizing, workload: Workload, workspace: Workspace, progress: Progress,
+    device: torch.device,
+) -> tuple[Plan, BitPlan]:  # fmt: skip
+    """The plan with every compressed layer's spec chosen among its candidates so that the measured errors are least
+    under the budget, and the record of that choice."""
     compressor = _Compressor(source, plan, workspace, device)
     probe = dataclasses.replace(workload, samples=PROBE_SAMPLES, seed=workload.seed + 1)
     scoring = Scoring(tie=tie_qkv)
-    if sensitivity == "samples":
-        table = measure_samples(sampler, probe, offered, compressor, scoring, workspace, progress)
-    else:
-        model, family = sampler.denoiser, sampler.family
-        calls = capture(model, family, lambda: sampler.run(probe), probe_steps(workload.steps))
-        steps = [float(t) for call in calls if call.timesteps is not None for t in call.timesteps]
-        scoring = dataclasses.replace(scoring, drift=drift_of(sampler.scheduler, steps, guidance_of(sampler, workload)))
-        table = measure(model, family, calls, offered, compressor, scoring, workspace, progress)
-    if parsed.unit == "ms":
-        table = timed(table, {layer.name: layer for layer in plan.compressed}, device)
-    bits = allocate(table, parsed)
+    # float32: the noise of a 16-bit run would hide what 8-bit layers cost
+    with open_sampler(source, torch.float32, device, sizing.offload) as (sampler, _):
+        if sizing.sensitivity == "samples":
+            table = measure_samples(sampler, probe, sizing.offered, compressor, scoring, workspace, progress)
+        else:
+            model, family = sampler.denoiser, sampler.family
+            calls = capture(model, family, lambda: sampler.run(probe), probe_steps(workload.steps))
+            steps = [float(t) for call in calls if call.timesteps is not None for t in call.timesteps]
+            drift = drift_of(sampler.scheduler, steps, guidance_of(sampler, workload))
+            scoring = dataclasses.replace(scoring, drift=drift)
+            table = measure(model, family, calls, sizing.offered, compressor, scoring, workspace, progress)
+    bits = allocate(with_times(table, sizing.costs), sizing.budget)
     layers = tuple(
         dataclasses.replace(layer, spec=bits.spec_of(layer.name)) if layer.name in bits.layers else layer
         for layer in plan.layers
@@ -77,11 +100,30 @@ def allocate_bits(
     return dataclasses.replace(plan, layers=layers), bits
 
 
+def with_times(table: Sequence[LayerCandidates], costs: Sequence[LayerCandidates]) -> list[LayerCandidates]:
+    """The table with the milliseconds of `costs`, which lists the same layers and candidates."""
+    times = {(row.layer, candidate.spec): candidate.ms for row in costs for candidate in row.candidates}
+    return [
+        dataclasses.replace(
+            row, candidates=tuple(dataclasses.replace(c, ms=times[row.layer, c.spec]) for c in row.candidates)
+        )
+        for row in table
+    ]
+
+
 def candidates(layer: LayerPlan) -> list[LayerSpec]:
-    """The specs a layer may get: its own with another weight format."""
-    assert layer.spec is not None
-    names = CANDIDATES if layer.role in CORE_ROLES else MODULATION
-    return [dataclasses.replace(layer.spec, weight=LayerSpec.parse(name).weight) for name in names]
+    """The specs a layer may get: its own with another weight format.
+
+    Modulation layers are rotated as well, where they are rounded with GPTQ: in groups of one row's channels of very
+    different size, 3 bits cost a tenth of what they do without. 2 bits are not among theirs: a calibration run shows
+    them few conditions, and the error of an unseen one is then large.
+    """
+    spec, is_core = layer.spec, layer.role in CORE_ROLES
+    assert spec is not None
+    if not is_core and spec.hadamard is None and "gram" in layer.needs() and layer.k % ROTATION == 0:
+        spec = dataclasses.replace(spec, hadamard=HadamardSpec(ROTATION, "sylvester"))
+    names: tuple[str, ...] = CANDIDATES if is_core else MODULATION
+    return [dataclasses.replace(spec, weight=LayerSpec.parse(name).weight) for name in names]
 
 
 def guidance_of(sampler: Sampler, workload: Workload) -> float:
@@ -93,42 +135,6 @@ def guidance_of(sampler: Sampler, workload: Workload) -> float:
         return float(getattr(sampler, "default_guidance", 1.0))
     parameter = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
     return 1.0 if parameter is None or parameter.default is None else float(parameter.default)
-
-
-def timed(
-    table: Sequence[LayerCandidates], layers: dict[str, LayerPlan], device: torch.device
-) -> list[LayerCandidates]:
-    """The table with milliseconds a call, measured on `device`: median of 20 runs on 4,096 rows (modulation: 2)."""
-    found: dict[tuple[int, int, str], float] = {}
-    out = []
-    for row in table:
-        layer = layers[row.layer]
-        rows = _TIMED_ROWS if layer.role in CORE_ROLES else 2
-        times = []
-        for candidate in row.candidates:
-            key = (layer.n, layer.k, candidate.spec)
-            if key not in found:
-                found[key] = _milliseconds(layer.n, layer.k, LayerSpec.parse(candidate.spec), rows, device)
-            times.append(dataclasses.replace(candidate, ms=found[key]))
-        out.append(dataclasses.replace(row, candidates=tuple(times)))
-    return out
-
-
-def _milliseconds(n: int, k: int, spec: LayerSpec, rows: int, device: torch.device) -> float:
-    layer = CompressedLinear(k, n, spec, bias=False, device=device)
-    zeros = {name: torch.zeros(t.shape, dtype=t.dtype, device=device) for name, t in layer_layout(n, k, spec).items()}
-    layer.load_tensors(zeros)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    x, spans = torch.zeros(rows, k, device=device, dtype=dtype), []
-    for _ in range(23):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        layer(x)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        spans.append(time.perf_counter() - start)
-    return 1e3 * sorted(spans[3:])[10]
 
 
 class _Compressor:

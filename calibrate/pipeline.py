@@ -26,7 +26,7 @@ from . import statistics
 from .assemble import block_part, write_artifact
 from .block_tuning import BlockTuner, needs_tuning
 from .compress import compress_unit
-from .mixed import allocate_bits, require_disk_source
+from .mixed import allocate_bits, prepare, require_disk_source
 from .model_source import Data, ModelSource
 from .plan import LayerPlan, Plan, check_formats, make_plan
 from .progress import Progress
@@ -56,6 +56,7 @@ class Options:
     device, dtype   where, and in which compute dtype, the model runs
     stats_gb    memory that statistics may take at a time; more blocks than fit mean more sampling runs.
                 Default: half of what the model's weights take, at least 0.5 GB
+    offload     one block of the model on the device at a time, for models that do not fit; slower, same artifact
     resume      go on where an interrupted run of the same settings stopped
     overwrite   replace an existing output
     i_know      use formats that are known to destroy a model that was not trained with them
@@ -78,6 +79,7 @@ class Options:
     device: str | None = None
     dtype: str | None = None
     stats_gb: float | None = None
+    offload: bool = False
     resume: bool = False
     overwrite: bool = False
     i_know: bool = False
@@ -126,18 +128,25 @@ def compress(
     plan = plan_source(source, recipe)
     if not settings.i_know:
         check_formats(plan)
-    plans = run_time_plans(source, settings)
+    if settings.offload and needs_tuning(plan):
+        raise InputError("--offload: the method trains whole blocks of the model, which must fit; use its steps=0")
+    plans, device = run_time_plans(source, settings), pick_device(settings.device)
+    sizing = None
+    if settings.budget is not None:
+        require_disk_source(source)
+        sizing = prepare(plan, settings.budget, settings.sensitivity, device, settings.offload)
     workspace = Workspace(target)
     provenance = describe(source, recipe, settings)
     if workspace.open(provenance, settings.resume):
         progress.note("resuming: finished parts of the interrupted run are used")
     try:
         memory = statistics.default_memory(source) if settings.stats_gb is None else settings.stats_gb * 1e9
-        device = pick_device(settings.device)
-        statistics.gather(source, plan, settings.workload(), device, workspace, progress, memory)
-        if settings.budget is not None:
-            sized = (settings.budget, settings.sensitivity, settings.workload())
-            plan, bits = allocate_bits(require_disk_source(source), plan, *sized, workspace, progress, device)
+        statistics.gather(
+            source, plan, settings.workload(), device, workspace, progress, memory, offload=settings.offload
+        )
+        if sizing is not None:
+            disk, work = require_disk_source(source), settings.workload()
+            plan, bits = allocate_bits(disk, plan, sizing, work, workspace, progress, device)
             plans["bits"] = bits.to_dict()
         compress_blocks(source, plan, settings, workspace, progress)
     except OutputError:

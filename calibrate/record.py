@@ -12,6 +12,7 @@ from ..quantize.errors import InputError
 from ..quantize.stats import LayerStats
 from ..runtime.family import Family
 from ..runtime.step import StepTracker
+from .replay import Place
 
 BINS = 10  # timestep bins of the recorded maxima
 
@@ -22,6 +23,7 @@ class Recorder:
     needs  layer name -> the statistics to gather for it
     bins   timestep bins: step s of `steps` falls into bin s * bins // steps
     rows   rows of each call to keep, for layers that need "rows"
+    place  where the current call is in its sampling run, kept current by the caller; None: read off the model's calls
 
     Layers that are given the very same tensor (q, k and v of one attention) share one `LayerStats`.
     """
@@ -34,10 +36,12 @@ class Recorder:
         steps: int,
         bins: int = BINS,
         rows: int = 16,
+        place: Place | None = None,
     ) -> None:
         self.model, self.needs = model, needs
         self.steps, self.bins, self.rows = max(1, steps), max(1, min(bins, steps)), rows
         self.tracker = StepTracker(model, family)
+        self.place: Place | StepTracker = self.tracker if place is None else place
         self.stats: dict[str, LayerStats] = {}
         self._handles: list[Any] = []
         self._last: tuple[str, Tensor] | None = None
@@ -56,6 +60,10 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._last = None
+
+    def go_to(self, place: Place) -> None:
+        """The calls that follow are at this place of the sampling run, for a recorder made with a place."""
+        self.place = place
 
     def result(self) -> dict[str, LayerStats]:
         """The statistics of every layer that ran. Raises InputError for one that did not, or saw NaN or infinity."""
@@ -90,8 +98,8 @@ class Recorder:
         return True
 
     def _add(self, stats: LayerStats, x: Tensor, keep: bool) -> None:
-        index = min(max(self.tracker.index, 0), self.steps - 1) * self.bins // self.steps
-        branches = self.tracker.branches
+        index = min(max(self.place.index, 0), self.steps - 1) * self.bins // self.steps
+        branches = self.place.branches
         batch = x.shape[0] if x.dim() > 1 else 1
         if len(branches) != batch or len(set(branches.tolist())) == 1:
             branch = int(branches[0]) if len(branches) == batch else 0

@@ -37,8 +37,11 @@ from .workspace import Workspace
 
 Metric = Callable[[Tensor, Tensor], float]
 Compress = Callable[[LayerPlan, LayerSpec], Tensors]
+Scores = dict[str, tuple[float, Tensor | None]]
+"""Spec -> the error and its effect."""
 Offers = Sequence[tuple[LayerPlan, Sequence[LayerSpec]]]
 
+SKETCH = 16384
 # ViDiT-Q's groups: what cross-attention spoils is the agreement with the text, temporal attention the motion.
 VIDITQ_GROUPS = {
     "alignment": ("*cross_attn*", "*attn2.*", "*add_[qkv]_proj*"),
@@ -67,17 +70,20 @@ class Scoring:
     def group_of(self, name: str) -> str:
         return next((g for g, globs in self.groups.items() if any(fnmatchcase(name, p) for p in globs)), QUALITY)
 
-    def score(self, group: str, outputs: Sequence[tuple[Call, Tensor, Tensor]]) -> float:
-        """The error of one change from (call, output, reference) of every call; means count rows."""
+    def score(self, group: str, outputs: Sequence[tuple[Call, Tensor, Tensor]]) -> tuple[float, Tensor | None]:
+        """The error of one change from (call, output, reference) of every call, and the effect whose squared length it
+        is, sketched; None under a metric of the group's own. Means count rows."""
         metric = self.metrics.get(group)
-        if metric is None and self.drift is not None:
-            return self.drift.error(*_trajectories(outputs))
+        rows = [len(output) for _, output, _ in outputs]
         if metric is not None:
             scores = [float(metric(output, reference)) for _, output, reference in outputs]
+            return sum(score * n for score, n in zip(scores, rows, strict=True)) / sum(rows), None
+        if self.drift is not None:
+            effect = self.drift.effect(*_trajectories(outputs))
         else:
-            scores = [relative_error(y, r, call.row_weights(self.timestep_weight)) for call, y, r in outputs]
-        rows = [len(output) for _, output, _ in outputs]
-        return sum(score * n for score, n in zip(scores, rows, strict=True)) / sum(rows)
+            parts = [relative_effect(y, r, call.row_weights(self.timestep_weight)) for call, y, r in outputs]
+            effect = torch.cat([part * math.sqrt(n / sum(rows)) for part, n in zip(parts, rows, strict=True)])
+        return float(effect.square().sum()), sketch(effect)
 
 
 def _trajectories(outputs: Sequence[tuple[Call, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,12 +96,28 @@ def _trajectories(outputs: Sequence[tuple[Call, Tensor, Tensor]]) -> tuple[Tenso
 
 def relative_error(output: Tensor, reference: Tensor, weights: Tensor | None = None) -> float:
     """Weighted mean over rows of |y - r|^2 / |r|^2; float [rows, ...] each, weights float [rows] or None."""
+    return float(relative_effect(output, reference, weights).square().sum())
+
+
+def relative_effect(output: Tensor, reference: Tensor, weights: Tensor | None = None) -> Tensor:
+    """float64 [elements]: the vector whose squared length is the relative error."""
     y, r = output.double().flatten(1), reference.double().flatten(1)
-    rows = (y - r).square().sum(1) / r.square().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
-    if weights is None:
-        return float(rows.mean())
-    weights = weights.to(rows)
-    return float((rows * weights).sum() / weights.sum())
+    shares = torch.ones(len(y), dtype=y.dtype) if weights is None else weights.double()
+    shares = (shares / shares.sum()).to(y.device)
+    scale = (shares / r.square().sum(1).clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+    return ((y - r) * scale[:, None]).flatten()
+
+
+def sketch(effect: Tensor) -> Tensor:
+    """float32 [at most SKETCH], on the CPU: a vector whose products with other sketches are about those of the effects.
+    A longer one is added up into `SKETCH` sums with random signs (count sketch, Charikar et al. 2002): the products'
+    error is 1 / sqrt(SKETCH) of the lengths, whatever the size of an image."""
+    if len(effect) > SKETCH:
+        generator = torch.Generator().manual_seed(0)
+        place = torch.randint(SKETCH, (len(effect),), generator=generator).to(effect.device)
+        sign = torch.randint(2, (len(effect),), generator=generator).to(effect) * 2 - 1
+        effect = torch.zeros(SKETCH, dtype=effect.dtype, device=effect.device).index_add_(0, place, effect * sign)
+    return effect.float().cpu()
 
 
 def tie_qkv(name: str) -> str:
@@ -119,6 +141,11 @@ def offers(layers: Sequence[LayerPlan], specs: Sequence[LayerSpec]) -> list[tupl
             raise InputError(f"layer {layer.name}: none of the candidates fits; {reason or 'none was given'}")
         out.append((layer, fitting))
     return out
+
+
+def unmeasured(offered: Offers, scoring: Scoring) -> list[LayerCandidates]:
+    """The table of `measure` with every error 0: what is known of the candidates without the model."""
+    return [_choices(layer, specs, {s.name: (0.0, None) for s in specs}, scoring) for layer, specs in offered]
 
 
 @torch.no_grad()
@@ -146,7 +173,7 @@ def measure(
         blocks.setdefault(layer.block or "", []).append((layer, specs))
     total, done = sum(len(specs) for _, specs in offered), 0
     progress.stage("measuring sensitivities", total)
-    errors: dict[str, dict[str, float]] = {}
+    errors: dict[str, Scores] = {}
     replay = Replay(model, family, calls)
     for block in ["", *replay.order]:
         rows = blocks.pop(block, [])
@@ -187,21 +214,25 @@ def measure_samples(
     scoring, progress = scoring or Scoring(), progress or Progress()
     model, reference = sampler.denoiser, sampler.run(workload).images
     progress.stage("measuring sensitivities on samples", sum(len(specs) for _, specs in offered))
-    errors: dict[str, dict[str, float]] = {}
+    errors: dict[str, Scores] = {}
     for layer, specs in offered:
         part = f"sampled-{layer.name}"
         found = _restore([(layer, specs)], workspace, part)
         if found is None:
             progress.advance(sum(map(len, errors.values())), layer.name)
             group = scoring.group_of(layer.name)
-            metric = scoring.metrics.get(group, relative_error)
-            row = {}
+            metric, row = scoring.metrics.get(group), Scores()
             for spec in specs:
                 originals = attach(model, {layer.name: spec}, {layer.name: compress(layer, spec)})
                 try:
-                    row[spec.name] = _checked(metric(sampler.run(workload).images, reference), layer, spec, group)
+                    images = sampler.run(workload).images
                 finally:
                     detach(model, originals)
+                if metric is None:
+                    effect = relative_effect(images, reference)
+                    row[spec.name] = _checked(float(effect.square().sum()), layer, spec, group), sketch(effect)
+                else:
+                    row[spec.name] = _checked(metric(images, reference), layer, spec, group), None
             found = {layer.name: row}
             if workspace is not None:
                 workspace.save(part, _pack(found))
@@ -209,14 +240,16 @@ def measure_samples(
     return [_choices(layer, specs, errors[layer.name], scoring) for layer, specs in offered]
 
 
-def _error(replay: Replay, layer: LayerPlan, spec: LayerSpec, tensors: Tensors, scoring: Scoring) -> float:
+def _error(
+    replay: Replay, layer: LayerPlan, spec: LayerSpec, tensors: Tensors, scoring: Scoring
+) -> tuple[float, Tensor | None]:
     group = scoring.group_of(layer.name)
     originals = attach(replay.model, {layer.name: spec}, {layer.name: tensors})
     try:
-        error = scoring.score(group, list(replay.outputs()))
+        error, effect = scoring.score(group, list(replay.outputs()))
     finally:
         detach(replay.model, originals)
-    return _checked(error, layer, spec, group)
+    return _checked(error, layer, spec, group), effect
 
 
 def _checked(error: float, layer: LayerPlan, spec: LayerSpec, group: str) -> float:
@@ -228,27 +261,33 @@ def _checked(error: float, layer: LayerPlan, spec: LayerSpec, group: str) -> flo
     return error
 
 
-def _choices(
-    layer: LayerPlan, specs: Sequence[LayerSpec], errors: Mapping[str, float], scoring: Scoring
-) -> LayerCandidates:
-    candidates = tuple(Candidate(s.name, layer_bytes(layer.n, layer.k, s), errors[s.name]) for s in specs)
+def _choices(layer: LayerPlan, specs: Sequence[LayerSpec], scores: Scores, scoring: Scoring) -> LayerCandidates:
+    candidates = tuple(
+        Candidate(s.name, layer_bytes(layer.n, layer.k, s), scores[s.name][0], effect=scores[s.name][1]) for s in specs
+    )
     tie = scoring.tie(layer.name) if scoring.tie is not None else ""
     return LayerCandidates(layer.name, layer.n * layer.k, candidates, scoring.group_of(layer.name), tie)
 
 
-def _pack(found: Mapping[str, Mapping[str, float]]) -> dict[str, Tensor]:
-    return {
-        f"{layer}|{spec}": torch.tensor([error], dtype=torch.float64)
-        for layer, errors in found.items()
-        for spec, error in errors.items()
-    }
+def _pack(found: Mapping[str, Scores]) -> dict[str, Tensor]:
+    parts = {}
+    for layer, scores in found.items():
+        for spec, (error, effect) in scores.items():
+            parts[f"{layer}|{spec}"] = torch.tensor([error], dtype=torch.float64)
+            if effect is not None:
+                parts[f"{layer}|{spec}|effect"] = effect
+    return parts
 
 
-def _restore(rows: Offers, workspace: Workspace | None, part: str) -> dict[str, dict[str, float]] | None:
+def _restore(rows: Offers, workspace: Workspace | None, part: str) -> dict[str, Scores] | None:
     """What a finished part holds for these layers and candidates; None when it is not there, or lacks some."""
     if workspace is None or not rows or not workspace.has(part):
         return {} if not rows else None
     kept = workspace.load(part)
     if any(f"{layer.name}|{s.name}" not in kept for layer, specs in rows for s in specs):
         return None
-    return {layer.name: {s.name: float(kept[f"{layer.name}|{s.name}"]) for s in specs} for layer, specs in rows}
+
+    def score(key: str) -> tuple[float, Tensor | None]:
+        return float(kept[key]), kept.get(f"{key}|effect")
+
+    return {layer.name: {s.name: score(f"{layer.name}|{s.name}") for s in specs} for layer, specs in rows}

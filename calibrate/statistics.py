@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -12,11 +12,14 @@ from ..quantize.stats import LayerStats
 from ..runtime.family import find_family
 from ..runtime.load import pick_dtype
 from ..runtime.source import Source
+from ..runtime.step import StepTracker
 from .compress import read_layer
 from .model_source import ModelSource
+from .offload import open_sampler
 from .plan import LayerPlan, Plan
 from .progress import Progress
 from .record import BINS, Recorder
+from .replay import BlockChain, Place
 from .workspace import Workspace
 
 Unit = tuple[str, list[LayerPlan]]
@@ -30,10 +33,12 @@ def gather(
     workspace: Workspace,
     progress: Progress,
     memory: float,
+    offload: bool = False,
 ) -> None:
     """Stores, for every block that has none yet, the statistics its layers' methods ask for.
 
-    memory  bytes that statistics may take at a time; the model is run once for each batch of blocks that fits
+    memory   bytes that statistics may take at a time; the model is run once for each batch of blocks that fits
+    offload  at most one block of the model is on the device at a time, with one block's statistics: see `_stream`
     """
     missing = [
         (number, unit)
@@ -44,17 +49,64 @@ def gather(
         return
     for layer in plan.compressed:  # a NaN weight would come up as a NaN input of another layer, after the whole run
         read_layer(layer.name, source.checkpoint, device)
+    if offload:
+        _stream(source, missing, workload, device, workspace, progress)
+        return
     passes = _passes(missing, memory)
     total = sum(unit_bytes(unit) for _, unit in missing)
     progress.note(f"statistics of {len(missing)} blocks take {total / 1e6:,.0f} MB: {len(passes)} sampling run(s)")
     run = _Runner(source, workload, device, progress)
     for number, batch in enumerate(passes):
-        needs = {layer.name: layer.needs() for _, unit in batch for layer in unit[1] if layer.needs()}
+        needs = {name: kinds for _, unit in batch for name, kinds in _needs(unit).items()}
         recorded = run(needs, f"recording activations, run {number + 1} of {len(passes)}")
         for index, unit in batch:
-            names = [layer.name for layer in unit[1] if layer.name in recorded]
-            save(workspace, index, {name: recorded[name] for name in names})
+            save(workspace, index, {name: recorded[name] for name in _needs(unit)})
         del recorded  # before the next run gathers as much again
+
+
+def _needs(unit: Unit) -> dict[str, frozenset[str]]:
+    return {layer.name: layer.needs() for layer in unit[1] if layer.needs()}
+
+
+def _stream(
+    source: Source | ModelSource,
+    missing: Sequence[tuple[int, Unit]],
+    workload: Workload,
+    device: torch.device,
+    workspace: Workspace,
+    progress: Progress,
+) -> None:
+    """The same statistics from a model that does not fit: one sampling run with its blocks streamed, in which the first
+    block's inputs are kept, then block by block on these. Raises InputError for blocks that cannot be run alone."""
+    if isinstance(source, ModelSource):
+        raise InputError(f"{source.label}: --offload needs a model on disk; this one is in memory already")
+    with open_sampler(source, pick_dtype(workload.dtype, device), device, offload=True) as (sampler, stream):
+        assert stream is not None
+        model, family = sampler.denoiser, sampler.family
+        blocks, units = family.block_names(model), {unit[0]: (number, unit) for number, unit in missing}
+        outside = units.pop("outside", (-1, ("outside", [])))
+        tracker = StepTracker(model, family)
+        with tracker, BlockChain(model, blocks, tracker, workspace.folder) as chain:
+            progress.stage("sampling, a block at a time", len(list(sampler.batches(workload))) * workload.steps)
+            with Recorder(model, family, _needs(outside[1]), workload.steps) as recorder:
+                sampler.run(workload, lambda done, _: progress.advance(done, f"sampler call {done}"))
+            chain.stop()
+            progress.note(f"inputs of {len(chain.places)} calls kept, {chain.bytes / 1e6:,.0f} MB of them in memory")
+            if outside[1][1]:
+                save(workspace, outside[0], recorder.result())
+            last = max((blocks.index(name) for name in units), default=-1)
+            progress.stage("recording activations, a block at a time", last + 1)
+            for index, block in enumerate(blocks[: last + 1]):
+                progress.advance(index, block)
+                number, unit = units.get(block, (-1, (block, [])))
+                with (
+                    stream.held(block),
+                    Recorder(model, family, _needs(unit), workload.steps, place=Place()) as recorder,
+                ):
+                    chain.run(index, device, recorder.go_to)
+                if unit[1]:
+                    save(workspace, number, recorder.result())
+            progress.advance(last + 1, "all blocks")
 
 
 class _Runner:

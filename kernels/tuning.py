@@ -114,7 +114,7 @@ def _fastest(task: Task, device: torch.device) -> tuple[Entry | None, str]:
             try:
                 right = _agrees(run(task.op, *sets[0]), want)
                 if right:
-                    times.append((_microseconds(lambda args: run(task.op, *args), sets), index))
+                    times.append((microseconds(lambda args: run(task.op, *args), sets), index))
                 reason = "" if right else "wrong result"
             except Exception as error:
                 # Options that do not compile or do not fit this GPU are out of the race; other errors are bugs.
@@ -146,7 +146,7 @@ def _agrees(got: Tensor, want: Tensor) -> bool:
     return bool((got.float() - wide).norm() <= 4e-3 * wide.norm())
 
 
-def _microseconds(call: Callable[[tuple[Any, ...]], Any], sets: list[tuple[Any, ...]]) -> float:
+def microseconds(call: Callable[[tuple[Any, ...]], Any], sets: list[tuple[Any, ...]]) -> float:
     """Median time of a call inside a CUDA graph that runs all argument sets, so that launching does not count."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

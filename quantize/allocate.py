@@ -2,7 +2,9 @@
 
 Least sum of the layers' errors within the budget: the multiple-choice knapsack of `knapsack`, solved by HiGHS. (The
 programme after MixDQ, Zhao et al. 2024, arXiv 2405.17873; metric groups after ViDiT-Q, Zhao et al. 2024, arXiv
-2406.02540.) The sum is a first-order model: each error is measured with every other layer in full precision.
+2406.02540.) The sum is a first-order model: each error is measured with every other layer in full precision. Where the
+candidates say what they change as vectors, the plan of least sum is where the search for the plan of least joint error
+begins: see `joint`.
 
 Groups. Layers of different metric groups have errors in different units. Each group's errors are divided by the sum of
 the group's errors with every layer at its cheapest candidate, then multiplied by the group's weight (default 1). So a
@@ -17,10 +19,14 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
 
 from .bit_plan import BitPlan
 from .errors import InputError, unknown
+from .joint import JointError, choose_jointly
 from .knapsack import Option, Unit, cheapest, choose_by_milp, choose_greedily, total_cost, total_error
 
 QUALITY = "quality"
@@ -34,12 +40,17 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Candidate:
     """One way to store a layer: the spec's short name, its bytes with every scale, what it costs in quality (a finite
-    number from 0, in the unit of the layer's group), and, where it was measured, its time in milliseconds."""
+    number from 0, in the unit of the layer's group), and, where it was measured, its time in milliseconds.
+
+    effect  float [D]: what it changes at the model's output; its squared length is the error. Effects of several layers
+            add up. None: only the error is known
+    """
 
     spec: str
     bytes: int
     error: float
     ms: float | None = None
+    effect: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,9 @@ def allocate(
 ) -> BitPlan:
     """The plan of least error within the budget. weights: group -> how much it counts (default 1).
 
-    Without scipy, or where the solver fails, the greedy plan with a logged warning; the plan records which it is.
+    The error is that of the sum of all effects, where every candidate has one and there is one group; else the sum of
+    the errors. Without scipy, or where the solver fails, the search begins at the greedy plan, with a logged warning;
+    the plan records what it is.
     Raises InputError for an unreadable budget, one below the cheapest plan (naming that), a time budget without
     measured times, errors that are not finite numbers from 0, tied layers without a common spec, or an unknown group.
     """
@@ -125,8 +138,25 @@ def allocate(
         found, reason = None, "scipy is not installed"
     if found is None:
         _log.warning("%s: a greedy bit plan is used, which may not be the best one", reason)
+    effects = _effects(table, units)
+    if effects is not None:
+        return _joint_plan(
+            table, units, budget, limit, effects, [cheapest(units), chosen, *([found[0]] if found else [])]
+        )
+    if found is None:
         return _plan(table, units, chosen, budget)
     return dataclasses.replace(_plan(table, units, found[0], budget), solver="milp", gap=found[1])
+
+
+def _joint_plan(
+    table: Sequence[LayerCandidates], units: Sequence[Unit], budget: Budget, limit: int, effects: list[Tensor],
+    starts: list[list[int]],
+) -> BitPlan:  # fmt: skip
+    joint = JointError(units, effects)
+    chosen = choose_jointly(joint, limit, starts)
+    error, plan = joint.of(chosen), _plan(table, units, chosen, budget)
+    scale = plan.error / (sum(plan.errors.values()) or 1.0)
+    return dataclasses.replace(plan, solver="joint", error=error * scale, errors={table[0].group: error})
 
 
 def greedy(
@@ -213,6 +243,18 @@ def _unit(rows: Sequence[LayerCandidates], budget: Budget, shares: Mapping[str, 
         for name in names
     )
     return Unit(tuple(row.layer for row in rows), options)
+
+
+def _effects(table: Sequence[LayerCandidates], units: Sequence[Unit]) -> list[Tensor] | None:
+    """For each unit float [options, D]: the summed effects of its layers; None where they are not known, or there are
+    several groups, whose errors have no common unit."""
+    if len({row.group for row in table}) > 1 or any(c.effect is None for row in table for c in row.candidates):
+        return None
+    held = {(row.layer, c.spec): c.effect for row in table for c in row.candidates if c.effect is not None}
+    return [
+        torch.stack([torch.stack([held[layer, o.spec] for layer in unit.layers]).sum(0) for o in unit.options])
+        for unit in units
+    ]
 
 
 def _plan(table: Sequence[LayerCandidates], units: Sequence[Unit], chosen: Sequence[int], budget: Budget) -> BitPlan:

@@ -9,7 +9,7 @@ from typing import Any
 from .errors import InputError, unknown
 from .spec import LayerSpec
 
-SOLVERS = ("milp", "greedy")
+SOLVERS = ("milp", "joint", "greedy")
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class BitPlan:
     bytes   stored bytes of these layers;  bits: the same as average bits a weight;  ms: their time, where measured
     error   predicted error, the objective: groups normalised and weighted (see the module)
     errors  group -> sum of its layers' errors, in the unit of the group's metric
-    solver  milp or greedy
+    solver  milp, joint (milp, then exchanges on the joint error) or greedy
     gap     bound on (error - optimum) / optimum; None where there is no proof
     """
 

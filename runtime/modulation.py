@@ -1,7 +1,7 @@
 """adaLN modulation of all blocks at once: they read one small embedding, so their layers are one product.
 
 At M = batch rows such a layer is bound by reading its weight. One launch for all blocks reads it at full bandwidth;
-one launch a block spends as long starting as reading.
+one launch a block spends as long starting as reading. Where the layers are rotated, the embedding is, once.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..quantize.layer import rotate
 from ..quantize.spec import LayerSpec
 from .linear import CompressedLinear
-from .stage import Part, Place, is_plain, is_stale, layers_at, merge
+from .stage import Part, Place, is_plain, is_stale, layers_at, merge, reads_alike
 
 
 class Modulation:
@@ -59,6 +60,9 @@ class Modulation:
 
     def _product(self, embedding: Tensor) -> list[Tensor]:
         outputs: list[Tensor] = []
+        first = layers_at(self.places)[0]
+        assert isinstance(first, CompressedLinear)
+        embedding = rotate(embedding, first.tensors(), first.spec)
         for part in self.parts:
             y = part.spec.resolve().linear(embedding, part.tensors, LayerSpec(part.spec), part.bias)
             outputs += y.split(part.sizes, dim=1)
@@ -71,10 +75,11 @@ class Modulation:
             return False
         # specs are compared here alone: a tracer cannot compare them
         if not torch.compiler.is_compiling() and is_stale(layers, self.parts):
-            self.parts = merge(layers) if all(map(_is_weight_only, layers)) else []
+            alike = all(map(_is_weight_only, layers)) and all(reads_alike(layers[0], other) for other in layers[1:])
+            self.parts = merge(layers) if alike else []
         return len(self.parts) > 0
 
 
 def _is_weight_only(layer: nn.Module) -> bool:
     assert isinstance(layer, CompressedLinear)
-    return layer.spec == LayerSpec(layer.spec.weight)
+    return layer.spec == LayerSpec(layer.spec.weight, hadamard=layer.spec.hadamard)

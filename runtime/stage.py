@@ -96,7 +96,7 @@ class Stage:
         first, *others = self.layers
         if reason := next((r for r in map(_refusal, (first, *others)) if r is not None), None):
             return reason
-        if not all(_reads_alike(first, layer) for layer in others):
+        if not all(reads_alike(first, layer) for layer in others):
             return "layers that read one tensor scale, rotate or quantise it differently"
         return None
 
@@ -214,7 +214,8 @@ def _refusal(layer: nn.Module) -> str | None:
     return None
 
 
-def _reads_alike(one: nn.Module, other: nn.Module) -> bool:
+def reads_alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether both do the same to one input before they quantise or multiply it."""
     assert isinstance(one, CompressedLinear)
     assert isinstance(other, CompressedLinear)
     if any(getattr(one.spec, part) != getattr(other.spec, part) for part in ("activation", "pre_scale", "hadamard")):

@@ -47,6 +47,10 @@ def run(
     stats_gb: Annotated[
         float | None, typer.Option(help="Memory that statistics may take at a time, in GB. Default: half the model's.")
     ] = None,
+    offload: Annotated[
+        bool,
+        typer.Option("--offload", help="Keep one block of the model on the device at a time. Slower; same artifact."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; touch no weights.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
@@ -77,6 +81,7 @@ def run(
         device=device,
         dtype=dtype,
         stats_gb=stats_gb,
+        offload=offload,
         resume=resume,
         overwrite=overwrite,
         i_know=i_know,

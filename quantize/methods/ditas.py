@@ -30,6 +30,7 @@ class Ditas(Method):
         "aggregate", "alpha", "fold", "rounding", "damp", "act_order", "sweeps", "clip", "rounds", smooth="search",
         rank=32,
     )  # fmt: skip
+    by_rows = True
 
     def complete(self, spec: LayerSpec, n: int, k: int, params: dict[str, Any], foldable: bool = False) -> LayerSpec:
         choices = Choices.of(params)

@@ -16,6 +16,7 @@ from ..stats import LayerStats
 
 class Gptq(Method):
     defaults = pick("damp", "act_order", "sweeps", "clip", "rounds", rounding="gptq")
+    by_rows = True
 
     def needs(self, params: dict[str, Any]) -> frozenset[str]:
         return Choices.of(params).needs()

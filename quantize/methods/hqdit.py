@@ -29,6 +29,7 @@ class HqDit(Method):
         "rounding", "damp", "act_order", "sweeps", "element", "noise", clip="weight", unbiased=True, hadamard=64,
         kind="sylvester",
     )  # fmt: skip
+    by_rows = True
 
     def complete(self, spec: LayerSpec, n: int, k: int, params: dict[str, Any], foldable: bool = False) -> LayerSpec:
         if params["hadamard"] and spec.hadamard is None:

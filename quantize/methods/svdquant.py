@@ -32,6 +32,7 @@ class SvdQuant(Method):
         "alpha", "aggregate", "fold", "rounding", "damp", "act_order", "sweeps", "clip", "element", "rounds",
         smooth="none", branch="weight", noise=True, unbiased=True, rank=32, hadamard=64, kind="sylvester",
     )  # fmt: skip
+    by_rows = True
 
     def complete(self, spec: LayerSpec, n: int, k: int, params: dict[str, Any], foldable: bool = False) -> LayerSpec:
         choices = Choices.of(params)

@@ -32,6 +32,7 @@ class ViditQ(Method):
         "alpha", "aggregate", "fold", "rounding", "damp", "act_order", "sweeps", "clip", hadamard=64,
         kind="sylvester", smooth="none",
     )  # fmt: skip
+    by_rows = True
 
     def complete(self, spec: LayerSpec, n: int, k: int, params: dict[str, Any], foldable: bool = False) -> LayerSpec:
         choices = Choices.of(params)

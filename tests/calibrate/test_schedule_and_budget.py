@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import vdit_quant
+from vdit_quant.calibrate import statistics
+from vdit_quant.calibrate.mixed import allocate_bits, prepare
+from vdit_quant.calibrate.pipeline import Options, open_source, plan_source
+from vdit_quant.calibrate.plan import LayerPlan, Plan
+from vdit_quant.calibrate.progress import Progress
+from vdit_quant.calibrate.timing import MODULATION_ROWS, ROWS
+from vdit_quant.calibrate.workspace import Workspace
+from vdit_quant.evaluate.sampling import Workload
 from vdit_quant.quantize.bit_plan import BitPlan
 from vdit_quant.quantize.errors import InputError
+from vdit_quant.quantize.spec import LayerSpec
 from vdit_quant.runtime.describe import describe_artifact
 from vdit_quant.runtime.linear import CompressedLinear
 from vdit_quant.runtime.schedule import StepPlan, plan_steps
@@ -53,27 +63,96 @@ def test_the_same_weights_run_with_full_activations_where_the_plan_says(tmp_path
     assert not torch.equal(_forward(always.transformer, 900), _forward(weight_only.transformer, 900))
 
 
-def test_a_budget_is_met_stored_and_loaded(tmp_path: Path) -> None:
-    path = vdit_quant.compress(None, tmp_path / "mixed", budget="4.5bits", method="rtn", **FAST)
+def test_a_budget_is_met_stored_and_loaded(tiny_folder: Path, tmp_path: Path) -> None:
+    path = vdit_quant.compress(tiny_folder, tmp_path / "mixed", budget="4.5bits", bits="w4a8", **FAST)
     found = describe_artifact(path, "cpu")
     plan = BitPlan.from_dict(found["plans"]["bits"])
     assert plan.bits <= 4.5
     assert plan.bytes == found["compressed_bytes"]
     assert len({spec.split("-")[0] for spec in plan.layers.values()}) > 1
-    layers = dict(vdit_quant.load(path).transformer.named_modules())
+    modulation = [spec for name, spec in plan.layers.items() if "norm1" in name]
+    assert modulation
+    assert all(spec.endswith("-h64") for spec in modulation), "rotated, whatever their bits: they run as one product"
+    layers = dict(vdit_quant.load(path).named_modules())
     for name, spec in plan.layers.items():
         layer = layers[name]
         assert isinstance(layer, CompressedLinear)
         assert layer.spec.name == spec
 
 
-def test_a_budget_below_every_candidate_names_the_smallest(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="bits"):
-        vdit_quant.compress(None, tmp_path / "x", budget="1bits", method="rtn", **FAST)
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_budget_that_cannot_be_read_is_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"2\.5x"):
         vdit_quant.compress(None, tmp_path / "x", budget="small", **FAST)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_time_budget_needs_a_gpu_and_says_so_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"3\.2ms.*measured on a GPU.*cpu.*--device.*4\.5bits"):
+        vdit_quant.compress(None, tmp_path / "x", budget="3.2ms", method="rtn", **FAST)
+    assert not list(tmp_path.iterdir())
+
+
+def _clock(rows: int, n: int, k: int, spec: LayerSpec) -> float:
+    """A machine on which 4 bits are fast, all others slow, and a modulation layer takes next to no time."""
+    return n * k * (1e-9 if rows == MODULATION_ROWS else 4e-6 if spec.weight.format == "int4" else 8e-6)
+
+
+def _plan_of(folder: Path) -> tuple[Any, Plan]:
+    source = open_source(folder)
+    recipe = Options(bits="w4a8", method="rtn", budget="1ms").resolve_recipe()
+    return source, plan_source(source, recipe)
+
+
+def test_a_time_budget_bounds_the_sum_of_measured_times_and_times_each_shape_once(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    source, plan = _plan_of(tiny_folder)
+    asked: list[tuple[int, int, int, str]] = []
+
+    def timer(rows: int, n: int, k: int, spec: LayerSpec) -> float:
+        asked.append((rows, n, k, spec.name))
+        return _clock(rows, n, k, spec)
+
+    fastest = sum(_clock(_rows(p), p.n, p.k, LayerSpec.parse("w4g64")) for p in plan.compressed)
+    budget = f"{1.5 * fastest:.6f}ms"
+    sizing = prepare(plan, budget, "drift", torch.device("cpu"), timer=timer)
+    assert len(asked) == len(set(asked))
+    workspace = Workspace(tmp_path / "out")
+    workspace.open({}, resume=False)
+    work = Workload(samples=2, steps=4, guidance_scale=1.5)
+    _, bits = allocate_bits(source, plan, sizing, work, workspace, Progress(), torch.device("cpu"))
+    spent = sum(_clock(_rows(p), p.n, p.k, bits.spec_of(p.name)) for p in plan.compressed)
+    assert bits.ms == pytest.approx(spent)
+    assert fastest < spent <= 1.5 * fastest
+    formats = {bits.spec_of(p.name).weight.format for p in plan.compressed if p.role != "modulation"}
+    assert "int4" in formats
+    assert not formats & {"int2", "int3"}, "what is slower than 4 bits and coarser is never chosen"
+
+
+def test_a_time_below_every_candidate_names_the_smallest(tiny_folder: Path) -> None:
+    _, plan = _plan_of(tiny_folder)
+    with pytest.raises(InputError, match=r"cannot be met.*come to [\d.]+ms"):
+        prepare(plan, "0.0001ms", "drift", torch.device("cpu"), timer=_clock)
+
+
+def _rows(layer: LayerPlan) -> int:
+    return MODULATION_ROWS if layer.role == "modulation" else ROWS
+
+
+@pytest.mark.parametrize("budget", ["1bits", "1000x"])
+def test_a_budget_that_cannot_be_met_is_refused_before_the_model_runs(
+    budget: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statistics, "gather", lambda *a, **k: pytest.fail("the model was run"))
+    with pytest.raises(InputError, match=r"cannot be met.* come to 2\.\d+bits|cannot be met.* come to [\d.]+x"):
+        vdit_quant.compress(None, tmp_path / "x", budget=budget, bits="w4a8", **FAST)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_gives_the_same_plan_with_one_block_on_the_device(tiny_folder: Path, tmp_path: Path) -> None:
+    common = {"budget": "4bits", "bits": "w4a8", **FAST}
+    plans = [
+        describe_artifact(vdit_quant.compress(tiny_folder, tmp_path / str(off), offload=off, **common), "cpu")["plans"]
+        for off in (False, True)
+    ]
+    assert plans[0] == plans[1]

@@ -153,3 +153,24 @@ def test_clipping_lowers_the_error_it_is_searched_for(clip: str, spec_name: str)
     assert loss(clip=clip) <= loss() * (1 if clip == "weight" else 1.02)
     if spec_name == "w4":
         assert loss(clip=clip) < 0.95 * loss()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if resolve_method(name, {})[0].by_rows])
+@pytest.mark.parametrize("spec_name", ["w4g64-a8tok", "w3g64", "w2g64", "w8", "wnf4g64", "wt"])
+def test_a_method_that_goes_by_rows_gives_a_row_the_same_bits_among_other_rows(name: str, spec_name: str) -> None:
+    method, params = resolve_method(name, {})
+    params = {
+        **params,
+        **({"rank": 0} if "rank" in params else {}),
+        **({"smooth": "none"} if "smooth" in params else {}),
+    }
+    layer, other = _layer(), FloatLayer("other", torch.randn(80, K, generator=torch.Generator().manual_seed(8)))
+    spec = method.complete(LayerSpec.parse(spec_name), N, K, params)
+    assert spec.weight.resolve().by_rows
+    stats = _stats(method.needs(params))
+    with torch.no_grad():
+        alone = method.compress(FloatLayer(layer.name, layer.weight), stats, spec, **params)
+        joint = FloatLayer("both", torch.cat((other.weight, layer.weight)))
+        among = method.compress(joint, stats, spec, **params)
+    for key in spec.weight.resolve().layout(N, K, spec.weight):
+        assert torch.equal(among[key][80:], alone[key]), key

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from vdit_quant.quantize.compose import Choices, compress_linear
 from vdit_quant.quantize.method import FloatLayer
 from vdit_quant.quantize.spec import LayerSpec
+from vdit_quant.runtime import modulation
 from vdit_quant.runtime.attach import attach, linear_layers
 from vdit_quant.runtime.family import find_family
 from vdit_quant.runtime.fusion import FusedBlock, fuse, report, unfuse
 from vdit_quant.runtime.linear import CompressedLinear
+from vdit_quant.runtime.modulation import Modulation
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 32}
 COMPRESSED = ("attention", "feed_forward")
@@ -309,6 +311,28 @@ def test_activations_of_one_stage_may_differ() -> None:
     expected = call(model, CASES["dit"])
     assert "partly fused" in report(model, ["transformer_blocks.0"])["BasicTransformerBlock"]
     assert close(call(fuse(model, cpu=True), CASES["dit"]), expected)
+
+
+@pytest.mark.parametrize("kind", ["dit", "flux"])
+def test_rotated_modulation_layers_of_several_formats_are_computed_at_once(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[kind]
+    specs = {"1.norm1.linear": "w4g16-h16", "linear": "w8-h16"}
+    expected = call(compressed(case, specs=specs), case)
+    products, rotations = [], []
+    product, rotating = Modulation._product, modulation.rotate
+    monkeypatch.setattr(Modulation, "_product", lambda *args: (products.append(1), product(*args))[1])
+    monkeypatch.setattr(modulation, "rotate", lambda *args: (rotations.append(1), rotating(*args))[1])
+    assert close(call(fuse(compressed(case, specs=specs), cpu=True), case), expected)
+    assert len(products) == len(rotations) > 0
+
+
+def test_modulation_layers_of_unlike_rotations_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, specs = CASES["flux"], {"1.norm1.linear": "w8", "linear": "w8-h16"}
+    expected = call(compressed(case, specs=specs), case)
+    monkeypatch.setattr(Modulation, "_product", lambda *args: pytest.fail("they were joined"))
+    assert close(call(fuse(compressed(case, specs=specs), cpu=True), case), expected)
 
 
 def test_the_report_names_what_is_not_fused() -> None:

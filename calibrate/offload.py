@@ -1,0 +1,102 @@
+"""Running a model whose blocks do not fit on the device together: each is there only while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..evaluate.sampling import Sampler, make_sampler
+from ..runtime.source import Source
+
+
+class BlockStream:
+    """Context manager: while it is entered, each of `blocks` is on `device` only while it runs, and the rest of the
+    model, which must be on the CPU before, is there all the time. It computes what it does when all of it is there.
+
+    Nothing is copied back: the weights stay on the CPU, what is on the device is a copy.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str], device: torch.device) -> None:
+        self.model, self.blocks, self.device = model, list(blocks), device
+        self._handles: list[Any] = []
+        self._kept: dict[str, list[tuple[Tensor, Tensor]]] = {}  # block -> (tensor of the model, its CPU memory)
+
+    def __enter__(self) -> BlockStream:
+        inside = {id(t) for name in self.blocks for t in _tensors(self.model.get_submodule(name))}
+        self._kept[""] = _place((t for t in _tensors(self.model) if id(t) not in inside), self.device)
+        for name in self.blocks:
+            block = self.model.get_submodule(name)
+            fetch, drop = self._hooks(name)
+            self._handles.append(block.register_forward_pre_hook(fetch, prepend=True))
+            self._handles.append(block.register_forward_hook(drop, always_call=True))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for name in list(self._kept):
+            self._drop(name)
+
+    @contextmanager
+    def held(self, block: str) -> Iterator[None]:
+        """Keeps one block on the device while it is run several times."""
+        self._fetch(block)
+        try:
+            yield
+        finally:
+            self._drop(block)
+
+    def _fetch(self, block: str) -> None:
+        self._kept[block] = _place(_tensors(self.model.get_submodule(block)), self.device)
+
+    def _drop(self, block: str) -> None:
+        for tensor, home in self._kept.pop(block, []):
+            tensor.data = home
+
+    def _hooks(self, block: str) -> tuple[Any, Any]:
+        fetched: list[bool] = []
+
+        def fetch(module: nn.Module, args: Any) -> None:
+            fetched.append(block not in self._kept)
+            if fetched[-1]:
+                self._fetch(block)
+
+        def drop(module: nn.Module, args: Any, output: Any) -> None:
+            if fetched.pop():
+                self._drop(block)
+
+        return fetch, drop
+
+
+@contextmanager
+def open_sampler(
+    source: Source, dtype: torch.dtype, device: torch.device, offload: bool
+) -> Iterator[tuple[Sampler, BlockStream | None]]:
+    """A source's sampler on `device`; with `offload` its denoiser's blocks are streamed there, by the stream given."""
+    if not offload:
+        yield make_sampler(source, dtype, device), None
+        return
+    sampler = make_sampler(source, dtype, torch.device("cpu"))
+    components = getattr(getattr(sampler, "pipe", None), "components", {})
+    for module in components.values():
+        if isinstance(module, nn.Module) and module is not sampler.denoiser:
+            module.to(device)
+    with BlockStream(sampler.denoiser, sampler.family.block_names(sampler.denoiser), device) as stream:
+        yield sampler, stream
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _place(tensors: Any, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Copies each tensor's contents to the device, in place; returns where they were."""
+    homes = []
+    for tensor in tensors:
+        homes.append((tensor, tensor.data))
+        tensor.data = tensor.data.to(device)
+    return homes
