@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..evaluate.sampling import Sampler, Workload
-from ..quantize.allocate import Budget, LayerCandidates, allocate, greedy
+from ..quantize.allocate import Budget, LayerCandidates, greedy
 from ..quantize.bit_plan import BitPlan
 from ..quantize.errors import InputError, unknown
 from ..quantize.format import Tensors
@@ -31,6 +31,7 @@ from .probe import capture, probe_steps
 from .progress import Progress
 from .sensitivity import Offers, Scoring, measure, measure_samples, offers, tie_qkv, unmeasured
 from .timing import Timer, gpu_timer, timed
+from .trial import plans_of, try_plans
 from .workspace import Workspace
 
 CANDIDATES = ("w2g64", "w3g64", "w4g64", "w6g64", "w8")
@@ -38,6 +39,7 @@ MODULATION = ("w3g64", "w4g64", "w6g64", "w8")
 ROTATION = 64  # block of the Hadamard rotation of modulation layers
 SENSITIVITIES = ("drift", "samples")
 PROBE_SAMPLES = 8
+TRIAL_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def allocate_bits(
     device: torch.device,
 ) -> tuple[Plan, BitPlan]:  # fmt: skip
     """The plan with every compressed layer's spec chosen among its candidates so that the measured errors are least
-    under the budget, and the record of that choice."""
+    under the budget, and the record of that choice. Plans that weigh what layers do together differently are tried on
+    samples of their own."""
     compressor = _Compressor(source, plan, workspace, device)
     probe = dataclasses.replace(workload, samples=PROBE_SAMPLES, seed=workload.seed + 1)
     scoring = Scoring(tie=tie_qkv)
@@ -92,7 +95,9 @@ def allocate_bits(
             drift = drift_of(sampler.scheduler, steps, guidance_of(sampler, workload))
             scoring = dataclasses.replace(scoring, drift=drift)
             table = measure(model, family, calls, sizing.offered, compressor, scoring, workspace, progress)
-    bits = allocate(with_times(table, sizing.costs), sizing.budget)
+        plans = plans_of(with_times(table, sizing.costs), sizing.budget)
+        trial = dataclasses.replace(workload, samples=TRIAL_SAMPLES, seed=workload.seed + 2)
+        bits, _ = try_plans(sampler, trial, plans, [layer for layer, _ in sizing.offered], compressor, progress)
     layers = tuple(
         dataclasses.replace(layer, spec=bits.spec_of(layer.name)) if layer.name in bits.layers else layer
         for layer in plan.layers

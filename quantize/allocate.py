@@ -30,6 +30,7 @@ from .joint import JointError, choose_jointly
 from .knapsack import Option, Unit, cheapest, choose_by_milp, choose_greedily, total_cost, total_error
 
 QUALITY = "quality"
+TRUST = 0.5
 EXAMPLES = '"2.5x", "4.5bits", "120MB", "1.2GB" or "3.2ms"'
 
 _UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
@@ -119,13 +120,19 @@ class Budget:
 
 
 def allocate(
-    table: Sequence[LayerCandidates], budget: Budget | str | float, weights: Mapping[str, float] | None = None
+    table: Sequence[LayerCandidates],
+    budget: Budget | str | float,
+    weights: Mapping[str, float] | None = None,
+    trust: float = TRUST,
 ) -> BitPlan:
-    """The plan of least error within the budget. weights: group -> how much it counts (default 1).
+    """The plan of least error within the budget.
 
-    The error is that of the sum of all effects, where every candidate has one and there is one group; else the sum of
-    the errors. Without scipy, or where the solver fails, the search begins at the greedy plan, with a logged warning;
-    the plan records what it is.
+    weights  group -> how much it counts (default 1)
+    trust    what the products of different layers' effects count, from 0 to 1
+
+    The error is that of the sum of all effects, where every candidate has one and there is one group; else, or with a
+    trust of 0, the sum of the errors. Without scipy, or where the solver fails, the search begins at the greedy plan,
+    with a logged warning; the plan records what it is.
     Raises InputError for an unreadable budget, one below the cheapest plan (naming that), a time budget without
     measured times, errors that are not finite numbers from 0, tied layers without a common spec, or an unknown group.
     """
@@ -138,23 +145,20 @@ def allocate(
         found, reason = None, "scipy is not installed"
     if found is None:
         _log.warning("%s: a greedy bit plan is used, which may not be the best one", reason)
-    effects = _effects(table, units)
+    effects = _effects(table, units) if trust else None
     if effects is not None:
-        return _joint_plan(
-            table, units, budget, limit, effects, [cheapest(units), chosen, *([found[0]] if found else [])]
-        )
+        joint = JointError(units, effects, trust)
+        return _joint_plan(table, joint, budget, limit, [cheapest(units), chosen, *([found[0]] if found else [])])
     if found is None:
         return _plan(table, units, chosen, budget)
     return dataclasses.replace(_plan(table, units, found[0], budget), solver="milp", gap=found[1])
 
 
 def _joint_plan(
-    table: Sequence[LayerCandidates], units: Sequence[Unit], budget: Budget, limit: int, effects: list[Tensor],
-    starts: list[list[int]],
-) -> BitPlan:  # fmt: skip
-    joint = JointError(units, effects)
+    table: Sequence[LayerCandidates], joint: JointError, budget: Budget, limit: int, starts: list[list[int]]
+) -> BitPlan:
     chosen = choose_jointly(joint, limit, starts)
-    error, plan = joint.of(chosen), _plan(table, units, chosen, budget)
+    error, plan = joint.of(chosen), _plan(table, joint.units, chosen, budget)
     scale = plan.error / (sum(plan.errors.values()) or 1.0)
     return dataclasses.replace(plan, solver="joint", error=error * scale, errors={table[0].group: error})
 

@@ -24,12 +24,15 @@ WIDE = 2000  # options that pairs are sought among
 
 class JointError:
     """effects: for each unit float [options, D], what each of its options changes; the error of a choice is the squared
-    length of the sum of its effects."""
+    length of the sum of its effects. trust: what the products of different units count, 1 for all; products measured
+    on few samples are noise in part."""
 
-    def __init__(self, units: Sequence[Unit], effects: Sequence[Tensor]) -> None:
+    def __init__(self, units: Sequence[Unit], effects: Sequence[Tensor], trust: float = 1.0) -> None:
         self.units = units
         stacked = torch.cat([e.double() for e in effects])
-        self.products = stacked @ stacked.T  # [options, options]
+        own = stacked.square().sum(1)
+        self.products = trust * (stacked @ stacked.T)  # [options, options]
+        self.products.diagonal().copy_(own)
         sizes = torch.tensor([len(unit.options) for unit in units])
         self.unit = torch.repeat_interleave(torch.arange(len(units)), sizes)  # option -> its unit
         self.first = (sizes.cumsum(0) - sizes).tolist()  # unit -> its first option

@@ -56,7 +56,7 @@ def best(table: list[LayerCandidates], limit: int) -> float:
 @pytest.mark.parametrize("budget", ["3bits", "4.5bits"])
 def test_the_plan_is_that_of_least_joint_error_and_keeps_the_budget(seed: int, budget: str) -> None:
     table = table_of(seed)
-    plan = allocate(table, budget)
+    plan = allocate(table, budget, trust=1)
     limit = int(float(budget.removesuffix("bits")) * sum(row.weights for row in table) / 8)
     assert plan.bytes <= limit
     assert plan.solver == "joint"
@@ -76,14 +76,14 @@ def test_it_is_better_than_the_plan_of_least_sum_where_effects_point_the_same_wa
         dataclasses.replace(row, candidates=tuple(dataclasses.replace(c, effect=None) for c in row.candidates))
         for row in table
     ]
-    joint, additive = allocate(table, "3.5bits"), allocate(blind, "3.5bits")
+    joint, additive = allocate(table, "3.5bits", trust=1), allocate(blind, "3.5bits")
     assert additive.solver == "milp"
     assert joint_error(table, joint) < 0.7 * joint_error(table, additive)
 
 
 def test_tied_layers_count_what_they_change_together() -> None:
     table = [dataclasses.replace(row, tie="pair" if number < 2 else "") for number, row in enumerate(table_of(1))]
-    plan = allocate(table, "4bits")
+    plan = allocate(table, "4bits", trust=1)
     assert plan.layers["layer.0"] == plan.layers["layer.1"]
     assert plan.errors["quality"] == pytest.approx(joint_error(table, plan))
 
@@ -96,13 +96,23 @@ def test_several_groups_have_no_common_unit_and_are_added_up() -> None:
 def test_without_scipy_exchanges_alone_find_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     table = table_of(2)
-    plan = allocate(table, "4bits")
+    plan = allocate(table, "4bits", trust=1)
     assert plan.solver == "joint"
     assert joint_error(table, plan) < 1.3 * best(table, sum(row.weights for row in table) // 2)
 
 
 def test_pairs_among_the_promising_options_only_are_nearly_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
     table = table_of(5, layers=40)
-    whole = joint_error(table, allocate(table, "3.5bits"))
+    whole = joint_error(table, allocate(table, "3.5bits", trust=1))
     monkeypatch.setattr(module, "WIDE", 60)
-    assert joint_error(table, allocate(table, "3.5bits")) < 1.2 * whole
+    assert joint_error(table, allocate(table, "3.5bits", trust=1)) < 1.2 * whole
+
+
+def test_what_is_not_trusted_does_not_count() -> None:
+    table = table_of(3, layers=24, common=3.0)
+    plans = [allocate(table, "3.5bits", trust=trust) for trust in (0.0, 0.5, 1.0)]
+    assert [plan.solver for plan in plans] == ["milp", "joint", "joint"]
+    sums = [sum(c.error for r in table for c in r.candidates if c.spec == p.layers[r.layer]) for p in plans]
+    together = [joint_error(table, plan) for plan in plans]
+    assert sums[0] <= sums[1] <= sums[2]
+    assert together[0] >= together[1] >= together[2]
