@@ -101,8 +101,9 @@ def compress_together(
     stacked = FloatLayer(first.name, torch.cat([layers[plan.name].weight for plan in group]))
     joint = compress_layer(dataclasses.replace(first, n=sum(rows)), stacked, stats)
     assert first.spec is not None
-    stored = first.spec.weight.resolve().layout(first.n, first.k, first.spec.weight)  # the rest is of the input
-    parts = {name: t.split(rows) if name in stored else [t] * len(rows) for name, t in joint.items()}
+    fmt = first.spec.weight.resolve()
+    by_row = fmt.layout(first.n, first.k, first.spec.weight).keys() - set(fmt.shared)  # the rest is of the input
+    parts = {name: t.split(rows) if name in by_row else [t] * len(rows) for name, t in joint.items()}
     return {plan.name: {name: t[i].contiguous() for name, t in parts.items()} for i, plan in enumerate(group)}
 
 

@@ -17,14 +17,20 @@ from vdit_quant.quantize.spec import LayerSpec
 from vdit_quant.quantize.stats import LayerStats
 from vdit_quant.runtime.family import find_family
 
-RECIPE = {"method": "viditq", "spec": "w4g64-a8tok", "roles": ["attention", "feed_forward"]}
+CASES = [("viditq", "w4g64-a8tok"), ("hqdit", "wfp4-ae2m1tok"), ("hqdit", "we2m1g32-a8tok")]
 
 
-@pytest.fixture(scope="module")
-def found(tiny_dit: Callable[..., Any], dit_inputs: Callable[..., Any], tiny_folder: Path) -> tuple[Any, Any, Any]:
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case))
+def found(
+    request: pytest.FixtureRequest,
+    tiny_dit: Callable[..., Any],
+    dit_inputs: Callable[..., Any],
+    tiny_folder: Path,
+) -> tuple[Any, Any, Any]:
     """The source, the first block's layers, and what they see in a run."""
-    source = open_source(tiny_folder)
-    plan = plan_source(source, Recipe.from_dict({"name": "test", "step": [RECIPE]}, "test"))
+    source, (method, spec) = open_source(tiny_folder), request.param
+    step = {"method": method, "spec": spec, "roles": ["attention", "feed_forward"]}
+    plan = plan_source(source, Recipe.from_dict({"name": "test", "step": [step]}, "test"))
     model = tiny_dit()
     needs = {layer.name: layer.needs() for layer in plan.compressed}
     with Recorder(model, find_family(model), needs, 1) as recorder, torch.no_grad():
