@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -81,6 +81,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--match", default=MATCHED, help="single-format plans, CORE+MODULATION, whose bytes are budgets as well")
     add("--candidates", default=CANDIDATES, help="specs of attention and feed-forward layers")
     add("--modulation", default=MODULATION, help="specs of modulation layers; one: fixed")
+    add("--also", default="w3g64,w4g64", help="specs of modulation layers that are scored, but are in no plan")
     add("--method", default="gptq", help="gptq, viditq, rtn, ...")
     add(
         "--sensitivity",
@@ -119,6 +120,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         len(devices), context, mixed_worker.start, (options, queue)
     ) as pool:  # fmt: skip
         table, seconds = sensitivities(model, pool, len(devices))
+        errors = modulation_errors(model, table)
+        table = offered(model, table, options)
         rows = measure_plans(plans(model, table, options), pool)
     return {
         "model": model.label,
@@ -133,6 +136,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "shapes": {row.layer: list(model.shapes[row.layer]) for row in table},
         "blocks": model.blocks,
         "candidates": sum(len(row.candidates) for row in table),
+        "modulation_errors": errors,
         "rows": rows,
     }
 
@@ -150,6 +154,28 @@ def sensitivities(
         seconds += spent
         note(f"sensitivities: {number + 1} of {len(parts)} parts")
     return table, seconds
+
+
+def modulation_errors(model: mixed_worker.Model, table: list[LayerCandidates]) -> dict[str, float]:
+    """Spec -> the errors of all modulation layers in it, added up."""
+    out: dict[str, float] = {}
+    for row in table:
+        for candidate in row.candidates if model.roles[row.layer] == "modulation" else ():
+            out[candidate.spec] = out.get(candidate.spec, 0.0) + candidate.error
+    return out
+
+
+def offered(
+    model: mixed_worker.Model, table: list[LayerCandidates], options: argparse.Namespace
+) -> list[LayerCandidates]:
+    """The table without the modulation specs that are only scored."""
+    kept = set(options.modulation.split(","))
+    return [
+        row
+        if model.roles[row.layer] != "modulation"
+        else replace(row, candidates=tuple(c for c in row.candidates if c.spec in kept))
+        for row in table
+    ]
 
 
 def plans(
@@ -231,6 +257,8 @@ def render(found: dict[str, Any]) -> str:
     for row in sorted((r for r in rows if r["allocator"] == "single"), key=lambda r: float(r["plan"]["bytes"])):
         bits = row["plan"]["bits"]
         out.append(f"| {row['budget']} | {bits:.3f} | {16 / bits:.2f}x | {row['psnr']:.2f} |")
+    out += ["", "| modulation layers as | their errors, added up |", "|---|---:|"]
+    out += [f"| `{spec}` | {error:.1e} |" for spec, error in sorted(found["modulation_errors"].items())]
     return "\n".join(out)
 
 

@@ -97,12 +97,13 @@ class Model:
         """Every core and modulation layer with its candidates, completed by the method, in the model's order."""
         out = []
         for name, role in self.roles.items():
-            text = self.options.candidates if role in CORE else self.options.modulation if role == "modulation" else ""
+            o = self.options
+            text = o.candidates if role in CORE else f"{o.modulation},{o.also}" if role == "modulation" else ""
             if not text:
                 continue
             n, k = self.shapes[name]
             layer = LayerPlan(name, role, n, k, block_of(name, self.blocks), None, "", self.options.method)
-            specs = [LayerSpec.parse(part) for part in text.split(",")]
+            specs = [LayerSpec.parse(part) for part in text.split(",") if part]
             if role in CORE:
                 specs = [self.method.complete(spec, n, k, self.params) for spec in specs]
             out += offers([layer], specs)

@@ -119,9 +119,9 @@ def with_times(table: Sequence[LayerCandidates], costs: Sequence[LayerCandidates
 def candidates(layer: LayerPlan) -> list[LayerSpec]:
     """The specs a layer may get: its own with another weight format.
 
-    Modulation layers are rotated as well, where they are rounded with GPTQ: in groups of one row's channels of very
-    different size, 3 bits cost a tenth of what they do without. 2 bits are not among theirs: a calibration run shows
-    them few conditions, and the error of an unseen one is then large.
+    Modulation layers are rotated as well, where they are rounded with GPTQ: their channels are of very different size,
+    and groups of them share a scale. 2 bits are not on their list: a calibration run shows them few conditions, and
+    the error of an unseen one is then large.
     """
     spec, is_core = layer.spec, layer.role in CORE_ROLES
     assert spec is not None

@@ -140,3 +140,22 @@ def test_a_model_object_and_trained_blocks_are_refused(tiny_dit: Callable[..., A
     with pytest.raises(InputError, match="trains whole blocks"):
         vdit_quant.compress(None, tmp_path / "x", bits="w2a16", params=("steps=5",), offload=True, device="cpu")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch")
+def test_the_gpu_holds_one_block_and_gives_the_same_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = {**FAST, "device": "cuda"}
+    whole = vdit_quant.compress(None, tmp_path / "whole", **common)
+    devices, fetch = list[set[str]](), BlockStream._fetch
+
+    def fetching(stream: BlockStream, block: str) -> None:
+        fetch(stream, block)
+        where = {name: next(stream.model.get_submodule(name).parameters()).device.type for name in stream.blocks}
+        devices.append({name for name, device in where.items() if device == "cuda"})
+
+    monkeypatch.setattr(BlockStream, "_fetch", fetching)
+    streamed = vdit_quant.compress(None, tmp_path / "out", offload=True, **common)
+    want, got = load_file(whole / WEIGHTS), load_file(streamed / WEIGHTS)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert devices
+    assert all(len(there) == 1 for there in devices)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vdit_quant.calibrate.replay import BlockChain
 from vdit_quant.quantize import registry
 from vdit_quant.runtime import families
 from vdit_quant.runtime.attach import linear_layers
@@ -220,3 +222,19 @@ def test_the_image_families_know_their_latents(case: tuple[str, nn.Module]) -> N
             shape(model)
     else:
         assert shape(model) == CASES[name][2]["hidden_states"]
+
+
+def test_the_blocks_of_every_family_can_be_run_one_by_one(case: tuple[str, nn.Module], tmp_path: Path) -> None:
+    name, model = case
+    blocks = find_family(model).block_names(model)
+    tracker, seen = StepTracker(model, find_family(model)), list[Any]()
+    with tracker, BlockChain(model, blocks, tracker, tmp_path) as chain:
+        model.get_submodule(blocks[-1]).register_forward_hook(lambda module, args, output: seen.append(output))
+        for _ in range(2):
+            _output(model, _inputs(name))
+        chain.stop()
+        for number in range(len(blocks)):
+            chain.run(number, torch.device("cpu"), lambda place: None)
+    assert len(seen) == 4, "two calls of the model, then two of the last block alone"
+    for in_the_model, alone in zip(seen[:2], seen[2:], strict=True):
+        assert torch.equal(*(out if isinstance(out, Tensor) else out[-1] for out in (in_the_model, alone)))
