@@ -19,7 +19,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
@@ -100,6 +100,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--probe-steps", type=int, default=5, help="timesteps of each of them")
     add("--devices", default="cuda:0" if torch.cuda.is_available() else "cpu", help="comma-separated")
     add("--processes", type=int, default=1, help="processes a device")
+    add("--limit", type=float, default=3600.0, help="seconds after which plans that are not measured are left out")
     add("--threads", type=int, default=2, help="CPU threads a process")
     add("--json", type=Path, required=True, help="where the figures are written; .md and .png go beside it")
     return parser
@@ -122,7 +123,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         table, seconds = sensitivities(model, pool, len(devices))
         errors = modulation_errors(model, table)
         table = offered(model, table, options)
-        rows = measure_plans(plans(model, table, options), pool)
+        rows = measure_plans(plans(model, table, options), pool, options.limit)
     return {
         "model": model.label,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
@@ -183,11 +184,12 @@ def plans(
 ) -> list[tuple[str, str, BitPlan]]:
     """(budget, allocator, plan) of everything that is measured."""
     out: list[tuple[str, str, BitPlan]] = []
-    for core, modulation in product(options.candidates.split(","), options.modulation.split(",")):
-        plan = single(model, table, core, modulation)
-        out.append((_short(core, modulation), "single", plan))
+    singles = {
+        _short(core, modulation): single(model, table, core, modulation)
+        for core, modulation in product(options.candidates.split(","), options.modulation.split(","))
+    }
     wanted = [(text, text) for text in options.budgets.split(",") if text]
-    sizes = {name: plan.bytes for name, _, plan in out}
+    sizes = {name: plan.bytes for name, plan in singles.items()}
     wanted += [(f"= {name}", f"{sizes[name] / 1e3}kB") for name in options.match.split(",") if name in sizes]
     for name, budget in wanted:
         for allocator, solve in ALLOCATORS.items():
@@ -196,7 +198,8 @@ def plans(
             except InputError as error:
                 note(f"{name}: {error}")
                 break
-    return out
+    first = [row for row in out if not row[0].startswith("=")]  # what matters most is measured first
+    return [*first, *((name, "single", plan) for name, plan in singles.items()), *out[len(first) :]]
 
 
 def _short(core: str, modulation: str) -> str:
@@ -214,21 +217,35 @@ def single(model: mixed_worker.Model, table: Sequence[LayerCandidates], core: st
     return BitPlan(layers, f"{size / 1e3}kB", size, 8 * size / weights, 0.0, solver="greedy")
 
 
-def measure_plans(wanted: list[tuple[str, str, BitPlan]], pool: ProcessPoolExecutor) -> list[dict[str, Any]]:
-    """A row for each plan, and for each budget the row "chosen": of the plans that are tried, the best in the trial."""
-    unique = {tuple(sorted(plan.layers.items())): plan.layers for _, _, plan in wanted}
+def measure_plans(
+    wanted: list[tuple[str, str, BitPlan]], pool: ProcessPoolExecutor, limit: float
+) -> list[dict[str, Any]]:
+    """A row for each plan, and for each budget the row "chosen": of the plans that are tried, the best in the trial.
+    Budgets of which a plan was not measured in time are left out."""
+    unique = {_key(plan): plan.layers for _, _, plan in wanted}
+    running = {pool.submit(mixed_worker.measure_plan, layers): key for key, layers in unique.items()}
     found = {}
-    for key, got in zip(unique, pool.map(mixed_worker.measure_plan, unique.values()), strict=True):
-        found[key] = got
-        note(f"plans: {len(found)} of {len(unique)}, {got.psnr:.2f} dB")
+    try:
+        for done in as_completed(running, timeout=max(0.0, limit - (time.perf_counter() - START))):
+            found[running[done]] = done.result()
+            note(f"plans: {len(found)} of {len(unique)}, {done.result().psnr:.2f} dB")
+    except TimeoutError:
+        note(f"{len(unique) - len(found)} plans are left out")
+        pool.shutdown(wait=False, cancel_futures=True)
+    late = {name for name, by, plan in wanted if by != "single" and _key(plan) not in found}
     rows = [
-        {"budget": name, "allocator": by, "plan": plan.to_dict(), **asdict(found[tuple(sorted(plan.layers.items()))])}
+        {"budget": name, "allocator": by, "plan": plan.to_dict(), **asdict(found[_key(plan)])}
         for name, by, plan in wanted
+        if name not in late and _key(plan) in found
     ]
     for name in dict.fromkeys(row["budget"] for row in rows if row["allocator"] in TRIED):
         tried = [row for row in rows if row["budget"] == name and row["allocator"] in TRIED]
         rows.append({**max(tried, key=lambda row: row["trial"]), "allocator": "chosen"})
     return rows
+
+
+def _key(plan: BitPlan) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(plan.layers.items()))
 
 
 def render(found: dict[str, Any]) -> str:
