@@ -14,7 +14,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -67,6 +67,10 @@ class SettingError(ValueError):
 
 class KernelUnavailable(RuntimeError):
     """The Triton twin of an op cannot run and falling back was refused."""
+
+
+class Refusal(Exception):
+    """A vendor's library found that it has nothing for the tensors it was given."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +261,8 @@ def run(op: str, reference: Callable[..., Any], *args: Any) -> Any:
         return reference(*args)
     library = _library(op)
     if library and library[1].supports(op, *args) is None:
-        return _launch(library[1].run, op, device, args)
+        with suppress(Refusal):  # the Triton twin takes what the library turns out not to
+            return _launch(library[1].run, op, device, args)
     reason = "the mode is 'reference'" if current.mode == "reference" else _blocker(op, device)
     if reason is None:
         twin = _twin(op)

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dispatch import Refusal
+
 MULTIPLE = 16
 """cuBLASLt wants rows of both operands to start at multiples of 16 bytes."""
-FEW = 16
-"""Below so many tokens cuBLASLt finds no algorithm for some shapes (one token, K = 15360)."""
 
 
 @cache
@@ -56,8 +56,8 @@ def supports(
     op: str, codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Any, out_dtype: torch.dtype
 ) -> str | None:
     """`limits` of these tensors."""
-    if codes.shape[0] < FEW:
-        return f"fewer than {FEW} tokens"
+    if codes.shape[0] == 0:
+        return "no tokens"
     return limits(op, codes.device, out_dtype, k=codes.shape[1], n=weight.shape[0])
 
 
@@ -70,6 +70,12 @@ def run(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """`fp8_linear` by cuBLASLt."""
+    """`fp8_linear` by cuBLASLt. Raises Refusal for a shape that it has no algorithm for: few tokens of many channels
+    (1 or 17 of K = 15360)."""
     bias = None if bias is None else bias.to(torch.bfloat16)
-    return _multiply(codes.contiguous(), scale.contiguous(), weight.contiguous(), weight_scale.contiguous(), bias)
+    try:
+        return _multiply(codes.contiguous(), scale.contiguous(), weight.contiguous(), weight_scale.contiguous(), bias)
+    except RuntimeError as error:
+        if "CUBLAS_STATUS_NOT_SUPPORTED" not in str(error):
+            raise
+        raise Refusal("cuBLASLt has no algorithm for this shape") from None

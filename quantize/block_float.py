@@ -21,9 +21,10 @@ from .format import ScalarFormat, TensorLayout, Tensors, group_count, group_of
 from .integer import TINY
 from .minifloat import VALUES
 from .spec import FormatSpec
+from .table import table_on
 
-E2M1 = torch.tensor(VALUES["e2m1"])
-LEVELS = torch.cat((-E2M1[1:].flip(0), E2M1))
+E2M1 = tuple(VALUES["e2m1"])
+LEVELS = (*(-value for value in E2M1[:0:-1]), *E2M1)
 E4M3_LARGEST = 448.0
 _BIAS = 127
 
@@ -63,15 +64,15 @@ class BlockFloat(ScalarFormat):
         # round to nearest, ties to the even code: the spacing is .5 below 2, 1 below 4, then 2
         step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
         rounded = (magnitude / step).round() * step
-        place = torch.bucketize(rounded, E2M1.to(weight.device))
+        place = torch.bucketize(rounded, table_on(E2M1, weight.device))
         return torch.where(target < 0, place + 8, place).to(torch.int8)
 
     def dequantize(self, codes: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
-        return LEVELS.to(codes.device)[self.index_of(codes)] * self._element_scale(scales, spec, columns)
+        return table_on(LEVELS, codes.device)[self.index_of(codes)] * self._element_scale(scales, spec, columns)
 
     def levels(self, scales: Tensors, spec: FormatSpec) -> Tensor:
         size = self.block_scale(scales["weight_block_scale"]) * scales["weight_scale"][:, None]
-        return LEVELS.to(size.device) * size[..., None]
+        return table_on(LEVELS, size.device) * size[..., None]
 
     def codes_of(self, index: Tensor) -> Tensor:
         place = index - 7

@@ -70,6 +70,10 @@ class Format:
         """The stored tensors -> float32 [N, K]."""
         raise NotImplementedError
 
+    def round(self, x: Tensor, spec: FormatSpec) -> Tensor:
+        """x: float [N, K] -> float32 [N, K]: what `encode` and `decode` make of it."""
+        return self.decode(self.encode(x, spec), x.shape[-1], spec)
+
     def to_int8(self, tensors: Tensors, k: int, spec: FormatSpec) -> tuple[Tensor, Tensor] | None:
         """int8 [N, K] codes and float32 [N] scales that are *exactly* this weight; None when there are none.
 
@@ -153,6 +157,10 @@ class ScalarFormat(Format):
         scales = self.fit(weight, spec)
         return self.store(self.quantize(weight.float(), scales, spec), scales)
 
+    def round(self, x: Tensor, spec: FormatSpec) -> Tensor:
+        scales = self.fit(x, spec)
+        return self.dequantize(self.quantize(x.float(), scales, spec), scales, spec)
+
     def decode(self, tensors: Tensors, k: int, spec: FormatSpec) -> Tensor:
         scales = {name: t for name, t in tensors.items() if name != "weight"}
         return self.dequantize(self.unpack(tensors["weight"], k), scales, spec)
@@ -176,7 +184,7 @@ def quantize_activation(x: Tensor, spec: FormatSpec | None) -> Tensor:
     held = fmt.quantize_rows(x, spec)
     if held is not None:
         return (held[0].float() * held[1][:, None]).to(x.dtype)
-    rounded = fmt.decode(fmt.encode(x.float(), spec), x.shape[-1], spec)
+    rounded = fmt.round(x.float(), spec)
     return (rounded * row_gain(x, rounded)[:, None]).to(x.dtype)
 
 

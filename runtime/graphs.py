@@ -3,12 +3,14 @@
 `replay_graphs(model)` is the switch. Each combination of argument shapes, dtypes and plain values is captured at its
 first call and replayed after it; another combination is captured anew, and the least recently used one is dropped
 beyond `limit`. A call that cannot be captured (an argument that is neither a tensor nor a plain value, grad mode, a
-LoRA, hooks on blocks, a CPU) runs as it is.
+LoRA, hooks on blocks, a CPU) runs as it is; so does every call of a model of which a part cannot be captured, which is
+logged once.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .linear import CompressedLinear
+
+logger = logging.getLogger("vdit_quant")
 
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 WARMUP = 2
@@ -40,6 +44,7 @@ class GraphedForward:
         self.model, self.limit = model, limit
         self.own: Callable[..., Any] = model.forward
         self.captures = 0
+        self.failure: str | None = None
         self._graphs: OrderedDict[Any, _Capture] = OrderedDict()
         self._pool: Any = None
         self._watched = [(m, m.__dict__.get("forward")) for m in _outer_modules(model)]
@@ -50,7 +55,9 @@ class GraphedForward:
         key = None if torch.compiler.is_compiling() or self._is_disturbed() else _key(leaves, tree, self._state())
         if key is None:
             return self.own(*args, **kwargs)
-        capture = self._graphs.pop(key, None) or self._capture(leaves, tree)
+        capture = self._graphs.pop(key, None) or self._try_capture(leaves, tree)
+        if capture is None:
+            return self.own(*args, **kwargs)
         self._graphs[key] = capture
         while len(self._graphs) > self.limit:
             self._graphs.popitem(last=False)
@@ -70,9 +77,10 @@ class GraphedForward:
         return type(self.model)._apply(self.model, *args, **kwargs)
 
     def _is_disturbed(self) -> bool:
-        """Whether something acts inside the model that a graph would not see: autograd, a LoRA, which is switched and
-        scaled by plain attributes, or a hook or another forward on a block (caching, offloading)."""
-        if torch.is_grad_enabled() or getattr(self.model, "_hf_peft_config_loaded", False):
+        """Whether the model cannot be captured, or something acts inside it that a graph would not see: autograd, a
+        LoRA, which is switched and scaled by plain attributes, or a hook or another forward on a block (caching,
+        offloading)."""
+        if self.failure is not None or torch.is_grad_enabled() or getattr(self.model, "_hf_peft_config_loaded", False):
             return True
         return any(
             m.__dict__.get("forward") != forward or m._forward_hooks or m._forward_pre_hooks
@@ -82,6 +90,15 @@ class GraphedForward:
     def _state(self) -> bool:
         """What a step plan changes between calls of the same shape."""
         return self._layer is not None and bool(self._layer.is_lifted)
+
+    def _try_capture(self, leaves: list[Any], tree: Any) -> _Capture | None:
+        try:
+            return self._capture(leaves, tree)
+        except RuntimeError as error:  # torch's own of a capture; what is wrong with the call itself, the call will say
+            self.reset()
+            self.failure = (str(error).strip() or type(error).__name__).splitlines()[0]
+            logger.warning("%s runs without CUDA graphs: %s", type(self.model).__name__, self.failure)
+            return None
 
     def _capture(self, leaves: list[Any], tree: Any) -> _Capture:
         inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]

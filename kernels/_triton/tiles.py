@@ -3,6 +3,7 @@
 # Kernel parameters are typed by what is launched, not by annotations.
 # mypy: disable-error-code="no-untyped-def"
 
+import os
 from functools import cache
 from typing import Any
 
@@ -115,7 +116,7 @@ INTERPRETED = not isinstance(store_scaled, triton.JITFunction)
 
 COMPILED = tl.constexpr(not INTERPRETED)
 
-OVERLAP = True
+OVERLAP = os.environ.get("VDIT_OVERLAP") == "1"
 """Whether kernels start before the one before them has ended; see `await_inputs`."""
 
 

@@ -21,6 +21,7 @@ from ...kernels.pack import pack_codes, unpack_codes
 from ..format import ScalarFormat, TensorLayout, Tensors, group_of, quantize_activation
 from ..integer import TINY
 from ..spec import FormatSpec, LayerSpec
+from ..table import table_on
 
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -46,16 +47,16 @@ class Nf4(ScalarFormat):
         return {"weight_absmax": weight.float().reshape(len(weight), -1, 64).abs().amax(-1) * clip}
 
     def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
-        levels = torch.tensor(LEVELS, device=weight.device)
+        levels = table_on(LEVELS, weight.device)
         size = self._size(scales, spec, columns)
         return torch.bucketize(weight.float() / size.clamp_min(TINY), (levels[1:] + levels[:-1]) / 2).to(torch.int8)
 
     def dequantize(self, codes: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
-        return torch.tensor(LEVELS, device=codes.device)[codes.long()] * self._size(scales, spec, columns)
+        return table_on(LEVELS, codes.device)[codes.long()] * self._size(scales, spec, columns)
 
     def levels(self, scales: Tensors, spec: FormatSpec) -> Tensor:
         size = scales["weight_absmax"]
-        return torch.tensor(LEVELS, device=size.device) * size[..., None]
+        return table_on(LEVELS, size.device) * size[..., None]
 
     def codes_of(self, index: Tensor) -> Tensor:
         return index.to(torch.int8)
@@ -78,7 +79,7 @@ class Nf4(ScalarFormat):
             return F.linear(x, self.decode(tensors, x.shape[1], spec.weight).to(x.dtype), bias)
         shape = torch.Size((len(weight), x.shape[1]))
         state = library.QuantState(
-            absmax.flatten(), shape=shape, code=torch.tensor(LEVELS, device=x.device), blocksize=64, quant_type="nf4",
+            absmax.flatten(), shape=shape, code=table_on(LEVELS, x.device), blocksize=64, quant_type="nf4",
             dtype=x.dtype,
         )  # fmt: skip
         return F.linear(x, library.dequantize_4bit(weight.view(-1, 1), state), bias)

@@ -158,12 +158,25 @@ def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
         yield name, gluon_producers.act_quant_kernel, rows | transform, constants, options
 
 
+class Driver:
+    """Stands in for the driver of a GPU: a kernel may ask for which one it is compiled."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+
 def compile_all(capability: int) -> None:
     """Print one JSON line per kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.runtime import driver
 
+    target = GPUTarget("cuda", capability, 32)
+    driver.set_active(Driver(target))
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     for name, kernel, types, constants, options in compile_cases():
         signature, fixed, attributes = {}, {}, {}
@@ -175,7 +188,7 @@ def compile_all(capability: int) -> None:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         launch = {name: options[name] for name in ("num_warps", "maxnreg")}
         source = GluonASTSource(kernel, signature, fixed, attributes)
-        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
+        made = triton.compile(source, target=target, options=launch)
         found = {"name": name, "shared": made.metadata.shared}
         if tool.exists():
             with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

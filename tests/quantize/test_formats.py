@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vdit_quant.quantize import formats, registry
 from vdit_quant.quantize.errors import InputError
 from vdit_quant.quantize.format import Format, ScalarFormat, Tensors, quantize_activation
-from vdit_quant.quantize.spec import FormatSpec
+from vdit_quant.quantize.spec import FormatSpec, LayerSpec
 
 Ratio = Callable[[Tensor, Tensor], float]
 
@@ -231,3 +232,30 @@ def test_int4_groups_decode_to_int8_levels_of_one_row_scale(k: int, seed: int, s
     level = fmt.decode(tensors, k, spec) / tensors["weight_scale"][:, None]
     torch.testing.assert_close(level, level.round(), rtol=0, atol=1e-3)
     assert float(level.abs().max()) <= 127.5
+
+
+class Waits(TorchDispatchMode):
+    """Notes what a CUDA graph cannot capture: tensors made from host values, and values read back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("lift_fresh", "lift_fresh_copy", "_local_scalar_dense", "is_nonzero"):
+            self.found.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+@every
+@pytest.mark.parametrize("as_activation", [False, True])
+def test_a_layer_never_waits_for_the_device(fmt_spec: FormatSpec, as_activation: bool) -> None:
+    if as_activation and fmt_spec.format in ("fp4", "vq2", "vq3"):
+        pytest.skip("runs without CUDA graphs as an activation format, which is logged")
+    weight = FormatSpec("int4", 64) if as_activation else fmt_spec
+    spec = LayerSpec(weight, fmt_spec if as_activation else None)
+    tensors, x = weight.resolve().encode(_weight(8, 128), weight), _weight(4, 128, 1)
+    weight.resolve().linear(x, tensors, spec, None)  # tables are made once
+    with Waits() as waits:
+        weight.resolve().linear(x, tensors, spec, None)
+    assert waits.found == []

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vdit_quant.runtime import graphs
 from vdit_quant.runtime.graphs import GraphedForward, replay_graphs
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -38,6 +39,26 @@ def test_the_switch_leaves_nothing_behind() -> None:
     replay_graphs(replay_graphs(model))
     assert replay_graphs(model, enabled=False).__dict__.keys() == before.keys()
     assert replay_graphs(model, enabled=False).__dict__.keys() == before.keys()
+
+
+@torch.no_grad()
+def test_a_model_that_cannot_be_captured_runs_as_it_is_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    model = Denoiser()
+    x, t = torch.randn(2, 8), torch.tensor([1.0])
+    expected = model(x, t)[0]
+    replay_graphs(model)
+    monkeypatch.setattr(graphs, "_key", lambda *_: "a call")
+    monkeypatch.setattr(GraphedForward, "_capture", refuse)
+    for _ in range(2):
+        assert torch.equal(model(x, t)[0], expected)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Denoiser runs without CUDA graphs: operation not permitted when stream is capturing"
+    ]
 
 
 @cuda

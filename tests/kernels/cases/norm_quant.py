@@ -223,7 +223,8 @@ def cuda_to_fp4(k: int, size: int, out: str, make_layer) -> None:
     a, b = make_layer(258, k, 1, dtype=torch.bfloat16, device="cuda"), make_layer(3, 2 * k, 1, device="cuda").x
     mod, transform = [b[:, :k], b[:, k:]], transform_of(a, size, "sylvester", out=out)
     got = NORM_QUANT[out](a.x, mod, [], vectors_of(transform), "layer", 1e-6, size, "sylvester")
-    assert_fp4_nearly_equal(got, module._reference(a.x, Norm(mod, [], "layer", 1e-6), transform), 1e-3)
+    # a code that rounds the other way moves the gain of its whole token
+    assert_fp4_nearly_equal(got, module._reference(a.x, Norm(mod, [], "layer", 1e-6), transform), 2e-3)
 
 
 @needs_fp8
