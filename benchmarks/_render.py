@@ -54,7 +54,8 @@ def plot_bars(groups: Mapping[str, Mapping[str, float]], marks: Mapping[str, flo
     """
     figure, axes = _figure(len(groups), (7.0, 0.5 + sum(0.6 + 0.2 * len(bars) for bars in groups.values())), groups)
     for panel, (title, bars) in zip(axes, groups.items(), strict=True):
-        ours = ["#888888" if name.startswith("bf16") else "#3b7dd8" if name[0] == "w" else "#c9a227" for name in bars]
+        peers = ("torchao", "bitsandbytes")
+        ours = ["#888888" if n.startswith("bf16") else "#c9a227" if n.startswith(peers) else "#3b7dd8" for n in bars]
         panel.barh(list(bars), list(bars.values()), color=ours)
         panel.bar_label(panel.containers[0], fmt="%.2f", fontsize=7, padding=2)
         panel.invert_yaxis()
