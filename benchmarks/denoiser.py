@@ -9,7 +9,7 @@ Weights are random: speed does not depend on them. Every timed path is checked i
 model in fp32, and that of a fused path against the same compressed weights unfused, which must stay within twice
 bf16's own error (of the model; for `COARSE` recipes, of the compressed weights). The script ends with status 1 when one
 does not. The tables replace what stands between `<!-- denoiser:begin -->` and `<!-- denoiser:end -->`; `--render`
-writes them from the JSON without measuring.
+writes them from the JSON without measuring. A document with `<!-- speed:begin -->` gets one line a model there instead.
 """
 
 from __future__ import annotations
@@ -82,6 +82,9 @@ def main() -> None:
     if options.plot is not None:
         plot(found, options.plot)
     for document in options.markdown:
+        if "<!-- speed:begin -->" in document.read_text(encoding="utf-8"):
+            rewrite(document, "speed", summary(found))
+            continue
         picture = options.plot and ("Bars: how many times as fast as compiled bf16 each way is", options.plot)
         rewrite(document, "denoiser", text, picture)
     print(text)
@@ -382,6 +385,20 @@ def render(found: dict[str, Any]) -> str:
         lines += [f"- `{way}` failed: {escape(reason)}" for way, reason in model["failed"].items()]
         lines += [""] if model["failed"] else []
     return "\n".join(lines).rstrip()
+
+
+def summary(found: dict[str, Any]) -> str:
+    """One line a model: times as fast as compiled bf16, which has CUDA graphs too where it was measured with them."""
+    recipes = ("w8a8", "w4a8")
+    rows = []
+    for model in found["models"].values():
+        plain, graphed = baselines(model)
+        times = [model["rows"].get(f"{recipe}-graph", {}).get("ms") for recipe in recipes]
+        if None not in times:
+            label = model["label"] + (", CUDA graphs on both sides" if graphed else "")
+            rows.append([label, *(f"{ratio(graphed or plain, ms)}x" for ms in times)])
+    machine = next(iter(found["models"].values()))["machine"]
+    return "\n".join([f"{machine}, random weights:", "", *table(["", *(r.upper() for r in recipes)], rows)])
 
 
 def model_table(model: dict[str, Any]) -> list[str]:
