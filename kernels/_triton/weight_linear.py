@@ -191,7 +191,8 @@ def small_int4_options(m: int, n: int, k: int, group: int) -> dict[str, int] | N
     if m > SMALL or step < 32 or k % step:
         return None
     unroll = next(u for u in (4, 3, 2, 1) if k % (step * u) == 0)
-    wide, warps = (64, 4) if m > ALIKE else (64 if n > 1 << 14 else 32, 2)
+    # a program decodes about as fast as the others let it, however wide: as many as fill the GPU
+    wide, warps = (64, 4) if m > ALIKE else (64 if n > 1 << 16 else 32, 2)
     return {"STEP": step, "UNROLL": unroll, "BN": wide, "num_warps": warps, "num_stages": 3}
 
 
