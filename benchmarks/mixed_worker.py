@@ -79,7 +79,7 @@ class Model:
     def __init__(self, options: argparse.Namespace, device: str) -> None:
         self.options, self.device = options, pick_device(device)
         source = find_source(demo_path() if options.model == "demo" else options.model)
-        self.label = source.label.rstrip("/").rsplit("/", 1)[-1]
+        self.label = "demo" if options.model == "demo" else source.label.rstrip("/").rsplit("/", 1)[-1]
         self.sampler: Sampler = make_sampler(source, torch.float32, self.device)
         self.model, self.family = self.sampler.denoiser, self.sampler.family
         self.blocks, self.roles = self.family.block_names(self.model), self.family.linears(self.model)

@@ -1,12 +1,11 @@
 """Choose, for every op, between the torch reference and its Triton twin, and keep the reason.
 
 The reference *is* the definition of an op; a twin in `_triton/` is only ever a faster way to the same numbers. Nothing
-here runs on CPU tensors: torch's own dispatcher sends those to the reference. `explain` answers without running.
-
-Where a vendor's library has the faster product (`LIBRARIES`), it comes first.
+here runs on CPU tensors: torch's own dispatcher sends those to the reference. `explain` answers without running. A
+vendor's library comes first where it has the faster product (`LIBRARIES`).
 
 Environment: `VDIT_KERNELS` = auto | triton | reference, `VDIT_STRICT` = 1 to refuse every fallback on an accelerator,
-`VDIT_LAUNCH_TABLES` = folder of this machine's own launch tables.
+`VDIT_LAUNCH_TABLES` = folder of this machine's own launch tables, `VDIT_OVERLAP` = 1 to start kernels early.
 """
 
 import importlib
@@ -106,14 +105,17 @@ class _Process:
 
 
 def _from_environment() -> Settings:
-    strict = os.environ.get("VDIT_STRICT", "").strip().lower() in ("1", "true", "yes", "on")
-    return Settings(os.environ.get("VDIT_KERNELS", "").strip().lower() or "auto", strict)
+    return Settings(os.environ.get("VDIT_KERNELS", "").strip().lower() or "auto", is_on("VDIT_STRICT"))
+
+
+def is_on(name: str) -> bool:
+    """Whether a setting of the environment is switched on."""
+    return os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on")
 
 
 def table_folder() -> Path:
     """Where this machine's own launch tables are (see `launch_table.py`)."""
-    named = os.environ.get("VDIT_LAUNCH_TABLES", "").strip()
-    return Path(named) if named else Path.home() / ".cache" / "vdit-quant" / "tables"
+    return Path(os.environ.get("VDIT_LAUNCH_TABLES", "").strip() or Path.home() / ".cache" / "vdit-quant" / "tables")
 
 
 _process = _Process()

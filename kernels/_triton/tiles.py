@@ -3,7 +3,6 @@
 # Kernel parameters are typed by what is launched, not by annotations.
 # mypy: disable-error-code="no-untyped-def"
 
-import os
 from functools import cache
 from typing import Any
 
@@ -15,6 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.language.target_info import cuda_capability_geq
 
 from .. import quant_token_fp4 as fp4
+from ..dispatch import is_on
 from ..quant_token import LIMITS
 
 TORCH_TO_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -116,7 +116,7 @@ INTERPRETED = not isinstance(store_scaled, triton.JITFunction)
 
 COMPILED = tl.constexpr(not INTERPRETED)
 
-OVERLAP = os.environ.get("VDIT_OVERLAP") == "1"
+OVERLAP = is_on("VDIT_OVERLAP")
 """Whether kernels start before the one before them has ended; see `await_inputs`."""
 
 

@@ -13,6 +13,7 @@ from vdit_quant.kernels.int8_linear import int8_linear
 from ._case import (
     EVERYWHERE,
     FEW_TOKENS,
+    FLOAT,
     FLOATS,
     GROUPED,
     GROUPED_LAYERS,
@@ -65,9 +66,9 @@ def compile_cases() -> Iterator[Compile]:
     file = twin("int4_weight_linear")
     types = {**LINEAR, "w_ptr": "*u8", "group_ptr": "*u8", "x_ptr": "*bf16", "y_ptr": "*bf16"}
     for m, n, group in ((1, 6912, 64), (2, 193536, 64), (64, 6912, 64), (16, 6912, 32), (1, 6912, 0)):
-        options = file.small_int4_options(m, n, 1152, group)
+        options, units = file.small_int4_options(m, n, 1152, group), FEW_TOKENS if m <= file.ALIKE else FLOAT
         constants = {"HAS_BIAS": True, "GROUP": group, "DOT": file.dot_dtype(bf16), "BM": max(16, m), **options}
-        yield Compile(f"few: M={m} N={n} group={group}", file.small_int4_kernel, types, constants, HOPPER, FEW_TOKENS)
+        yield Compile(f"few: M={m} N={n} group={group}", file.small_int4_kernel, types, constants, HOPPER, units)
 
 
 @pytest.mark.parametrize(("m", "k", "n", "group"), [(*shape, None) for shape in SHAPES] + GROUPED)
