@@ -37,6 +37,8 @@ from vdit_quant.quantize.recipe import CORE_ROLES, Recipe
 from vdit_quant.runtime.describe import describe_artifact
 
 _baselines: dict[str, Run] = {}
+BROKEN = 3
+"""Exit status of a process whose GPU context is lost."""
 
 
 @dataclass(frozen=True)
@@ -118,13 +120,17 @@ def measure_all(options: argparse.Namespace, rows: dict[str, dict[str, Any]]) ->
     for name, row in sorted(rows.items(), key=urgency):
         shared = (options.samples, options.steps, seeds, options.guidance, yardstick, options.frechet_samples)
         todo.put(Job(name, options.model, "", *shared, row))
-    workers = []
-    for number in range(min(len(rows), len(devices) * options.processes)):
-        device = devices[number % len(devices)]
-        workers.append(context.Process(target=work, args=(device, todo, done), daemon=True))
-        workers[-1].start()
+
+    def start(number: int) -> Any:
+        worker = context.Process(target=work, args=(devices[number % len(devices)], todo, done), daemon=True)
+        worker.start()
+        return worker
+
+    workers = [start(number) for number in range(min(len(rows), len(devices) * options.processes))]
     results: dict[str, Any] = {}
     while len(results) < len(rows) and any(w.is_alive() for w in workers):
+        # one that a GPU error has ended is no use for the rows behind: another takes its place
+        workers = [start(n) if w.exitcode == BROKEN else w for n, w in enumerate(workers)]
         left = options.limit - (time.perf_counter() - begin)
         if left <= 0:
             break
@@ -150,7 +156,10 @@ def measure_all(options: argparse.Namespace, rows: dict[str, dict[str, Any]]) ->
 
 def write(options: argparse.Namespace, results: dict[str, Any], rows: dict[str, Any]) -> None:
     before = json.loads(options.json.read_text(encoding="utf-8"))["rows"] if options.json.exists() else []
-    kept = {row["name"]: row for row in before} | results
+    kept = {row["name"]: row for row in before}
+    for name, row in results.items():
+        if "error" not in row or "error" in kept.get(name, row):  # a failure replaces no figure
+            kept[name] = row
     found = {
         "model": Path(options.model).name,
         "machine": quality.machine(options.devices.split(",")[0]),
@@ -178,8 +187,12 @@ def work(device: str, todo: Any, done: Any) -> None:
             return
         try:
             done.put(measure_row(Job(**{**asdict(job), "device": device})))
-        except Exception:
+        except Exception as error:
             done.put({"name": job.name, "error": traceback.format_exc(limit=-4), **job.row})
+            if isinstance(error, torch.AcceleratorError):  # every later call of this process would fail too
+                done.close()
+                done.join_thread()
+                raise SystemExit(BROKEN) from None
 
 
 def measure_row(job: Job) -> dict[str, Any]:
