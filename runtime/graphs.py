@@ -55,9 +55,12 @@ class GraphedForward:
         key = None if torch.compiler.is_compiling() or self._is_disturbed() else _key(leaves, tree, self._state())
         if key is None:
             return self.own(*args, **kwargs)
-        capture = self._graphs.pop(key, None) or self._try_capture(leaves, tree)
-        if capture is None:
-            return self.own(*args, **kwargs)
+        try:
+            capture = self._graphs.pop(key, None) or self._capture(leaves, tree)
+        except RuntimeError as error:
+            out = self.own(*args, **kwargs)  # raises what is wrong with the call itself
+            self._give_up(error)
+            return out
         self._graphs[key] = capture
         while len(self._graphs) > self.limit:
             self._graphs.popitem(last=False)
@@ -91,14 +94,10 @@ class GraphedForward:
         """What a step plan changes between calls of the same shape."""
         return self._layer is not None and bool(self._layer.is_lifted)
 
-    def _try_capture(self, leaves: list[Any], tree: Any) -> _Capture | None:
-        try:
-            return self._capture(leaves, tree)
-        except RuntimeError as error:  # torch's own of a capture; what is wrong with the call itself, the call will say
-            self.reset()
-            self.failure = (str(error).strip() or type(error).__name__).splitlines()[0]
-            logger.warning("%s runs without CUDA graphs: %s", type(self.model).__name__, self.failure)
-            return None
+    def _give_up(self, error: RuntimeError) -> None:
+        self.reset()
+        self.failure = (str(error).strip() or type(error).__name__).splitlines()[0]
+        logger.warning("%s runs without CUDA graphs: %s", type(self.model).__name__, self.failure)
 
     def _capture(self, leaves: list[Any], tree: Any) -> _Capture:
         inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
