@@ -81,28 +81,19 @@ def decoded_word(
 
 
 @triton.jit
-def two_words(
-    book_ptr, first, second, third, base, I: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr,
-    LENGTH: tl.constexpr,
+def decoded_words(
+    book_ptr, first, second, third, base, I: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr,
+    BITS: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
-    """int32 [2 BLOCK]: words I and I + STEP of the unit, in turns."""
-    CODES: tl.constexpr = 4 // LENGTH
-    return tl.interleave(
-        decoded_word(book_ptr, first, second, third, base, I * CODES, BITS, LENGTH),
-        decoded_word(book_ptr, first, second, third, base, (I + STEP) * CODES, BITS, LENGTH),
-    )
-
-
-@triton.jit
-def four_words(
-    book_ptr, first, second, third, base, I: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr,
-    LENGTH: tl.constexpr,
-):  # fmt: skip
-    """int32 [4 BLOCK]: every STEP-th word of the unit from I on."""
-    return tl.interleave(
-        two_words(book_ptr, first, second, third, base, I, 2 * STEP, BITS, LENGTH),
-        two_words(book_ptr, first, second, third, base, I + STEP, 2 * STEP, BITS, LENGTH),
-    )
+    """int32 [COUNT * BLOCK]: COUNT words of every unit, a power of two, the STEP-th ones from word I on."""
+    if COUNT == 1:
+        words = decoded_word(book_ptr, first, second, third, base, I * 4 // LENGTH, BITS, LENGTH)
+    else:
+        words = tl.interleave(
+            decoded_words(book_ptr, first, second, third, base, I, 2 * STEP, COUNT // 2, BITS, LENGTH),
+            decoded_words(book_ptr, first, second, third, base, I + STEP, 2 * STEP, COUNT // 2, BITS, LENGTH),
+        )
+    return words
 
 
 @triton.jit
@@ -128,28 +119,7 @@ def codebook_words_kernel(
     if HAS_TABLE:
         table = tl.load(table_ptr + at // ROW_UNITS, mask=inside, other=0).to(tl.int32)
         base = tl.minimum(table, TABLES - 1) << BITS
-    if WORDS == 1:
-        values = decoded_word(book_ptr, first, second, third, base, 0, BITS, LENGTH)
-    elif WORDS == 2:
-        values = two_words(book_ptr, first, second, third, base, 0, 1, BITS, LENGTH)
-    elif WORDS == 4:
-        values = four_words(book_ptr, first, second, third, base, 0, 1, BITS, LENGTH)
-    elif WORDS == 8:
-        values = tl.interleave(
-            four_words(book_ptr, first, second, third, base, 0, 2, BITS, LENGTH),
-            four_words(book_ptr, first, second, third, base, 1, 2, BITS, LENGTH),
-        )
-    else:
-        values = tl.interleave(
-            tl.interleave(
-                four_words(book_ptr, first, second, third, base, 0, 4, BITS, LENGTH),
-                four_words(book_ptr, first, second, third, base, 2, 4, BITS, LENGTH),
-            ),
-            tl.interleave(
-                four_words(book_ptr, first, second, third, base, 1, 4, BITS, LENGTH),
-                four_words(book_ptr, first, second, third, base, 3, 4, BITS, LENGTH),
-            ),
-        )
+    values = decoded_words(book_ptr, first, second, third, base, 0, 1, WORDS, BITS, LENGTH)
     to = tl.program_id(0).to(tl.int64) * (WORDS * BLOCK) + tl.arange(0, WORDS * BLOCK)
     tl.store(out_ptr.to(tl.pointer_type(tl.int32)) + to, values, mask=to < WORDS * UNITS.to(tl.int64))
 
