@@ -1,6 +1,7 @@
 """The activation function of a feed-forward network (or none) and the quantisation of what a layer reads, in one op."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,8 +54,8 @@ def _parse(
     signs: Tensor | None,
     block_size: int,
     hadamard_kind: str,
-    out: str,
-    prefix: Tensor | None,
+    out: str = "int8",
+    prefix: Tensor | None = None,
 ) -> Parsed:
     check_float("act_quant", x)
     expect(act in ACTS, "act_quant", f"act to be one of {', '.join(ACTS)}", repr(act))
@@ -105,31 +106,12 @@ def act_quant(
 
 
 @act_quant.register_fake
-def _(
-    x: Tensor,
-    act: str,
-    pre_scale: Tensor | None,
-    signs: Tensor | None,
-    block_size: int,
-    hadamard_kind: str,
-    out: str = "int8",
-    prefix: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    _, transform, _ = _parse(x, act, pre_scale, signs, block_size, hadamard_kind, out, prefix)
+def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    act, transform, prefix = _parse(x, *args)
     return transform.empty(x, token_width(x, act, prefix))
 
 
 @act_quant.register_cuda
-def _(
-    x: Tensor,
-    act: str,
-    pre_scale: Tensor | None,
-    signs: Tensor | None,
-    block_size: int,
-    hadamard_kind: str,
-    out: str = "int8",
-    prefix: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    parsed = _parse(x, act, pre_scale, signs, block_size, hadamard_kind, out, prefix)
-    found: tuple[Tensor, Tensor] = dispatch.run("act_quant", _reference, x, *parsed)
+def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = dispatch.run("act_quant", _reference, x, *_parse(x, *args))
     return found

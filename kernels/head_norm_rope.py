@@ -1,5 +1,7 @@
 """From merged q/k/v projections to attention's inputs: RMSNorm, rotary embedding and joining of two streams."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -129,14 +131,7 @@ def _(
 
 
 @head_norm_rope.register_cuda
-def _(
-    qkv: Tensor,
-    weights: list[Tensor],
-    other: Tensor | None,
-    other_weights: list[Tensor],
-    rope: list[Tensor],
-    heads: int,
-    eps: float,
-) -> Tensor:
-    _check(qkv, weights, other, other_weights, rope, heads)
-    return dispatch.run(OP, _reference, qkv, weights, other, other_weights, rope, heads, eps)
+def _(*args: Any) -> Tensor:
+    _check(*args[:-1])  # all but eps
+    found: Tensor = dispatch.run(OP, _reference, *args)
+    return found

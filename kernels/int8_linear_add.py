@@ -1,5 +1,7 @@
 """W8A8 linear layer whose output is gated and added to the residual stream, as at the end of every DiT branch."""
 
+from typing import Any
+
 from torch import Tensor
 
 from . import dispatch
@@ -89,14 +91,7 @@ def _(
 
 
 @int8_linear_add.register_cuda
-def _(
-    codes: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    gate: Tensor | None,
-) -> Tensor:
-    _check(codes, scale, weight, weight_scale, bias, residual, gate)
-    return dispatch.run(OP, _reference, codes, scale, weight, weight_scale, bias, residual, gate)
+def _(*args: Any) -> Tensor:
+    _check(*args)
+    found: Tensor = dispatch.run(OP, _reference, *args)
+    return found

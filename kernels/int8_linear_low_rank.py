@@ -1,5 +1,7 @@
 """W8A8 linear layer with the up-projection of a low-rank branch in its epilogue (SVDQuant, Li et al. 2024)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -88,15 +90,7 @@ def _(
 
 
 @int8_linear_low_rank.register_cuda
-def _(
-    codes: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    low: Tensor,
-    up: Tensor,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    _check(codes, scale, weight, weight_scale, bias, low, up, out_dtype)
-    return dispatch.run(OP, _reference, codes, scale, weight, weight_scale, bias, low, up, out_dtype)
+def _(*args: Any) -> Tensor:
+    _check(*args)
+    found: Tensor = dispatch.run(OP, _reference, *args)
+    return found
