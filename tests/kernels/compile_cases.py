@@ -7,34 +7,19 @@ A separate program because a compiler failure can abort the process, and because
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime import driver
 
 from cases import _case
+from cases._offline import inspect_cubin, pretend
 
-BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Everything else is a multiple of 16 in every layer of a DiT, or the kernels do not specialise it.
 UNALIGNED = {"M", "ROWS", "BLOCKS", "TOKENS", "OFFSET", "BATCHES", "factor", "eps"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-UNITS = r"\b(IGMMA|HGMMA|QGMMA|QMMA|IMMA|HMMA|UTC[A-Z]*MMA)\b"
-
-
-class _Driver:
-    """Stands in for the driver of a GPU: a kernel may ask for which one it is compiled."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
 
 
 def compile_case(case: _case.Compile, architecture: str) -> dict[str, Any]:
@@ -52,8 +37,7 @@ def compile_case(case: _case.Compile, architecture: str) -> dict[str, Any]:
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     amd = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture), 32)
-    driver.set_active(_Driver(target))
-    compiled = triton.compile(source, target=target, options=options)
+    compiled = triton.compile(source, target=pretend(target), options=options)
     if amd:
         found = inspect_amdgcn(compiled.asm["amdgcn"])
     else:
@@ -67,22 +51,6 @@ def inspect_amdgcn(text: str) -> dict[str, Any]:
     scratch = re.search(r"\.private_segment_fixed_size:\s*(\d+)", text)
     assert scratch is not None
     return {"stack": int(scratch.group(1)), "mma": sorted(set(re.findall(r"\bv_mfma_[a-z0-9]+", text)))}
-
-
-def inspect_cubin(cubin: bytes, disassemble: bool) -> dict[str, Any]:
-    """Registers, stack bytes and, on request, matrix instructions of a kernel; empty without NVIDIA's tools."""
-    if not (BIN / "cuobjdump").exists():
-        return {}
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [BIN / "cuobjdump", "-res-usage", *(["-sass"] if disassemble else []), file.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    text = done.stdout + done.stderr
-    usage = {name: re.search(rf"\b{name}:(\d+)", text) for name in ("REG", "STACK")}
-    found: dict[str, Any] = {name.lower(): int(match.group(1)) for name, match in usage.items() if match}
-    assert len(found) == 2, text[:2000]
-    return found | ({"mma": sorted(set(re.findall(UNITS, done.stdout)))} if disassemble else {})
 
 
 def main(wanted: list[str]) -> None:

@@ -7,10 +7,8 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -158,26 +156,15 @@ def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
         yield name, gluon_producers.act_quant_kernel, rows | transform, constants, options
 
 
-class Driver:
-    """Stands in for the driver of a GPU: a kernel may ask for which one it is compiled."""
-
-    def __init__(self, target: Any) -> None:
-        self.target = target
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-
 def compile_all(capability: int) -> None:
     """Print one JSON line per kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
-    from triton.runtime import driver
 
-    target = GPUTarget("cuda", capability, 32)
-    driver.set_active(Driver(target))
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    from cases._offline import inspect_cubin, pretend
+
+    target = pretend(GPUTarget("cuda", capability, 32))
     for name, kernel, types, constants, options in compile_cases():
         signature, fixed, attributes = {}, {}, {}
         for i, argument in enumerate(kernel.arg_names):
@@ -189,14 +176,7 @@ def compile_all(capability: int) -> None:
         launch = {name: options[name] for name in ("num_warps", "maxnreg")}
         source = GluonASTSource(kernel, signature, fixed, attributes)
         made = triton.compile(source, target=target, options=launch)
-        found = {"name": name, "shared": made.metadata.shared}
-        if tool.exists():
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(made.asm["cubin"])
-                file.flush()
-                text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-            usage = text.stdout + text.stderr
-            found |= {n.lower(): int(re.search(rf"{n}:(\d+)", usage)[1]) for n in ("STACK", "REG")}  # type: ignore[index]
+        found = {"name": name, "shared": made.metadata.shared, **inspect_cubin(made.asm["cubin"], disassemble=False)}
         sys.stdout.write(json.dumps(found) + "\n")
 
 

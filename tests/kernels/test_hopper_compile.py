@@ -5,11 +5,8 @@ process, and Gluon has no interpreter.
 """
 
 import json
-import re
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,21 +49,6 @@ def test_every_tile_fits_and_spills_nothing(op: str, compiled: dict[str, list[di
         assert tile["mma"] == ["IGMMA"], tile
 
 
-class _Driver:
-    """Stands in for the driver of a Hopper GPU while nothing is launched."""
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 class _CompileOnly:
     """A kernel whose launch ends with the compiled code."""
 
@@ -77,27 +59,13 @@ class _CompileOnly:
         return lambda *args, **options: self.kernel.warmup(*args, grid=grid, **options)
 
 
-def _inspect(cubin: bytes) -> dict[str, Any]:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists():
-        return {}
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True)
-    stack = int(re.search(r"STACK:(\d+)", usage.stdout + usage.stderr).group(1))
-    return {"stack": stack, "mma": sorted(set(re.findall(r"\b(IGMMA|HGMMA|QGMMA|IMMA|HMMA)\b", sass.stdout)))}
-
-
 def main(op: str) -> None:
-    from triton.runtime import driver
+    from triton.backends.compiler import GPUTarget
 
+    from cases._offline import inspect_cubin, pretend
     from vdit_quant.kernels._triton import hopper, int8_hopper
 
-    driver.set_active(_Driver())
+    pretend(GPUTarget("cuda", 90, 32))
     int8_hopper._processors = lambda device: 132
     int8_hopper.int8_hopper_kernel = _CompileOnly(int8_hopper.int8_hopper_kernel)
     m, n, k, samples = 512, 768, 128, 2
@@ -110,7 +78,11 @@ def main(op: str) -> None:
         int8_hopper.launch(*tensors, torch.empty_like(residual), options, added)
         ((kernel, _),) = int8_hopper._compiled.values()
         waits = "griddepcontrol.wait" in kernel.asm["ptx"]
-        found = {"shared": kernel.metadata.shared, "waits": waits, **_inspect(kernel.asm["cubin"])}
+        found = {
+            "shared": kernel.metadata.shared,
+            "waits": waits,
+            **inspect_cubin(kernel.asm["cubin"], disassemble=True),
+        }
         sys.stdout.write(json.dumps({"programs": options["PROGRAMS"], "options": options, **found}) + "\n")
         sys.stdout.flush()
 
