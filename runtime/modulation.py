@@ -37,18 +37,12 @@ class Modulation:
         source  the tensors that the embedding is made from: blocks that are given other ones compute their own
         embed   makes the embedding [B, K], as the layers read it
         """
-        if index == 0 or not self._outputs or self._is_other(source):
+        if index == 0 or not self._outputs or are_others(self._source, source):
             self._source, self._outputs = source, self._compute(embed())
         outputs = self._outputs[index]
         if index == self.last:
             self._source, self._outputs = (), []
         return outputs
-
-    def _is_other(self, source: tuple[Tensor, ...]) -> bool:
-        # one traced call gives every block the same tensors, and a tracer need not follow their identity
-        if torch.compiler.is_compiling():
-            return False
-        return any(a is not b for a, b in zip(source, self._source, strict=True))
 
     def _compute(self, embedding: Tensor) -> list[list[Tensor]]:
         flat = self._product(embedding) if self.ready() else [layer(embedding) for layer in layers_at(self.places)]
@@ -78,6 +72,14 @@ class Modulation:
             alike = all(map(_is_weight_only, layers)) and all(reads_alike(layers[0], other) for other in layers[1:])
             self.parts = merge(layers) if alike else []
         return len(self.parts) > 0
+
+
+def are_others(known: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> bool:
+    """Whether a block is given other tensors than those that something was made of for all blocks."""
+    # one traced call gives every block the same tensors, and a tracer need not follow their identity
+    if torch.compiler.is_compiling():
+        return False
+    return any(a is not b for a, b in zip(given, known, strict=True))
 
 
 def _is_weight_only(layer: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..attention import attend
 from ..fusion import FusedBlock, Fusion
+from ..modulation import are_others
 from ..stage import Norm, Place, Stage
 from ._stream import activation_of
 
@@ -96,17 +97,12 @@ class FusedBasicBlock(FusedBlock):
     def _once(self, name: str, source: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """What the first block of a forward makes of `source` for all; a block that is given another tensor makes its
         own. Nothing is kept after the last."""
-        if self.place == 0 or name not in self.shared or self._is_other(self.shared[name][0], source):
+        if self.place == 0 or name not in self.shared or are_others(self.shared[name][:1], (source,)):
             self.shared[name] = source, make()
         made: Tensor = self.shared[name][1]
         if self.place == len(self.siblings) - 1:
             del self.shared[name]
         return made
-
-    @staticmethod
-    def _is_other(known: Tensor, source: Tensor) -> bool:
-        # one traced call gives every block the same tensors, and a tracer need not follow their identity
-        return not torch.compiler.is_compiling() and known is not source
 
     def _cross(self, h: Tensor, batch: int, encoder_hidden_states: Tensor | None, mask: Tensor | None) -> Tensor:
         """Attention to the text, whose tokens every query sees; the input is not normalised (as in PixArt)."""
