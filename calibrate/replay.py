@@ -150,31 +150,33 @@ class _Store:
     def __init__(self, folder: Path, name: str, limit: float) -> None:
         self.folder, self.name, self.limit = folder, name, limit
         self.held: dict[int, dict[str, Tensor]] = {}
+        self.bytes = 0  # in memory
 
     def put(self, call: int, tensors: dict[str, Tensor]) -> None:
         copies = {path: t.detach().to("cpu", copy=True).contiguous() for path, t in tensors.items()}
-        self.held.pop(call, None)
-        if self.bytes + sum(t.nbytes for t in copies.values()) <= self.limit:
+        size = _size(copies)
+        self.bytes -= _size(self.held.pop(call, {}))
+        if self.bytes + size <= self.limit:
             self.held[call] = copies
+            self.bytes += size
         else:
             self._path(call).unlink(missing_ok=True)
             save_file(copies, self._path(call))
-
-    @property
-    def bytes(self) -> int:
-        """Bytes in memory."""
-        return sum(t.nbytes for parts in self.held.values() for t in parts.values())
 
     def get(self, call: int) -> dict[str, Tensor]:
         return self.held[call] if call in self.held else load_file(self._path(call))
 
     def clear(self) -> None:
-        self.held = {}
+        self.held, self.bytes = {}, 0
         for path in self.folder.glob(f"{self.name}-*.activations"):
             path.unlink()
 
     def _path(self, call: int) -> Path:
         return self.folder / f"{self.name}-{call:06d}.activations"
+
+
+def _size(tensors: dict[str, Tensor]) -> int:
+    return sum(t.nbytes for t in tensors.values())
 
 
 def _identities(value: Any) -> dict[int, tuple[str, Tensor, int]]:
