@@ -24,15 +24,17 @@ class BlockStream:
         self.model, self.blocks, self.device = model, list(blocks), device
         self._handles: list[Any] = []
         self._kept: dict[str, list[tuple[Tensor, Tensor]]] = {}  # block -> (tensor of the model, its CPU memory)
+        self._users: dict[str, int] = {}  # block -> modules of it that are running, and holders, one in another
 
     def __enter__(self) -> BlockStream:
         inside = {id(t) for name in self.blocks for t in _tensors(self.model.get_submodule(name))}
         self._kept[""] = _place((t for t in _tensors(self.model) if id(t) not in inside), self.device)
         for name in self.blocks:
             block = self.model.get_submodule(name)
-            fetch, drop = self._hooks(name)
-            self._handles.append(block.register_forward_pre_hook(fetch, prepend=True))
-            self._handles.append(block.register_forward_hook(drop, always_call=True))
+            for module in block.modules():  # a model may run a part of a block by itself: diffusers' DiT does
+                fetch, drop = self._hooks(name)
+                self._handles.append(module.register_forward_pre_hook(fetch, prepend=True))
+                self._handles.append(module.register_forward_hook(drop, always_call=True))
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -44,30 +46,36 @@ class BlockStream:
     @contextmanager
     def held(self, block: str) -> Iterator[None]:
         """Keeps one block on the device while it is run several times."""
-        self._fetch(block)
+        self._use(block, self.model.get_submodule(block))
         try:
             yield
         finally:
+            self._leave(block)
+
+    def _use(self, block: str, part: nn.Module) -> None:
+        """Fetches a part of a block unless what runs it has been fetched already."""
+        self._users[block] = self._users.get(block, 0) + 1
+        if self._users[block] == 1:
+            self._fetch(block, part)
+
+    def _leave(self, block: str) -> None:
+        self._users[block] -= 1
+        if not self._users[block]:
             self._drop(block)
 
-    def _fetch(self, block: str) -> None:
-        self._kept[block] = _place(_tensors(self.model.get_submodule(block)), self.device)
+    def _fetch(self, block: str, part: nn.Module) -> None:
+        self._kept[block] = _place(_tensors(part), self.device)
 
     def _drop(self, block: str) -> None:
         for tensor, home in self._kept.pop(block, []):
             tensor.data = home
 
     def _hooks(self, block: str) -> tuple[Any, Any]:
-        fetched: list[bool] = []
-
         def fetch(module: nn.Module, args: Any) -> None:
-            fetched.append(block not in self._kept)
-            if fetched[-1]:
-                self._fetch(block)
+            self._use(block, module)
 
         def drop(module: nn.Module, args: Any, output: Any) -> None:
-            if fetched.pop():
-                self._drop(block)
+            self._leave(block)
 
         return fetch, drop
 

@@ -29,11 +29,12 @@ class Spy:
         self.now, self.most, self.fetched = set[str](), 0, dict[str, int]()
         fetch, drop = BlockStream._fetch, BlockStream._drop
 
-        def fetching(stream: BlockStream, block: str) -> None:
-            fetch(stream, block)
+        def fetching(stream: BlockStream, block: str, part: nn.Module) -> None:
+            fetch(stream, block, part)
             self.now.add(block)
             self.most = max(self.most, len(self.now))
-            self.fetched[block] = self.fetched.get(block, 0) + 1
+            if part is stream.model.get_submodule(block):
+                self.fetched[block] = self.fetched.get(block, 0) + 1
 
         def dropping(stream: BlockStream, block: str) -> None:
             drop(stream, block)
@@ -148,10 +149,10 @@ def test_the_gpu_holds_one_block_and_gives_the_same_artifact(tmp_path: Path, mon
     whole = vdit_quant.compress(None, tmp_path / "whole", **common)
     devices, fetch = list[set[str]](), BlockStream._fetch
 
-    def fetching(stream: BlockStream, block: str) -> None:
-        fetch(stream, block)
-        where = {name: next(stream.model.get_submodule(name).parameters()).device.type for name in stream.blocks}
-        devices.append({name for name, device in where.items() if device == "cuda"})
+    def fetching(stream: BlockStream, block: str, part: nn.Module) -> None:
+        fetch(stream, block, part)
+        modules = {name: stream.model.get_submodule(name) for name in stream.blocks}
+        devices.append({name for name, module in modules.items() if any(t.is_cuda for t in module.parameters())})
 
     monkeypatch.setattr(BlockStream, "_fetch", fetching)
     streamed = vdit_quant.compress(None, tmp_path / "out", offload=True, **common)

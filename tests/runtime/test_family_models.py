@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vdit_quant.calibrate import offload
 from vdit_quant.calibrate.replay import BlockChain
 from vdit_quant.quantize import registry
 from vdit_quant.runtime import families
@@ -238,3 +239,26 @@ def test_the_blocks_of_every_family_can_be_run_one_by_one(case: tuple[str, nn.Mo
     assert len(seen) == 4, "two calls of the model, then two of the last block alone"
     for in_the_model, alone in zip(seen[:2], seen[2:], strict=True):
         assert torch.equal(*(out if isinstance(out, Tensor) else out[-1] for out in (in_the_model, alone)))
+
+
+def test_a_model_whose_blocks_are_streamed_reads_no_weight_that_is_not_on_the_device(
+    case: tuple[str, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that are not on the device are NaN here: whatever reads one shows it."""
+    name, model = case
+    want, blocks = _output(model, _inputs(name)), find_family(model).block_names(model)
+    inside = [t for block in blocks for t in model.get_submodule(block).parameters()]
+    fetched = {id(t): t.data for t in inside}
+    for tensor in inside:
+        tensor.data = torch.full_like(tensor, float("nan"))
+
+    def place(tensors: Any, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        homes = [(tensor, tensor.data) for tensor in tensors]
+        for tensor, home in homes:
+            tensor.data = fetched.get(id(tensor), home)
+        return homes
+
+    monkeypatch.setattr(offload, "_place", place)
+    with offload.BlockStream(model, blocks, torch.device("cpu")):
+        assert torch.equal(_output(model, _inputs(name)), want)
+    assert all(tensor.isnan().all() for tensor in inside), "every block is dropped again"
