@@ -51,6 +51,7 @@ TWINS = {
     "gate_norm_quant_fp8": "norm_quant",
     "act_quant": "act_quant",
     "head_norm_rope": "head_norm_rope",
+    "round_columns": "round_columns",
     "quant_token_fp8": "fp8_linear",
     "fp8_linear": "fp8_linear",
 }
@@ -74,8 +75,7 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """`auto`: a library or Triton where it can, else the reference. `triton`: Triton or an error. `reference`: never a
-    kernel.
+    """`auto`: a library, Triton or else the reference. `triton`: Triton or an error. `reference`: never a kernel.
 
     `strict` turns every run of a reference on an accelerator into `KernelUnavailable`.
     """

@@ -1,7 +1,8 @@
 """GPTQ: rounding with error feedback (Frantar et al. 2023, arXiv 2210.17323, algorithm 1), on any scalar grid.
 
 Minimises `tr((Q - W) H (Q - W)^T)` over the grid, column by column: the error of a column is spread over those still to
-be rounded through the Cholesky factor of H^-1. Cost: K steps on [N] vectors and K^2 N / 2 multiply-adds.
+be rounded through the Cholesky factor of H^-1. Cost: K steps on [N] vectors and K^2 N / 2 multiply-adds. The steps of
+one block of columns are an op, `kernels/round_columns.py`; the columns after it get its errors as one product.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..kernels.round_columns import round_columns
 from .errors import InputError
 from .format import ScalarFormat, Tensors, group_of
 from .spec import FormatSpec
@@ -63,22 +65,14 @@ def _gptq(weight: Tensor, gram: Tensor, scales: Tensors, spec: FormatSpec, damp:
     factor = inverse_factor(gram[order][:, order], damp)
     levels = fmt.levels(scales, spec).transpose(0, 1).contiguous()  # [groups, N, L]
     middles = (levels[..., 1:] + levels[..., :-1]) / 2
-    group = group_of(k, spec, slice(None), weight.device)[order].tolist()
+    group = group_of(k, spec, slice(None), weight.device)[order]
     work = weight[:, order].clone()
-    index = torch.empty(n, k, dtype=torch.int64, device=weight.device)
+    codes = torch.empty(n, k, dtype=torch.int64, device=weight.device)
     for start in range(0, k, BLOCK):
-        stop = min(start + BLOCK, k)
-        errors = torch.empty(n, stop - start, device=weight.device)
-        for j in range(start, stop):
-            column = work[:, j].contiguous()
-            index[:, j : j + 1] = torch.searchsorted(middles[group[j]], column[:, None])
-            rounded = levels[group[j]].gather(1, index[:, j : j + 1])[:, 0]
-            error = (column - rounded) / factor[j, j]
-            errors[:, j - start] = error
-            work[:, j + 1 : stop].addr_(error, factor[j, j + 1 : stop], alpha=-1)
-        work[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
-    codes = torch.empty_like(index)
-    codes[:, order] = index
+        own, later = slice(start, start + BLOCK), slice(start + BLOCK, None)
+        index, errors = round_columns(work[:, own], levels, middles, group[own], factor[own, own])
+        codes[:, order[own]] = index
+        work[:, later].addmm_(errors, factor[own, later], alpha=-1)
     return fmt.codes_of(codes)
 
 
