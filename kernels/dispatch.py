@@ -23,42 +23,11 @@ from typing import Any
 
 import torch
 
+from .twins import LIBRARIES, TWINS
+
 logger = logging.getLogger("vdit_quant")
 
 MODES = ("auto", "triton", "reference")
-
-TWINS = {
-    "quant_token": "quant_token",
-    "int8_linear": "int8_linear",
-    "int8_weight_linear": "weight_linear",
-    "int8_linear_add": "int8_linear_add",
-    "int8_linear_low_rank": "int8_linear_low_rank",
-    "int4_to_int8": "int4_decode",
-    "int4_linear": "int4_linear",
-    "int4_weight_linear": "weight_linear",
-    "packed_to_int8": "packed_decode",
-    "codebook_to_int8": "codebook_decode",
-    "quant_token_fp4": "quant_token_fp4",
-    "hadamard": "hadamard",
-    "norm_quant": "norm_quant",
-    "norm_quant_fp8": "norm_quant",
-    "norm_quant_fp4": "norm_quant",
-    "norm_quant_fp4g16": "norm_quant",
-    "norm_quant_fp4g32": "norm_quant",
-    "norm_quant_fp4g64": "norm_quant",
-    "norm_quant_fp4g128": "norm_quant",
-    "gate_norm_quant": "norm_quant",
-    "gate_norm_quant_fp8": "norm_quant",
-    "act_quant": "act_quant",
-    "head_norm_rope": "head_norm_rope",
-    "round_columns": "round_columns",
-    "quant_token_fp8": "fp8_linear",
-    "fp8_linear": "fp8_linear",
-}
-"""Op name -> file in `_triton/`."""
-
-LIBRARIES = {"fp8_linear": ("cublaslt", "scaled_mm")}
-"""Op name -> (backend, module here) of a vendor's GEMM, with a twin's functions: preferred to Triton in mode `auto`."""
 
 
 class SettingError(ValueError):
@@ -212,7 +181,7 @@ def explain(op: str, device: torch.device | str, **facts: Any) -> Choice:
     """Say what would run, without running it.
 
     `facts` are the ones a kernel may refuse: `dtype` (of the activation), `out_dtype`, `k`, `n`, `group` (int4),
-    `block_size` (hadamard), `width` (head_norm_rope).
+    `block_size` (hadamard), `width` (head_norm_rope), `head_dim` and `keys` (attention).
     """
     if op not in TWINS:
         raise ValueError(f"unknown op {op!r}; the ops are {', '.join(sorted(TWINS))}")

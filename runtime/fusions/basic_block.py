@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import attend
+from ...kernels.attention import attend
 from ..fusion import FusedBlock, Fusion
 from ..modulation import are_others
 from ..stage import Norm, Place, Stage
@@ -69,7 +69,7 @@ class FusedBasicBlock(FusedBlock):
         rows = self.qkv.norm(h, self.norm1, shift, scale)
         heads = self.block.attn1.heads
         q, k, v = self.qkv.product(rows).view(b, t, 3, heads, -1).unbind(2)
-        h = self.out.add(self.out.act(attend(q, k, v)), h, gate)
+        h = self.out.add(self.out.act(attend(q, k, v, None)), h, gate)
         if self.block.attn2 is not None:
             h = self._cross(h, b, encoder_hidden_states, encoder_attention_mask)
         rows = self.up.norm(h, self.norm2, mlp_shift, mlp_scale)
@@ -115,6 +115,7 @@ class FusedBasicBlock(FusedBlock):
             given = mask
             mask = self._once("mask", given, lambda: attention.prepare_attention_mask(given, length, batch))
             mask = mask.view(batch, attention.heads, -1, mask.shape[-1])
+            mask = mask[:, :1] if len(given) == batch else mask  # one for all heads
         q = q.view(batch, -1, attention.heads, q.shape[1] // attention.heads)
         k, v = (x.unflatten(1, (attention.heads, -1)).unflatten(0, (batch, length)) for x in (k, v))
         return self.cross_out.add(self.cross_out.act(attend(q, k, v, mask)), h)

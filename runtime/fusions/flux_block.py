@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...kernels.attention import attend
 from ...kernels.head_norm_rope import head_norm_rope
-from ..attention import attend
 from ..fusion import FusedBlock, Fusion
 from ..stage import Norm, Place, Stage
 from ._stream import TwoStreams, activation_of, heads_refusal, norm_weights
@@ -51,7 +51,7 @@ class FusedDoubleBlock(TwoStreams):
             self.image.project(image, mods).view(b, t, -1), norm_weights(a.norm_q, a.norm_k),
             list(image_rotary_emb or ()), a.heads, a.norm_q.eps,
         )  # fmt: skip
-        attended = attend(q, k, v).view(b, length + t, -1)
+        attended = attend(q, k, v, None).view(b, length + t, -1)
         image = self.image.finish(image, attended[:, length:].reshape(b * t, -1), mods)
         text = self.text.finish(text, attended[:, :length].reshape(b * length, -1), text_mods)
         return text.view(b, length, width), image.view(b, t, width)
@@ -105,7 +105,7 @@ class FusedSingleBlock(FusedBlock):
         qkv, mlp = y.split([3 * a.inner_dim, y.shape[1] - 3 * a.inner_dim], dim=1)
         rope, weights = list(image_rotary_emb or ()), norm_weights(a.norm_q, a.norm_k)
         heads = head_norm_rope(qkv.unflatten(0, (b, t)), weights, None, [], rope, a.heads, a.norm_q.eps)
-        h = self.leave.add(self.leave.act(mlp, "gelu_tanh", attend(*heads)), h, gate)
+        h = self.leave.add(self.leave.act(mlp, "gelu_tanh", attend(*heads, None)), h, gate)
         return joint.split(h.view(b, t, width), length)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...kernels.attention import attend
 from ...kernels.head_norm_rope import head_norm_rope
-from ..attention import attend
 from ..fusion import FusedBlock, Fusion
 from ..stage import Norm, Place
 from ._stream import TwoStreams, activation_of, heads_refusal, norm_weights
@@ -36,7 +36,7 @@ class FusedJointBlock(TwoStreams):
             self.text.project(text, text_mods).view(b, length, -1), norm_weights(a.norm_added_q, a.norm_added_k),
             [], a.heads, 0.0 if a.norm_q is None else a.norm_q.eps,
         )  # fmt: skip
-        attended = attend(q, k, v).view(b, t + length, -1)
+        attended = attend(q, k, v, None).view(b, t + length, -1)
         image = self.image.finish(image, attended[:, :t].reshape(b * t, -1), mods)
         text = self.text.finish(text, attended[:, t:].reshape(b * length, -1), text_mods)
         return text.view(b, length, width), image.view(b, t, width)

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...kernels.attention import attend
 from ...kernels.head_norm_rope import head_norm_rope
-from ..attention import attend
 from ..fusion import FusedBlock, Fusion
 from ..stage import Norm, Stage
 from ._stream import activation_of, heads_refusal, norm_weights
@@ -39,7 +39,7 @@ class FusedWanBlock(FusedBlock):
         qkv = self.qkv.product(self.qkv.norm(h, self.norm1, shift, scale)).view(b, t, -1)
         rope = [table.float().reshape(t, -1) for table in rotary_emb]
         q, k, v = head_norm_rope(qkv, norm_weights(a.norm_q, a.norm_k), None, [], rope, a.heads, a.norm_q.eps)
-        h = self.out.add(self.out.act(attend(q, k, v)), h, gate)
+        h = self.out.add(self.out.act(attend(q, k, v, None)), h, gate)
         h = self._cross(h, encoder_hidden_states)
         rows = self.up.norm(h, self.norm3, mlp_shift, mlp_scale)
         return self.down.add(self.down.act(self.up.product(rows), self.act), h, mlp_gate).view(b, t, width)
@@ -52,7 +52,7 @@ class FusedWanBlock(FusedBlock):
         q, k = a.norm_q(q), a.norm_k(k)
         q = q.view(b, -1, a.heads, q.shape[1] // a.heads)
         k, v = (x.unflatten(1, (a.heads, -1)).unflatten(0, (b, length)) for x in (k, v))
-        return self.cross_out.add(self.cross_out.act(attend(q, k, v)), h)
+        return self.cross_out.add(self.cross_out.act(attend(q, k, v, None)), h)
 
 
 class WanBlock(Fusion):

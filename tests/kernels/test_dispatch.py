@@ -162,6 +162,7 @@ def test_explain_on_cpu(op: str) -> None:
 def test_explain_knows_the_limits_of_the_real_kernels(op: str, facts, reason, monkeypatch) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.setattr(dispatch, "_device_reason", lambda device: None)
+    monkeypatch.setattr(dispatch, "LIBRARIES", {})
     choice = dispatch.explain(op, "cuda", **facts)
     assert (choice.backend, choice.reason) == (("triton", "supported") if reason is None else ("reference", reason))
 
