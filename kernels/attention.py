@@ -25,11 +25,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         expect(ok, OP, f"mask float, broadcastable to [{b}, {h}, {t}, {k.shape[1]}], or None", describe(mask))
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    _check(q, k, v, mask)
-    mask = None if mask is None else mask.to(q.dtype)
+def by_torch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`attend` without its checks, by the back-end that torch prefers."""
+    if mask is not None:  # of which torch wants the keys side by side
+        mask = mask.to(q.dtype).expand(*mask.shape[:3], k.shape[1]).contiguous()
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
     return out.transpose(1, 2).reshape(q.shape[0] * q.shape[1], -1)
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    _check(q, k, v, mask)
+    return by_torch(q, k, v, mask)
 
 
 @define_op(OP)

@@ -181,7 +181,7 @@ def explain(op: str, device: torch.device | str, **facts: Any) -> Choice:
     """Say what would run, without running it.
 
     `facts` are the ones a kernel may refuse: `dtype` (of the activation), `out_dtype`, `k`, `n`, `group` (int4),
-    `block_size` (hadamard), `width` (head_norm_rope), `head_dim` and `keys` (attention).
+    `block_size` (hadamard), `width` (head_norm_rope), `head_dim` (attention).
     """
     if op not in TWINS:
         raise ValueError(f"unknown op {op!r}; the ops are {', '.join(sorted(TWINS))}")

@@ -1,13 +1,17 @@
-"""Triton twin of `attention`: one program for a tile of queries of one head, all keys in a loop. Made for few keys.
+"""Triton twin of `attention`: one program for a tile of queries of one head, all keys in a loop.
 
-A head of 72 channels is a tile of 64 and one of 16, of which half is masked: tiles are powers of two, and 128 would be
-nearly half zeros. So are 80, 88, 96, ... channels.
+A head of 72 channels is a tile of 64 and one of 16, of which half is masked: tiles are powers of two, and 128, to which
+others pad, would be nearly half zeros. So are 80, 88, 96, ... channels. The kernel here is made for few keys; for many,
+and heads of 64 to 96 channels, Hopper has its own in `attention_hopper.py`.
 """
 
 # Kernel parameters are typed by what is launched, not by annotations.
 # mypy: disable-error-code="no-untyped-def"
 
+import logging
 import math
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,10 +20,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..quant_token import FLOATS
-from .tiles import COMPILED, await_inputs, overlap
+from .tiles import COMPILED, INTERPRETED, await_inputs, overlap
+
+logger = logging.getLogger("vdit_quant")
 
 SMALLEST, LARGEST = 16, 128
 """Channels of a head."""
+FEW, MANY = 512, 2048
+"""Keys: the most for which the kernel here can pay, the least for which Hopper's can."""
+SMALL = 16384
+"""Queries of all heads that do not fill a GPU."""
+
+_left: set[torch.device] = set()
 
 
 @triton.jit
@@ -107,6 +119,43 @@ def supports(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> s
     return limits(op, dtype=q.dtype, head_dim=q.shape[3])
 
 
+@cache
+def _hopper_on(device: torch.device) -> ModuleType | None:
+    """The Hopper kernel, where this GPU and this Triton can run it."""
+    if INTERPRETED or torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    try:
+        from . import attention_hopper
+    except Exception as error:  # Gluon is experimental: another version may lack any part of it
+        _leave_hopper(device, error)
+        return None
+    return attention_hopper
+
+
+def _leave_hopper(device: torch.device, error: Exception) -> None:
+    _left.add(device)
+    logger.warning("attention runs without the Hopper kernel on %s: %s: %s", device, type(error).__name__, error)
+
+
+def hopper_for(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> ModuleType | None:
+    """The Hopper kernel, if it takes these tensors."""
+    if mask is not None or q.dtype == torch.float32 or not 64 <= q.shape[3] <= 96 or k.shape[1] < MANY:
+        return None
+    found = _hopper_on(q.device)
+    return None if found is None or q.device in _left or found.refusal(q, k, v) is not None else found
+
+
+def faster(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether these kernels were measured to be faster than torch's on Hopper: for many keys, for few that are masked,
+    and for few where there is little to do at all."""
+    b, t, h, _ = q.shape
+    if supports("attention", q, k, v, mask) is not None:
+        return False
+    if k.shape[1] <= FEW:
+        return mask is not None or b * h * t <= SMALL
+    return hopper_for(q, k, v, mask) is not None
+
+
 def launch_options(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """Widths of the two tiles of a head, tile of queries and keys, warps and stages."""
     first = 1 << (head_dim.bit_length() - 1)
@@ -114,22 +163,35 @@ def launch_options(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     widths = {"D1": first, "D2": max(SMALLEST, triton.next_power_of_2(rest)) if rest else 0}
     if dtype == torch.float32:
         return {**widths, "BM": 32, "BN": 32, "num_warps": 4, "num_stages": 1}
-    return {**widths, "BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2}
+    return {**widths, "BM": 64, "BN": 64, "num_warps": 4, "num_stages": 3 if head_dim <= 96 else 2}
 
 
 def run(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """`attention` by Triton."""
+    """`attention` by Triton, on Hopper where it pays by Gluon."""
+    out = q.new_empty((q.shape[0] * q.shape[1], q.shape[2] * q.shape[3]))
+    hopper = hopper_for(q, k, v, mask)
+    if hopper is not None:
+        try:
+            hopper.launch(q, k, v, out)
+            return out
+        except Exception as error:
+            if not type(error).__module__.startswith("triton"):
+                raise
+            _leave_hopper(q.device, error)
+    if out.numel():
+        _launch(q, k, v, mask, out)
+    return out
+
+
+def _launch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor) -> None:
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     (b, t, h, d), s = q.shape, k.shape[1]
-    out = q.new_empty((b * t, h * d))
     given = q if mask is None else mask.expand(b, 1, 1, s)
     strides = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]]
     starts = [x.data_ptr() for x in (q, k, v)]
     align = 8 if all(x % 8 == 0 for x in strides) and all(x % 16 == 0 for x in starts) else 1
     options = launch_options(d, q.dtype)
-    if out.numel():
-        attention_kernel[(triton.cdiv(t, options["BM"]), h, b)](
-            q, k, v, given, out, math.log2(math.e) / math.sqrt(d), *strides, given.stride(0), given.stride(3), t, s, h,
-            D=d, HAS_MASK=mask is not None, ALIGN=align, **options, **overlap(q.device),
-        )  # fmt: skip
-    return out
+    attention_kernel[(triton.cdiv(t, options["BM"]), h, b)](
+        q, k, v, given, out, math.log2(math.e) / math.sqrt(d), *strides, given.stride(0), given.stride(3), t, s, h,
+        D=d, HAS_MASK=mask is not None, ALIGN=align, **options, **overlap(q.device),
+    )  # fmt: skip

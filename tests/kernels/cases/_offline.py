@@ -37,8 +37,23 @@ def pretend(target: GPUTarget) -> GPUTarget:
     return target
 
 
+class CompileOnly:
+    """A kernel whose launch ends with the compiled code, which `compiled` keeps."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.compiled = kernel, None
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, **options: Any) -> Any:
+            self.compiled = self.kernel.warmup(*args, grid=grid, **options)
+            return self.compiled
+
+        return launch
+
+
 def inspect_cubin(cubin: bytes, disassemble: bool) -> dict[str, Any]:
-    """Registers, stack bytes and, on request, matrix instructions of a kernel; empty without NVIDIA's tools."""
+    """Registers, stack bytes and, on request, matrix instructions of a kernel and how many waits there are for each on
+    Hopper; empty without NVIDIA's tools."""
     if not (BIN / "cuobjdump").exists():
         return {}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -50,4 +65,7 @@ def inspect_cubin(cubin: bytes, disassemble: bool) -> dict[str, Any]:
     usage = {name: re.search(rf"\b{name}:(\d+)", text) for name in ("REG", "STACK")}
     found: dict[str, Any] = {name.lower(): int(match.group(1)) for name, match in usage.items() if match}
     assert len(found) == 2, text[:2000]
-    return found | ({"mma": sorted(set(re.findall(UNITS, done.stdout)))} if disassemble else {})
+    if disassemble:
+        found["mma"] = sorted(set(re.findall(UNITS, done.stdout)))
+        found["mma_waits"] = done.stdout.count("WARPGROUP.DEPBAR") / max(1, done.stdout.count("GMMA."))
+    return found

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vdit_quant.kernels import attention as module
-from vdit_quant.kernels import dispatch, sdpa
+from vdit_quant.kernels import sdpa
 from vdit_quant.kernels.attention import attend
 
 from ._case import FLOAT, FLOATS, NVIDIA, TOLERANCE, Compile, assert_as_good_as, relative_rms, run_twin, twin
@@ -100,18 +100,48 @@ def cuda_equals_reference(b: int, t: int, s: int, h: int, d: int, dtype: torch.d
 
 
 def cuda_takes_every_mask() -> None:
-    """Masks of keys in any layout go to Triton, those of queries or heads to torch; neither is a fallback."""
+    """Masks of keys in any layout, and those of queries or heads: none is a fallback."""
     q, k, v = _heads(2, 96, 72, 4, 72, torch.bfloat16, "cuda")
     g = torch.Generator("cuda").manual_seed(1)
     for shape in ((2, 1, 1, 72), (1, 1, 1, 72), (2, 4, 1, 72), (1, 1, 96, 72), (2, 4, 96, 72), (2, 1, 1, 1)):
         mask = torch.randn(shape, generator=g, device="cuda").bfloat16()
-        want = module._reference(q.float(), k.float(), v.float(), mask.float())
+        want = module._reference(q.float(), k.float(), v.float(), mask.float().expand(2, 4, 96, 72))
         assert relative_rms(attend(q, k, v, mask), want) < 1e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("b", "t", "s", "h", "d"),
+    [(2, 300, 2048, 3, 72), (1, 128, 2049, 2, 64), (2, 65, 2300, 2, 96), (1, 513, 4429, 2, 80), (3, 1, 2176, 1, 88)],
+)
+def cuda_hopper_equals_reference(b: int, t: int, s: int, h: int, d: int, dtype: torch.dtype) -> None:
+    q, k, v = _heads(b, t, s, h, d, dtype, "cuda")
+    if twin("attention").hopper_for(q, k, v, None) is None:
+        pytest.skip("no Hopper GPU, or a Triton without Gluon")
+    want = module._reference(q.float(), k.float(), v.float(), None)
+    assert_as_good_as(module._reference(q, k, v, None), attend(q, k, v, None), want)
+
+
+def cuda_hopper_samples_are_alone() -> None:
+    """A sample's result has the same bits whatever its neighbours hold, also where a block of keys reaches into one."""
+    q, k, v = _heads(3, 200, 2100, 2, 72, torch.bfloat16, "cuda")
+    whole = attend(q, k, v, None).view(3, 200, -1)
+    for i in range(3):
+        assert torch.equal(attend(q[i : i + 1], k[i : i + 1], v[i : i + 1], None), whole[i])
+    assert torch.equal(attend(q * 1.5, k, v, None), attend(q * 1.5, k.contiguous(), v.contiguous(), None))
+
+
 def cuda_prefers_the_faster() -> None:
-    on = {"dtype": torch.bfloat16, "head_dim": 72}
-    assert dispatch.explain("attention", "cuda", **on, keys=sdpa.FEW + 1).backend == "sdpa"
-    assert dispatch.explain("attention", "cuda", **{**on, "dtype": torch.float32}, keys=8).backend == "sdpa"
-    few = dispatch.explain("attention", "cuda", **on, keys=300).backend
-    assert few == ("triton" if torch.cuda.get_device_capability()[0] == 9 else "sdpa")
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    for shape, masked, triton in (
+        ((2, 4096, 300, 16, 72), True, hopper),
+        ((2, 4096, 300, 16, 72), False, False),
+        ((2, 256, 256, 16, 72), False, hopper),
+        ((1, 4096, 1024, 2, 72), False, False),
+        ((1, 4096, 4096, 2, 128), False, False),
+    ):
+        b, _, s, _, _ = shape
+        mask = _key_mask(b, s, torch.bfloat16, "cuda") if masked else None
+        args = (*_heads(*shape, torch.bfloat16, "cuda"), mask)
+        assert (sdpa.supports("attention", *args) is not None) == triton, shape
+    assert sdpa.supports("attention", *_heads(1, 64, 64, 2, 64, torch.float32, "cuda"), None) is None
