@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from ..fusion import FusedBlock, Fusion
 from ..modulation import are_others
 from ..stage import Norm, Place, Stage
 from ._stream import activation_of
+
+TEXT_BLOCKS = 4
+"""Blocks whose keys and values of the text are one product; with more, more of these would be held at a time."""
 
 
 def attention_refusal(attention: Any) -> str | None:
@@ -46,6 +49,7 @@ class FusedBasicBlock(FusedBlock):
             self.cross_q, self.cross_out = Stage((own.attn2, "to_q")), Stage((own.attn2.to_out, "0"))
             self.cross_kv = Stage((own.attn2, "to_k"), (own.attn2, "to_v"))
             self.stages += (self.cross_q, self.cross_kv, self.cross_out)
+            self.together: Stage | None = None  # cross_kv of this block and its neighbours
 
     def forward(  # the block's own signature
         self,
@@ -94,13 +98,14 @@ class FusedBasicBlock(FusedBlock):
         tables = torch.stack([fused.block.scale_shift_table for fused in self.siblings])
         return tables[:, None] + timestep.reshape(1, batch, 6, -1)
 
-    def _once(self, name: str, source: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        """What the first block of a forward makes of `source` for all; a block that is given another tensor makes its
-        own. Nothing is kept after the last."""
-        if self.place == 0 or name not in self.shared or are_others(self.shared[name][:1], (source,)):
+    def _once(self, name: str, source: Tensor, make: Callable[[], Any], group: Sequence[FusedBlock] = ()) -> Any:
+        """What the first block of a group, by default of all, makes of `source` for the others; a block that is given
+        another tensor makes its own. Nothing is kept after the last."""
+        group = group or self.siblings
+        if self is group[0] or name not in self.shared or are_others(self.shared[name][:1], (source,)):
             self.shared[name] = source, make()
-        made: Tensor = self.shared[name][1]
-        if self.place == len(self.siblings) - 1:
+        made = self.shared[name][1]
+        if self is group[-1]:
             del self.shared[name]
         return made
 
@@ -110,7 +115,7 @@ class FusedBasicBlock(FusedBlock):
         source = h.view(batch, -1, h.shape[1]) if encoder_hidden_states is None else encoder_hidden_states
         length = source.shape[1]
         (q,) = self.cross_q.linear(self.cross_q.act(h))
-        k, v = self.cross_kv.linear(self.cross_kv.act(source.reshape(batch * length, -1)))
+        k, v = self._keys_and_values(source)
         if mask is not None:
             given = mask
             mask = self._once("mask", given, lambda: attention.prepare_attention_mask(given, length, batch))
@@ -119,6 +124,31 @@ class FusedBasicBlock(FusedBlock):
         q = q.view(batch, -1, attention.heads, q.shape[1] // attention.heads)
         k, v = (x.unflatten(1, (attention.heads, -1)).unflatten(0, (batch, length)) for x in (k, v))
         return self.cross_out.add(self.cross_out.act(attend(q, k, v, mask)), h)
+
+    def _group(self) -> Any:
+        """This block and those whose keys and values of the text are made with its own."""
+        first = self.place - self.place % TEXT_BLOCKS
+        return self.siblings[first : first + TEXT_BLOCKS]
+
+    def join(self) -> None:
+        super().join()
+        attention, group = self.block.attn2, self._group()
+        if attention is None or not attention.is_cross_attention or self is not group[-1]:
+            return
+        together = Stage(*(place for block in group for place in block.cross_kv.places))
+        if together.refusal() is None and together.ready():
+            for block in group:
+                block.together, block.cross_kv.parts = together, []
+
+    def _keys_and_values(self, text: Tensor) -> list[Tensor]:
+        """[B * S, N] each, made for several blocks at once where their layers allow it: a text is so few rows that a
+        product for one block takes as long to start as to run."""
+        rows, stage, group = text.reshape(-1, text.shape[2]), self.together, self._group()
+        if stage is None or not stage.ready():
+            return self.cross_kv.linear(self.cross_kv.act(rows))
+        made: list[Tensor] = self._once("text", text, lambda: stage.linear(stage.act(rows)), group)
+        at = 2 * group.index(self)
+        return made[at : at + 2]
 
 
 class BasicBlock(Fusion):

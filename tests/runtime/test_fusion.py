@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vdit_quant.quantize.compose import Choices, compress_linear
 from vdit_quant.quantize.method import FloatLayer
 from vdit_quant.quantize.spec import LayerSpec
-from vdit_quant.runtime import modulation
+from vdit_quant.runtime import modulation, stage
 from vdit_quant.runtime.attach import attach, linear_layers
 from vdit_quant.runtime.family import find_family
 from vdit_quant.runtime.fusion import FusedBlock, fuse, report, unfuse
@@ -44,7 +44,7 @@ CASES = {
     ),
     "pixart": Case(
         "PixArtTransformer2DModel",
-        {**HEADS, "in_channels": 4, "out_channels": 8, "num_layers": 2, "cross_attention_dim": 64, "sample_size": 8,
+        {**HEADS, "in_channels": 4, "out_channels": 8, "num_layers": 6, "cross_attention_dim": 64, "sample_size": 8,
          "caption_channels": 24},
         {"hidden_states": (4, 8, 8), "encoder_hidden_states": (6, 24)},
         {"encoder_attention_mask": torch.tensor([[1.0] * 6, [1.0, 1.0, 0, 0, 0, 0]])},
@@ -266,6 +266,33 @@ def test_torch_compile_has_no_graph_break(case: Case) -> None:
     assert torch.equal(call(compiled, case), expected)
 
 
+def test_keys_and_values_of_a_text_are_made_for_several_blocks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six blocks are a group of four and one of two; a block whose layers read the text in another way has its group
+    make them one by one."""
+    rows, counted, act = 2 * 6, list[int](), stage.act_quant
+    monkeypatch.setattr(stage, "act_quant", lambda x, *rest: (counted.append(len(x)), act(x, *rest))[1])
+    for specs, products in (({}, 2), ({"5.attn2.to_k": "w8-ae2m1tok", "5.attn2.to_v": "w8-ae2m1tok"}, 1 + 2)):
+        model = compressed(CASES["pixart"], specs=specs)
+        expected = call(model, CASES["pixart"])
+        fuse(model, cpu=True)
+        for _ in range(2):
+            counted.clear()
+            assert close(call(model, CASES["pixart"]), expected)
+            assert counted.count(rows) == products
+
+
+def test_the_text_of_another_call_is_never_used() -> None:
+    model = compressed(CASES["pixart"])
+    expected = [call(model, CASES["pixart"], seed) for seed in (2, 3)]
+    fuse(model, cpu=True)
+    assert all(close(call(model, CASES["pixart"], seed), expected[seed - 2]) for seed in (2, 3, 2))
+    stop = model.transformer_blocks[2].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # a call that ends within a group
+        call(model, CASES["pixart"], 2)
+    stop.remove()
+    assert close(call(model, CASES["pixart"], 3), expected[1])
+
+
 def test_the_modulation_of_another_call_is_never_used() -> None:
     case = CASES["dit"]
     model = fuse(compressed(case), cpu=True)
@@ -296,7 +323,8 @@ def test_fp4_layers_of_one_stage_are_one_product(case: Case) -> None:
     model = fuse(compressed(case, "wfp4-ae2m1tok-h16"), cpu=True)
     blocks = [m.forward.__self__ for m in model.modules() if "forward" in m.__dict__]
     assert blocks
-    assert all(len(stage.parts) == 1 for block in blocks for stage in block.stages)
+    # keys and values of a text are those of several blocks
+    assert all(len(stage.parts or block.together.parts) == 1 for block in blocks for stage in block.stages)
 
 
 def test_layers_with_other_tables_are_not_joined() -> None:
