@@ -23,7 +23,7 @@ import random
 import statistics
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +75,10 @@ def main() -> None:
     functorch_config.enable_autograd_cache = False
     found = json.loads(options.json.read_text(encoding="utf-8")) if options.json.is_file() else {"models": {}}
     for name in [] if options.render else options.model or MODELS:
-        found["models"][name] = measure_model(name, options)
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        for result in measure_model(name, options):
+            found["models"][name] = result
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     text = render(found)
     if options.plot is not None:
         plot(found, options.plot)
@@ -105,27 +106,32 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def measure_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Every way of one model: errors, first call, latency, memory; a way that fails is listed with its reason."""
+def measure_model(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every way of one model: errors, first call, latency, memory; a way that fails is listed with its reason. Once
+    without other libraries, whose compilation can take longer than everything else, then with them."""
     shape, batch, label = MODELS[name]
     bench = Bench.of(shape, batch)
-    paths, failed = [], {}
-    for way in options.way or WAYS:
-        try:
-            paths.append(bench.prepare(way))
-            print(f"{name} {way}: {paths[-1].found}", flush=True)
-        except Exception as error:  # one way that fails must not lose the others
-            failed[way] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-            print(f"{name} {way}: {failed[way]}", flush=True)
-    rows = time_paths(paths, options.rounds)
-    result = {
-        "label": label, "batch": batch, "machine": torch.cuda.get_device_name(), "versions": versions(),
-        "forwards": 10 * options.rounds, "bf16_bytes": bytes_of(bench.base), "bf16_error": bench.bf16_error,
-        "rows": rows, "failed": failed,
-    }  # fmt: skip
+    ways = options.way or WAYS
+    paths: list[Path_] = []
+    failed: dict[str, str] = {}
+    for part in ([way for way in ways if way not in PEERS], [way for way in ways if way in PEERS]):
+        if not part:
+            continue
+        for way in part:
+            try:
+                paths.append(bench.prepare(way))
+                print(f"{name} {way}: {paths[-1].found}", flush=True)
+            except Exception as error:  # one way that fails must not lose the others
+                failed[way] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+                print(f"{name} {way}: {failed[way]}", flush=True)
+        rows = time_paths(paths, options.rounds)
+        yield {
+            "label": label, "batch": batch, "machine": torch.cuda.get_device_name(), "versions": versions(),
+            "forwards": 10 * options.rounds, "bf16_bytes": bytes_of(bench.base), "bf16_error": bench.bf16_error,
+            "rows": rows, "failed": dict(failed),
+        }  # fmt: skip
     del paths, bench
     release()
-    return result
 
 
 def time_paths(paths: list[Path_], rounds: int) -> dict[str, dict[str, Any]]:

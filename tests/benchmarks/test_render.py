@@ -179,3 +179,24 @@ class Blocks(nn.Module):
         for block in self.transformer_blocks:
             x = block(x)
         return x
+
+
+def test_what_other_libraries_do_to_a_run_loses_nothing_of_it(denoiser: ModuleType, monkeypatch: Any) -> None:
+    """A library that fails is a row that says so; one that never ends leaves what was measured before."""
+
+    class Bench:
+        base, bf16_error = nn.Linear(2, 2), 0.01
+
+        def prepare(self, way: str) -> Any:
+            if way == "torchao-fp8":
+                raise RuntimeError("no such kernel\nmore")
+            return denoiser.Path_(way, self.base, lambda: torch.zeros(1), {})
+
+    monkeypatch.setattr(denoiser.Bench, "of", lambda *_: Bench())
+    monkeypatch.setattr(denoiser, "time_paths", lambda paths, rounds: {path.name: {"ms": 1.0} for path in paths})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    options = denoiser.arguments().parse_args(["--way", "torchao-fp8", "--way", "torchao-int8", "--way", "w8a8"])
+    own, all_ = denoiser.measure_model("dit-xl-b2", options)
+    assert (list(own["rows"]), own["failed"]) == (["w8a8"], {})
+    assert list(all_["rows"]) == ["w8a8", "torchao-int8"]
+    assert all_["failed"] == {"torchao-fp8": "RuntimeError: no such kernel"}
