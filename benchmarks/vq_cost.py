@@ -31,9 +31,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
-    rows = [measure(bits, options) for bits in ("w2a16", "w3a16")]
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({"device": options.device, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    rows = []
+    for bits in ("w2a16", "w3a16"):
+        rows.append(measure(bits, options))
+        found = {"device": options.device, "rows": rows}
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def measure(bits: str, options: argparse.Namespace) -> dict[str, float | str]:
