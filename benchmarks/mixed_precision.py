@@ -31,6 +31,7 @@ import quality
 import torch
 
 import vdit_quant
+from vdit_quant.calibrate.trial import choose
 from vdit_quant.evaluate.plan_plot import plot_curves, plot_plan
 from vdit_quant.quantize.allocate import LayerCandidates, allocate, greedy, uniform
 from vdit_quant.quantize.bit_plan import BitPlan
@@ -240,7 +241,7 @@ def measure_plans(
     ]
     for name in dict.fromkeys(row["budget"] for row in rows if row["allocator"] in TRIED):
         tried = [row for row in rows if row["budget"] == name and row["allocator"] in TRIED]
-        rows.append({**max(tried, key=lambda row: row["trial"]), "allocator": "chosen"})
+        rows.append({**tried[choose([torch.tensor(row["trial"]) for row in tried])], "allocator": "chosen"})
     return rows
 
 

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vdit_quant.calibrate.drift import drift_of
-from vdit_quant.calibrate.mixed import TRIAL_SAMPLES
 from vdit_quant.calibrate.plan import LayerPlan
 from vdit_quant.calibrate.probe import Call, capture, probe_steps
 from vdit_quant.calibrate.record import Recorder
 from vdit_quant.calibrate.sensitivity import Scoring, measure, measure_samples, offers, relative_error, tie_qkv
-from vdit_quant.evaluate.metrics import mean_psnr
+from vdit_quant.calibrate.trial import trial_samples
+from vdit_quant.evaluate.metrics import sample_psnr
 from vdit_quant.evaluate.sampling import Sampler, Workload, make_sampler
 from vdit_quant.quantize.allocate import LayerCandidates
 from vdit_quant.quantize.format import Tensors
@@ -39,10 +39,10 @@ _worker: list[Worker] = []
 
 @dataclass
 class Measured:
-    """What a plan gave: PSNR over the seeds, on the samples that plans are chosen by, and its error on the probe."""
+    """What a plan gave: PSNR over the seeds, of every sample that plans are chosen by, and its error on the probe."""
 
     psnr: float
-    trial: float
+    trial: list[float]
     probe_error: float
     by_seed: list[float] = field(default_factory=list)
 
@@ -155,7 +155,7 @@ class Worker(Model):
 
     @torch.no_grad()
     def measure(self, layers: dict[str, str]) -> Measured:
-        trial = self.workload(CALIBRATION_SEED + 2, TRIAL_SAMPLES)
+        trial = self.workload(CALIBRATION_SEED + 2, trial_samples(self.device))
         works = [*(self.workload(seed) for seed in self.options.seeds), trial]
         for work in works:
             if work.seed not in self.references:
@@ -168,7 +168,8 @@ class Worker(Model):
         try:
             rows = sum(map(len, full))
             error = sum(relative_error(c.run(self.model), r) * len(r) for c, r in zip(self.calls, full, strict=True))
-            found = [mean_psnr(self.sampler.run(work).images, self.references[work.seed]) for work in works]
+            found = [sample_psnr(self.sampler.run(work).images, self.references[work.seed]) for work in works]
         finally:
             detach(self.model, originals)
-        return Measured(sum(found[:-1]) / (len(found) - 1), found[-1], error / rows, found[:-1])
+        seeds = [float(psnr.mean()) for psnr in found[:-1]]
+        return Measured(sum(seeds) / len(seeds), found[-1].tolist(), error / rows, seeds)

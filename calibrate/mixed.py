@@ -31,7 +31,7 @@ from .probe import capture, probe_steps
 from .progress import Progress
 from .sensitivity import Offers, Scoring, measure, measure_samples, offers, tie_qkv, unmeasured
 from .timing import Timer, gpu_timer, timed
-from .trial import plans_of, try_plans
+from .trial import plans_of, trial_samples, try_plans
 from .workspace import Workspace
 
 CANDIDATES = ("w2g64", "w3g64", "w4g64", "w6g64", "w8")
@@ -39,7 +39,6 @@ MODULATION = ("w3g64", "w4g64", "w6g64", "w8")
 ROTATION = 64  # block of the Hadamard rotation of modulation layers
 SENSITIVITIES = ("drift", "samples")
 PROBE_SAMPLES = 8
-TRIAL_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def allocate_bits(
             scoring = dataclasses.replace(scoring, drift=drift)
             table = measure(model, family, calls, sizing.offered, compressor, scoring, workspace, progress)
         plans = plans_of(with_times(table, sizing.costs), sizing.budget)
-        trial = dataclasses.replace(workload, samples=TRIAL_SAMPLES, seed=workload.seed + 2)
+        trial = dataclasses.replace(workload, samples=trial_samples(device), seed=workload.seed + 2)
         bits, _ = try_plans(sampler, trial, plans, [layer for layer, _ in sizing.offered], compressor, progress)
     layers = tuple(
         dataclasses.replace(layer, spec=bits.spec_of(layer.name)) if layer.name in bits.layers else layer

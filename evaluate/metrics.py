@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 
 
-def mean_psnr(got: Tensor, want: Tensor, data_range: float = 1.0) -> float:
-    """Peak signal-to-noise ratio in dB, per sample, averaged over samples; [n, ...] each. Equal samples count 100."""
+def sample_psnr(got: Tensor, want: Tensor, data_range: float = 1.0) -> Tensor:
+    """Peak signal-to-noise ratio of every sample in dB, float64 [n], from [n, ...] each. Equal samples count 100."""
     error = (got.double() - want.double()).flatten(1).square().mean(1)
-    ratio = 10 * torch.log10(data_range**2 / error.clamp_min(data_range**2 * 1e-10))
-    return float(ratio.mean())
+    return 10 * torch.log10(data_range**2 / error.clamp_min(data_range**2 * 1e-10))
+
+
+def mean_psnr(got: Tensor, want: Tensor, data_range: float = 1.0) -> float:
+    """`sample_psnr` averaged over samples."""
+    return float(sample_psnr(got, want, data_range).mean())
 
 
 def pooled_psnr(got: Tensor, want: Tensor, data_range: float = 1.0) -> float:

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from vdit_quant.calibrate.mixed import TRIAL_SAMPLES
 from vdit_quant.calibrate.plan import LayerPlan
 from vdit_quant.calibrate.progress import Progress
-from vdit_quant.calibrate.trial import plans_of, try_plans
+from vdit_quant.calibrate.trial import choose, plans_of, trial_samples, try_plans
 from vdit_quant.evaluate.sampling import Workload, make_sampler
 from vdit_quant.quantize.allocate import Budget, Candidate, LayerCandidates
 from vdit_quant.quantize.bit_plan import BitPlan
@@ -64,4 +63,15 @@ def test_there_are_several_plans_only_where_effects_make_a_difference() -> None:
     assert len(plans) > 1
     assert all(plan.bits <= 4 for plan in plans)
     assert len(plans_of(rows, Budget.parse("8bits"))) == 1, "everything at 8 bits"
-    assert TRIAL_SAMPLES > 8, "more than what the sensitivities were measured on"
+    assert trial_samples(torch.device("cpu")) > 8, "more than what the sensitivities were measured on"
+
+
+def test_a_plan_is_preferred_to_the_one_before_where_samples_tell_them_apart() -> None:
+    draw = torch.Generator().manual_seed(0)
+    common, noise = 40 + 3 * torch.randn(64, generator=draw), torch.randn(2, 64, generator=draw)
+    noise -= noise.mean(1, keepdim=True)  # the means are then those below
+    first, little, much = common, common + 0.05 + noise[0], common + 0.4 + noise[1]
+    assert choose([first, little]) == 0, "0.05 dB, of which the standard error is an eighth"
+    assert choose([first, little, much]) == 2
+    assert choose([much, first, little]) == 0
+    assert choose([first]) == 0
