@@ -8,7 +8,7 @@ know (a mask, a hook, gradients, another attention processor) runs its own forwa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any, ClassVar
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..quantize import registry
 from . import fusions
-from .modulation import Modulation
+from .modulation import Modulation, are_others
 from .stage import Place, Stage
 
 
@@ -48,6 +48,17 @@ class FusedBlock:
         if self.block.training or (hidden_states.requires_grad and torch.is_grad_enabled()):
             return False
         return hidden_states.dim() == 3 and (self.cpu or hidden_states.device.type != "cpu")
+
+    def once(self, name: str, source: Tensor, make: Callable[[], Any], group: Sequence[FusedBlock] = ()) -> Any:
+        """What the first block of a group, by default of all, makes of `source` for the others; a block that is given
+        another tensor makes its own. Nothing is kept after the last."""
+        group = group or self.siblings
+        if self is group[0] or name not in self.shared or are_others(self.shared[name][:1], (source,)):
+            self.shared[name] = source, make()
+        made = self.shared[name][1]
+        if self is group[-1]:
+            del self.shared[name]
+        return made
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError

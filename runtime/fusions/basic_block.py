@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +9,9 @@ from torch import Tensor, nn
 
 from ...kernels.attention import attend
 from ..fusion import FusedBlock, Fusion
-from ..modulation import are_others
 from ..stage import Norm, Place, Stage
 from ._stream import activation_of
-
-TEXT_BLOCKS = 4
-"""Blocks whose keys and values of the text are one product; with more, more of these would be held at a time."""
+from ._text import TextBlock
 
 
 def attention_refusal(attention: Any) -> str | None:
@@ -30,7 +26,7 @@ def attention_refusal(attention: Any) -> str | None:
     return None
 
 
-class FusedBasicBlock(FusedBlock):
+class FusedBasicBlock(TextBlock):
     """Twelve kernels a DiT block: norm + quantise, QKV, attention, quantise, projection + gate + residual, norm +
     quantise, up, activation + quantise, down + gate + residual, and its share of the modulation."""
 
@@ -45,11 +41,9 @@ class FusedBasicBlock(FusedBlock):
         self.out = Stage((own.attn1.to_out, "0"))
         self.up, self.down = Stage((own.ff.net[0], "proj")), Stage((own.ff.net, "2"))
         self.stages = (self.qkv, self.out, self.up, self.down)
-        if own.attn2 is not None:
+        if self.cross_kv is not None:
             self.cross_q, self.cross_out = Stage((own.attn2, "to_q")), Stage((own.attn2.to_out, "0"))
-            self.cross_kv = Stage((own.attn2, "to_k"), (own.attn2, "to_v"))
             self.stages += (self.cross_q, self.cross_kv, self.cross_out)
-            self.together: Stage | None = None  # cross_kv of this block and its neighbours
 
     def forward(  # the block's own signature
         self,
@@ -83,7 +77,7 @@ class FusedBasicBlock(FusedBlock):
     def _modulate(self, batch: int, hidden_states: Tensor, timestep: Any, labels: Any) -> tuple[Tensor, ...]:
         """shift, scale and gate [B, K] of the attention, then of the feed-forward."""
         if not self.zero:
-            return self._once("modulation", timestep, lambda: self._tables(batch, timestep))[self.place].unbind(1)
+            return self.once("modulation", timestep, lambda: self._tables(batch, timestep))[self.place].unbind(1)
         norm = self.block.norm1
         assert self.modulation is not None
 
@@ -98,57 +92,21 @@ class FusedBasicBlock(FusedBlock):
         tables = torch.stack([fused.block.scale_shift_table for fused in self.siblings])
         return tables[:, None] + timestep.reshape(1, batch, 6, -1)
 
-    def _once(self, name: str, source: Tensor, make: Callable[[], Any], group: Sequence[FusedBlock] = ()) -> Any:
-        """What the first block of a group, by default of all, makes of `source` for the others; a block that is given
-        another tensor makes its own. Nothing is kept after the last."""
-        group = group or self.siblings
-        if self is group[0] or name not in self.shared or are_others(self.shared[name][:1], (source,)):
-            self.shared[name] = source, make()
-        made = self.shared[name][1]
-        if self is group[-1]:
-            del self.shared[name]
-        return made
-
     def _cross(self, h: Tensor, batch: int, encoder_hidden_states: Tensor | None, mask: Tensor | None) -> Tensor:
         """Attention to the text, whose tokens every query sees; the input is not normalised (as in PixArt)."""
         attention = self.block.attn2
         source = h.view(batch, -1, h.shape[1]) if encoder_hidden_states is None else encoder_hidden_states
         length = source.shape[1]
         (q,) = self.cross_q.linear(self.cross_q.act(h))
-        k, v = self._keys_and_values(source)
+        k, v = self.keys_and_values(source)
         if mask is not None:
             given = mask
-            mask = self._once("mask", given, lambda: attention.prepare_attention_mask(given, length, batch))
+            mask = self.once("mask", given, lambda: attention.prepare_attention_mask(given, length, batch))
             mask = mask.view(batch, attention.heads, -1, mask.shape[-1])
             mask = mask[:, :1] if len(given) == batch else mask  # one for all heads
         q = q.view(batch, -1, attention.heads, q.shape[1] // attention.heads)
         k, v = (x.unflatten(1, (attention.heads, -1)).unflatten(0, (batch, length)) for x in (k, v))
         return self.cross_out.add(self.cross_out.act(attend(q, k, v, mask)), h)
-
-    def _group(self) -> Any:
-        """This block and those whose keys and values of the text are made with its own."""
-        first = self.place - self.place % TEXT_BLOCKS
-        return self.siblings[first : first + TEXT_BLOCKS]
-
-    def join(self) -> None:
-        super().join()
-        attention, group = self.block.attn2, self._group()
-        if attention is None or not attention.is_cross_attention or self is not group[-1]:
-            return
-        together = Stage(*(place for block in group for place in block.cross_kv.places))
-        if together.refusal() is None and together.ready():
-            for block in group:
-                block.together, block.cross_kv.parts = together, []
-
-    def _keys_and_values(self, text: Tensor) -> list[Tensor]:
-        """[B * S, N] each, made for several blocks at once where their layers allow it: a text is so few rows that a
-        product for one block takes as long to start as to run."""
-        rows, stage, group = text.reshape(-1, text.shape[2]), self.together, self._group()
-        if stage is None or not stage.ready():
-            return self.cross_kv.linear(self.cross_kv.act(rows))
-        made: list[Tensor] = self._once("text", text, lambda: stage.linear(stage.act(rows)), group)
-        at = 2 * group.index(self)
-        return made[at : at + 2]
 
 
 class BasicBlock(Fusion):

@@ -11,9 +11,10 @@ from ...kernels.head_norm_rope import head_norm_rope
 from ..fusion import FusedBlock, Fusion
 from ..stage import Norm, Stage
 from ._stream import activation_of, heads_refusal, norm_weights
+from ._text import TextBlock
 
 
-class FusedWanBlock(FusedBlock):
+class FusedWanBlock(TextBlock):
     def __init__(self, block: nn.Module, cpu: bool = False) -> None:
         super().__init__(block, cpu)
         own: Any = block
@@ -23,8 +24,8 @@ class FusedWanBlock(FusedBlock):
         self.qkv = Stage(*((own.attn1, name) for name in ("to_q", "to_k", "to_v")))
         self.out = Stage((own.attn1.to_out, "0"))
         self.cross_q, self.cross_out = Stage((own.attn2, "to_q")), Stage((own.attn2.to_out, "0"))
-        self.cross_kv = Stage((own.attn2, "to_k"), (own.attn2, "to_v"))
         self.up, self.down = Stage((own.ffn.net[0], "proj")), Stage((own.ffn.net, "2"))
+        assert self.cross_kv is not None
         self.stages = (self.qkv, self.out, self.cross_q, self.cross_kv, self.cross_out, self.up, self.down)
 
     def forward(  # the block's own signature
@@ -48,7 +49,7 @@ class FusedWanBlock(FusedBlock):
         a, (b, length, _) = self.block.attn2, text.shape
         rows = self.cross_q.act(h) if self.norm2 is None else self.cross_q.norm(h, self.norm2)
         (q,) = self.cross_q.linear(rows)
-        k, v = self.cross_kv.linear(self.cross_kv.act(text.reshape(b * length, -1)))
+        k, v = self.keys_and_values(text)
         q, k = a.norm_q(q), a.norm_k(k)
         q = q.view(b, -1, a.heads, q.shape[1] // a.heads)
         k, v = (x.unflatten(1, (a.heads, -1)).unflatten(0, (b, length)) for x in (k, v))

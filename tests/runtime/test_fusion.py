@@ -65,7 +65,7 @@ CASES = {
     ),
     "wan": Case(
         "WanTransformer3DModel",
-        {**HEADS, "in_channels": 4, "out_channels": 4, "text_dim": 24, "freq_dim": 16, "ffn_dim": 128, "num_layers": 2,
+        {**HEADS, "in_channels": 4, "out_channels": 4, "text_dim": 24, "freq_dim": 16, "ffn_dim": 128, "num_layers": 6,
          "rope_max_seq_len": 32},
         {"hidden_states": (4, 2, 8, 8), "encoder_hidden_states": (5, 24)},
         {},
@@ -266,18 +266,21 @@ def test_torch_compile_has_no_graph_break(case: Case) -> None:
     assert torch.equal(call(compiled, case), expected)
 
 
-def test_keys_and_values_of_a_text_are_made_for_several_blocks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "tokens"), [("pixart", 6), ("wan", 5)])
+def test_keys_and_values_of_a_text_are_made_for_several_blocks_at_once(
+    kind: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Six blocks are a group of four and one of two; a block whose layers read the text in another way has its group
     make them one by one."""
-    rows, counted, act = 2 * 6, list[int](), stage.act_quant
+    rows, counted, act = 2 * tokens, list[int](), stage.act_quant
     monkeypatch.setattr(stage, "act_quant", lambda x, *rest: (counted.append(len(x)), act(x, *rest))[1])
     for specs, products in (({}, 2), ({"5.attn2.to_k": "w8-ae2m1tok", "5.attn2.to_v": "w8-ae2m1tok"}, 1 + 2)):
-        model = compressed(CASES["pixart"], specs=specs)
-        expected = call(model, CASES["pixart"])
+        model = compressed(CASES[kind], specs=specs)
+        expected = call(model, CASES[kind])
         fuse(model, cpu=True)
         for _ in range(2):
             counted.clear()
-            assert close(call(model, CASES["pixart"]), expected)
+            assert close(call(model, CASES[kind]), expected)
             assert counted.count(rows) == products
 
 
