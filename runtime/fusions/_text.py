@@ -14,7 +14,7 @@ GROUP = 4
 
 
 class TextBlock(FusedBlock):
-    """A fused block whose `attn2` reads a text that all blocks are given; a subclass sets `cross_kv`, if it has one."""
+    """A fused block whose `attn2`, if it has one, reads a text that all blocks are given."""
 
     cross_kv: Stage | None = None
     together: Stage | None = None  # cross_kv of this block and its neighbours
@@ -30,7 +30,7 @@ class TextBlock(FusedBlock):
         if self.cross_kv is None or not self.block.attn2.is_cross_attention or self is not group[-1]:
             return
         together = Stage(*(place for block in group for place in block.cross_kv.places))
-        if together.refusal() is None and together.ready():
+        if together.ready():
             for block in group:
                 block.together, block.cross_kv.parts = together, []
 

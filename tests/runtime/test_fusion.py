@@ -284,6 +284,20 @@ def test_keys_and_values_of_a_text_are_made_for_several_blocks_at_once(
             assert counted.count(rows) == products
 
 
+def test_a_group_of_which_a_block_has_been_moved_elsewhere_is_no_group() -> None:
+    """As offloading moves blocks: the others must not fail for it."""
+    model = fuse(compressed(CASES["pixart"]), cpu=True)
+    blocks = [block.forward.__self__ for block in model.transformer_blocks]
+    assert blocks[0].together.ready()
+    model.transformer_blocks[2].to("meta")
+    assert not blocks[0].together.ready()
+    text = torch.randn(2, 6, 64)
+    k, v = blocks[0].keys_and_values(text)
+    own = model.transformer_blocks[0].attn2
+    assert close(k, own.to_k(text).flatten(0, 1))
+    assert close(v, own.to_v(text).flatten(0, 1))
+
+
 def test_the_text_of_another_call_is_never_used() -> None:
     model = compressed(CASES["pixart"])
     expected = [call(model, CASES["pixart"], seed) for seed in (2, 3)]
