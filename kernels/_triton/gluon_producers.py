@@ -16,15 +16,14 @@ from triton.experimental.gluon import language as gl
 from ..norm_quant import Norm
 from ..quant_token import TINY
 from ..transform import Transform
+from .gluon_layout import LANE, layout_of, pieces
 from .gluon_rows import (
     await_inputs,
-    layout_of,
     load_factor,
     load_rows,
     load_vector,
     narrow,
     per_token,
-    pieces,
     plus_product,
     quantize_tokens,
     spread,
@@ -37,9 +36,12 @@ from .tiles import overlap
 
 @gluon.jit
 def sigmoid_of_log2(t):
-    """1 / (1 + 2**-t): as a squared reciprocal root, it is two fast instructions; a division is eight."""
-    root = gl.rsqrt(1.0 + gl.exp2(-t))
-    return root * root
+    """1 / (1 + 2**-t) in four instructions: no case of it needs denormals."""
+    return gl.inline_asm_elementwise(
+        """{ .reg .f32 p; neg.f32 p, $1; ex2.approx.ftz.f32 p, p; add.f32 p, p, 0f3F800000;
+        rcp.approx.ftz.f32 $0, p; }""",
+        "=f,f", [t], dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -66,7 +68,10 @@ def products(tiles, vectors):
 
 
 @gluon.jit
-def factors(pre_scale_ptr, signs_ptr, PIECES: gl.constexpr, BLOCK: gl.constexpr, HELD: gl.constexpr, R: gl.constexpr):
+def factors(
+    pre_scale_ptr, signs_ptr, PIECES: gl.constexpr, BLOCK: gl.constexpr, HELD: gl.constexpr,
+    R: gl.constexpr,
+):  # fmt: skip
     """pre_scale * signs for every tile."""
     found = ()
     for i in gl.static_range(len(PIECES)):
@@ -98,7 +103,7 @@ def act_tile(
 
 @gluon.jit
 def gated_tile(
-    x_ptr, branch_ptr, gate_ptr, h_ptr, x_stride, branch_stride, gate_stride, first, M, TOKENS,
+    x_ptr, branch_ptr, gate_ptr, h_ptr, x_stride, branch_stride, gate_stride, sample, first, M, TOKENS,
     FROM: gl.constexpr, END: gl.constexpr, LAYOUT: gl.constexpr, K: gl.constexpr, ONE: gl.constexpr,
 ):  # fmt: skip
     """x, or x + gate * branch, stored in h's type; then what was stored."""
@@ -107,7 +112,7 @@ def gated_tile(
     if branch_ptr is not None:
         branch = load_rows(branch_ptr, row.to(gl.int64), branch_stride, FROM, END, LAYOUT)
         if gate_ptr is not None:
-            gate = load_shared(gate_ptr, gate_stride, row, first, TOKENS, FROM, END, LAYOUT, ONE)
+            gate = load_shared(gate_ptr, gate_stride, row, sample, TOKENS, FROM, END, LAYOUT, ONE)
             tile = plus_product(tile, branch, gate)
         else:
             tile = tile + branch
@@ -119,12 +124,12 @@ def gated_tile(
 
 @gluon.jit
 def load_shared(
-    ptr, stride, row, first, TOKENS,
+    ptr, stride, row, sample, TOKENS,
     FROM: gl.constexpr, END: gl.constexpr, LAYOUT: gl.constexpr, ONE: gl.constexpr,
 ):  # fmt: skip
     """fp32 rows that TOKENS tokens share: [1, WIDTH] where all tokens of the tile share ONE, else [R, WIDTH]."""
     if ONE:
-        rows = load_vector(ptr + (first // TOKENS).to(gl.int64) * stride, FROM, END, LAYOUT)
+        rows = load_vector(ptr + sample.to(gl.int64) * stride, FROM, END, LAYOUT)
     else:
         rows = load_rows(ptr, (row // TOKENS).to(gl.int64), stride, FROM, END, LAYOUT)
     return rows
@@ -133,22 +138,22 @@ def load_shared(
 @gluon.jit
 def slope_and_offset(
     pre_scale_ptr, signs_ptr, weight_ptr, bias_ptr, shift_ptr, mod_scale_ptr, shift_stride, mod_scale_stride,
-    first, M, TOKENS, FROM: gl.constexpr, END: gl.constexpr, LAYOUT: gl.constexpr, ONE: gl.constexpr,
+    sample, first, M, TOKENS, FROM: gl.constexpr, END: gl.constexpr, LAYOUT: gl.constexpr, ONE: gl.constexpr,
 ):  # fmt: skip
     """((xhat * weight + bias) * (1 + scale) + shift) * pre_scale * signs as (slope, offset) of xhat, or (slope,)."""
     row = tokens(first, M, LAYOUT)
     factor = load_factor(pre_scale_ptr, signs_ptr, FROM, END, LAYOUT)
     slope = factor
     if mod_scale_ptr is not None:
-        scale = load_shared(mod_scale_ptr, mod_scale_stride, row, first, TOKENS, FROM, END, LAYOUT, ONE)
-        slope = slope * (1.0 + scale)
+        scale = load_shared(mod_scale_ptr, mod_scale_stride, row, sample, TOKENS, FROM, END, LAYOUT, ONE)
+        slope = plus_product(factor, factor, scale)
     if bias_ptr is not None:
         offset = load_vector(bias_ptr, FROM, END, LAYOUT) * slope
         if shift_ptr is not None:
-            shift = load_shared(shift_ptr, shift_stride, row, first, TOKENS, FROM, END, LAYOUT, ONE)
+            shift = load_shared(shift_ptr, shift_stride, row, sample, TOKENS, FROM, END, LAYOUT, ONE)
             offset = plus_product(offset, shift, factor)
     elif shift_ptr is not None:
-        offset = load_shared(shift_ptr, shift_stride, row, first, TOKENS, FROM, END, LAYOUT, ONE) * factor
+        offset = load_shared(shift_ptr, shift_stride, row, sample, TOKENS, FROM, END, LAYOUT, ONE) * factor
     if weight_ptr is not None:
         slope = slope * load_vector(weight_ptr, FROM, END, LAYOUT)
     if bias_ptr is not None or shift_ptr is not None:
@@ -181,102 +186,102 @@ def transformed(tile, line):
     return tile
 
 
-@gluon.jit(do_not_specialize=["M", "TOKENS", "STEPS"])
+@gluon.jit(do_not_specialize=["M", "TOKENS"])
 def norm_quant_kernel(
     x_ptr, branch_ptr, gate_ptr, h_ptr, shift_ptr, mod_scale_ptr, weight_ptr, bias_ptr, pre_scale_ptr, signs_ptr,
-    codes_ptr, scale_ptr, x_stride, branch_stride, gate_stride, shift_stride, mod_scale_stride, M, TOKENS, STEPS, eps,
+    codes_ptr, scale_ptr, x_stride, branch_stride, gate_stride, shift_stride, mod_scale_stride, M, TOKENS, eps,
     LAYER: gl.constexpr, K: gl.constexpr, ONE: gl.constexpr, INT8: gl.constexpr, FP4: gl.constexpr, TINY: gl.constexpr,
-    BLOCK: gl.constexpr, REGULAR: gl.constexpr, R: gl.constexpr, HELD: gl.constexpr, KEEP: gl.constexpr,
+    BLOCK: gl.constexpr, REGULAR: gl.constexpr, R: gl.constexpr, HELD: gl.constexpr,
+    PRODUCT: gl.constexpr,
 ):  # fmt: skip
-    """STEPS tiles of R tokens; TOKENS of them share a row of gate, shift and scale.
-
-    ONE: so do all of a tile. KEEP: and all tiles of a program; what is done to the channels then stays in registers.
-    """
+    """One tile of R tokens, of which TOKENS share a row of gate, shift and scale. ONE: so do all of the tile, and the
+    second number of a program is that of the row."""
     await_inputs()
     PIECES: gl.constexpr = pieces(K, 0, R, gl.num_warps(), BLOCK)
     TRANSFORMED: gl.constexpr = pre_scale_ptr is not None or signs_ptr is not None
     CHANGED: gl.constexpr = TRANSFORMED or weight_ptr is not None or shift_ptr is not None
-    if CHANGED and KEEP and ONE:
-        kept = ()
-        for i in gl.static_range(len(PIECES)):
+    sample = gl.program_id(1)
+    first = sample * TOKENS + gl.program_id(0) * R
+    tiles = ()
+    for i in gl.static_range(len(PIECES)):
+        tile = gated_tile(
+            x_ptr, branch_ptr, gate_ptr, h_ptr, x_stride, branch_stride, gate_stride, sample, first, M, TOKENS,
+            PIECES[i][0], PIECES[i][2], layout_of(R, PIECES[i][1], gl.num_warps(), BLOCK, HELD), K, ONE,
+        )  # fmt: skip
+        tiles = tiles + (tile,)
+    if LAYER:
+        tiles = centred(tiles, per_token(tiles, False, PIECES, BLOCK, HELD) / K, PIECES)
+    factor = gl.rsqrt(per_token(products(tiles, tiles), False, PIECES, BLOCK, HELD) / K + eps)
+    changed = ()
+    for i in gl.static_range(len(PIECES)):
+        tile = tiles[i] * spread(factor, tiles[i])
+        if CHANGED:
             line = slope_and_offset(
                 pre_scale_ptr, signs_ptr, weight_ptr, bias_ptr, shift_ptr, mod_scale_ptr, shift_stride,
-                mod_scale_stride, gl.program_id(0) * STEPS * R, M, TOKENS, PIECES[i][0], PIECES[i][2],
-                layout_of(R, PIECES[i][1], gl.num_warps(), BLOCK, HELD), True,
+                mod_scale_stride, sample, first, M, TOKENS, PIECES[i][0], PIECES[i][2],
+                layout_of(R, PIECES[i][1], gl.num_warps(), BLOCK, HELD), ONE,
             )  # fmt: skip
-            kept = kept + (line,)
-    for step in range(STEPS):
-        first = (gl.program_id(0) * STEPS + step) * R
-        tiles = ()
-        for i in gl.static_range(len(PIECES)):
-            tile = gated_tile(
-                x_ptr, branch_ptr, gate_ptr, h_ptr, x_stride, branch_stride, gate_stride, first, M, TOKENS,
-                PIECES[i][0], PIECES[i][2], layout_of(R, PIECES[i][1], gl.num_warps(), BLOCK, HELD), K, ONE,
-            )  # fmt: skip
-            tiles = tiles + (tile,)
-        if LAYER:
-            tiles = centred(tiles, per_token(tiles, False, PIECES, BLOCK, HELD) / K, PIECES)
-        factor = gl.rsqrt(per_token(products(tiles, tiles), False, PIECES, BLOCK, HELD) / K + eps)
-        changed = ()
-        for i in gl.static_range(len(PIECES)):
-            tile = tiles[i] * spread(factor, tiles[i])
-            if CHANGED and KEEP and ONE:
-                tile = transformed(tile, kept[i])
-            elif CHANGED:
-                line = slope_and_offset(
-                    pre_scale_ptr, signs_ptr, weight_ptr, bias_ptr, shift_ptr, mod_scale_ptr, shift_stride,
-                    mod_scale_stride, first, M, TOKENS, PIECES[i][0], PIECES[i][2],
-                    layout_of(R, PIECES[i][1], gl.num_warps(), BLOCK, HELD), ONE,
-                )  # fmt: skip
-                tile = transformed(tile, line)
-            changed = changed + (tile,)
-        quantize_tokens(changed, codes_ptr, scale_ptr, first, M, PIECES, INT8, FP4, TINY, BLOCK, REGULAR, HELD, K)
+            tile = transformed(tile, line)
+        changed = changed + (tile,)
+    quantize_tokens(
+        changed, codes_ptr, scale_ptr, first, M, PIECES, INT8, FP4, TINY, BLOCK, REGULAR, HELD, PRODUCT, K
+    )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["M", "STEPS"])
+@gluon.jit(do_not_specialize=["M"])
 def act_quant_kernel(
-    x_ptr, prefix_ptr, pre_scale_ptr, signs_ptr, codes_ptr, scale_ptr, x_stride, prefix_stride, M, STEPS,
+    x_ptr, prefix_ptr, pre_scale_ptr, signs_ptr, codes_ptr, scale_ptr, x_stride, prefix_stride, M,
     ACT: gl.constexpr, K: gl.constexpr, PREFIX: gl.constexpr, INT8: gl.constexpr, FP4: gl.constexpr, TINY: gl.constexpr,
-    BLOCK: gl.constexpr, REGULAR: gl.constexpr, R: gl.constexpr, HELD: gl.constexpr, KEEP: gl.constexpr,
+    BLOCK: gl.constexpr, REGULAR: gl.constexpr, R: gl.constexpr, HELD: gl.constexpr,
+    PRODUCT: gl.constexpr,
 ):  # fmt: skip
-    """STEPS tiles of R tokens; KEEP: pre_scale * signs stay in registers between them."""
+    """One tile of R tokens."""
     await_inputs()
     PIECES: gl.constexpr = pieces(K, PREFIX, R, gl.num_warps(), BLOCK)
-    TRANSFORMED: gl.constexpr = pre_scale_ptr is not None or signs_ptr is not None
-    if TRANSFORMED and KEEP:
-        kept = factors(pre_scale_ptr, signs_ptr, PIECES, BLOCK, HELD, R)
-    for step in range(STEPS):
-        first = (gl.program_id(0) * STEPS + step) * R
-        tiles = ()
-        for i in gl.static_range(len(PIECES)):
-            tile = act_tile(
-                x_ptr, prefix_ptr, x_stride, prefix_stride, first, M, PIECES[i][0], PIECES[i][2],
-                layout_of(R, PIECES[i][1], gl.num_warps(), BLOCK, HELD), ACT, K, PREFIX,
-            )  # fmt: skip
-            tiles = tiles + (tile,)
-        if TRANSFORMED:
-            if KEEP:
-                tiles = products(tiles, kept)
-            else:
-                tiles = products(tiles, factors(pre_scale_ptr, signs_ptr, PIECES, BLOCK, HELD, R))
-        quantize_tokens(tiles, codes_ptr, scale_ptr, first, M, PIECES, INT8, FP4, TINY, BLOCK, REGULAR, HELD, K)
+    first = gl.program_id(0) * R
+    tiles = ()
+    for i in gl.static_range(len(PIECES)):
+        tile = act_tile(
+            x_ptr, prefix_ptr, x_stride, prefix_stride, first, M, PIECES[i][0], PIECES[i][2],
+            layout_of(R, PIECES[i][1], gl.num_warps(), BLOCK, HELD), ACT, K, PREFIX,
+        )  # fmt: skip
+        tiles = tiles + (tile,)
+    if pre_scale_ptr is not None or signs_ptr is not None:
+        tiles = products(tiles, factors(pre_scale_ptr, signs_ptr, PIECES, BLOCK, HELD, R))
+    quantize_tokens(
+        tiles, codes_ptr, scale_ptr, first, M, PIECES, INT8, FP4, TINY, BLOCK, REGULAR, HELD, PRODUCT, K
+    )  # fmt: skip
 
 
 MAX_HELD = 96
 """Most channels that one thread holds; more do not fit its registers."""
 
+SHAPES = {
+    True: ((1280, 4, 2, 128), (2304, 2, 2, 128), (3072, 2, 2, 168), (6144, 2, 4, 128), (16384, 1, 8, 128)),
+    False: (
+        (1280, 4, 2, 128), (2304, 2, 2, 128), (3072, 2, 2, 168), (4608, 1, 2, 128), (6144, 1, 4, 96), (16384, 1, 8, 80)
+    ),
+}  # fmt: skip
+"""Up to so many channels: tokens and warps of a program and registers of a thread, with a norm and without. Measured on
+an H200."""
+
 
 @cache
-def launch_options(k: int, prefix: int, block_size: int) -> dict[str, Any]:
-    """Tokens and warps of a program, channels of a block in one thread, and whether vectors stay in registers.
+def launch_options(
+    k: int, block_size: int, norm: bool, dtype: torch.dtype = torch.bfloat16, fp4: bool = False
+) -> dict[str, Any]:
+    """Tokens and warps of a program, registers of a thread, channels of a block in it, and how they are rotated
+    (`gluon_rotation`).
 
     None of it may depend on M: the order of the sums, and so a token's codes, follow from it.
     """
-    warps = 1
-    while k > 32 * warps * 48:
-        warps *= 2
-    rows = 2 if k <= 1536 else 1
-    return {"R": rows, "HELD": 16, "KEEP": False, "num_warps": warps, "maxnreg": 200 if warps == 1 else None}
+    rows, warps, registers = next((shape[1:] for shape in SHAPES[norm] if k <= shape[0]), (1, 16, 128))
+    if fp4:  # rounding to it takes more
+        registers = None
+    # A product rounds to bfloat16, which an input in it has been through.
+    product = dtype == torch.bfloat16
+    rotation = {"HELD": max(LANE, block_size // 4) if product else 16, "PRODUCT": product}
+    return {"R": rows, "num_warps": warps, "maxnreg": registers, **rotation}
 
 
 @cache
@@ -284,28 +289,13 @@ def limits(k: int, prefix: int, block_size: int) -> str | None:
     """Why these kernels do not take tokens of k channels; None when they do."""
     if prefix % max(16, block_size):
         return f"a prefix of {prefix} columns ends inside of a block"
-    options = launch_options(k, prefix, block_size)
-    covered = pieces(k, prefix, options["R"], options["num_warps"], block_size)
-    channels = sum(width for _, width, _ in covered) * options["R"] // (32 * options["num_warps"])
-    return f"K={k} does not fit" if len(covered) > 6 or channels > MAX_HELD else None
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _steps(tokens: int, shared: int, options: dict[str, Any], device: torch.device) -> int:
-    """Tiles of one program: a power of two, so many that every multiprocessor is still busy, all in one sample.
-
-    shared: tokens of a sample; 0 is all.
-    """
-    steps, rows = 1, options["R"]
-    if options["KEEP"]:
-        programs = _multiprocessors(device) * 32 // options["num_warps"]
-        while steps < 8 and tokens >= 2 * steps * rows * programs and shared % (2 * steps * rows) == 0:
-            steps *= 2
-    return steps
+    for norm in (True, False):
+        options = launch_options(k, block_size, norm)
+        covered = pieces(k, prefix, options["R"], options["num_warps"], block_size)
+        channels = sum(width for _, width, _ in covered) * options["R"] // (32 * options["num_warps"])
+        if len(covered) > 6 or channels > MAX_HELD:
+            return f"K={k} does not fit"
+    return None
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -326,7 +316,7 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 def _launch(
     kernel: Any,
-    programs: int,
+    programs: tuple[int, int, int],
     tensors: tuple[Tensor | None, ...],
     numbers: tuple[Any, ...],
     constants: tuple[Any, ...],
@@ -342,23 +332,22 @@ def _launch(
     compiled = _compiled.get(key)
     if compiled is None:
         more = overlap(next(t.device for t in tensors if t is not None))
-        _compiled[key] = kernel[(programs,)](*tensors, *numbers, *constants, **limits, **more)
+        _compiled[key] = kernel[programs](*tensors, *numbers, *constants, **limits, **more)
     else:
-        compiled[(programs, 1, 1)](*tensors, *numbers, *constants)
+        compiled[programs](*tensors, *numbers, *constants)
 
 
 def run_act(x: Tensor, act: str, transform: Transform, prefix: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """`act_quant` for tokens of k channels."""
     codes, scale = transform.empty(x, k)
     m, p = x.shape[0], 0 if prefix is None else prefix.shape[1]
-    options = launch_options(k, p, transform.block_size)
+    options = launch_options(k, transform.block_size, False, x.dtype, transform.fp4_group is not None)
     if m:
         x, prefix = _rows(x), None if prefix is None else _rows(prefix)
-        steps = _steps(m, 0, options, codes.device)
         tensors = (x, prefix, *_vectors(transform), codes, scale)
-        numbers = (_stride(x), _stride(prefix), m, steps)
+        numbers = (_stride(x), _stride(prefix), m)
         constants = (act, k, p, *_constants(transform, options))
-        _launch(act_quant_kernel, -(-m // (options["R"] * steps)), tensors, numbers, constants, options)
+        _launch(act_quant_kernel, (-(-m // options["R"]), 1, 1), tensors, numbers, constants, options)
     return codes, scale
 
 
@@ -368,18 +357,19 @@ def run_norm(stream: list[Tensor], norm: Norm, transform: Transform) -> tuple[Te
     codes, scale = transform.empty(stream[0], k)
     h = torch.empty((m, k), dtype=stream[0].dtype, device=stream[0].device) if len(stream) > 1 else None
     if m:
-        options = launch_options(k, 0, transform.block_size)
+        options = launch_options(k, transform.block_size, True, stream[0].dtype, transform.fp4_group is not None)
         samples = next((len(rows) for rows in (*norm.mod, *stream[2:])), 1)
         # Tokens that share a sample's rows; 0 where all do.
         shared = m // samples if samples > 1 else 0
         x, branch, gate = [*map(_rows, stream), None, None][:3]
         shift, mod_scale = map(_rows, norm.mod) if norm.mod else (None, None)
         weight, bias = [*map(_rows, norm.affine), None, None][:2]
-        steps, alone = _steps(m, shared, options, codes.device), shared % options["R"] == 0
         tensors = (x, branch, gate, h, shift, mod_scale, weight, bias, *_vectors(transform), codes, scale)
-        numbers = (*map(_stride, (x, branch, gate, shift, mod_scale)), m, shared or m, steps, norm.eps)
+        numbers = (*map(_stride, (x, branch, gate, shift, mod_scale)), m, shared or m, norm.eps)
+        alone = shared % options["R"] == 0
         constants = (norm.kind == "layer", k, alone, *_constants(transform, options))
-        _launch(norm_quant_kernel, -(-m // (options["R"] * steps)), tensors, numbers, constants, options)
+        programs = (-(-(shared or m) // options["R"]), samples, 1) if alone else (-(-m // options["R"]), 1, 1)
+        _launch(norm_quant_kernel, programs, tensors, numbers, constants, options)
     return (codes, scale) if h is None else (h, codes, scale)
 
 
@@ -389,7 +379,7 @@ def _vectors(transform: Transform) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _constants(transform: Transform, options: dict[str, Any]) -> tuple[Any, ...]:
-    """INT8, FP4, TINY, BLOCK, REGULAR, R, HELD and KEEP."""
+    """INT8, FP4, TINY, BLOCK, REGULAR, R, HELD and PRODUCT."""
     int8, regular = transform.code_dtype == torch.int8, transform.hadamard_kind == "regular"
-    block, held = transform.block_size, (options["R"], options["HELD"], options["KEEP"])
+    block, held = transform.block_size, (options[name] for name in ("R", "HELD", "PRODUCT"))
     return int8, transform.fp4_group, TINY, block, regular and block > 0, *held

@@ -1,9 +1,6 @@
-"""Pieces of the fused producers for NVIDIA GPUs: whole tokens in registers, rotated without leaving them.
+"""Pieces of the fused producers for NVIDIA GPUs: whole tokens in registers, from memory to codes.
 
-R tokens are a few tiles [R, WIDTH] (`pieces`) whose layout says which thread holds which channel (`layout_of`): 8 side
-by side, so that memory is accessed 16 bytes at a time, and lanes next to each other hold the rest of a Hadamard block.
-The block is then a butterfly of additions (the fast Walsh-Hadamard transform): inside a thread, and between lanes by
-shuffles. Neither shared memory nor a product is needed, and every step is fp32.
+A token's channels lie where `gluon_layout` says, so that its rotation needs no shared memory (`gluon_rotation`).
 """
 
 # Kernel parameters are typed by what is launched, not by annotations; tuples grow in loops that the compiler unrolls,
@@ -18,10 +15,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.language.target_info import cuda_capability_geq
 
 from .gluon_fp4 import fp4_codes
+from .gluon_layout import is_spread_alike, split_shape
+from .gluon_rotation import rotate
 from .tiles import limit_of
-
-LANE = 8
-"""Channels that a thread holds side by side."""
 
 
 @gluon.jit
@@ -30,126 +26,6 @@ def await_inputs():
     if cuda_capability_geq(9, 0):
         gdc_wait()
         gdc_launch_dependents()
-
-
-@gluon.constexpr_function
-def log2(n):
-    return n.bit_length() - 1
-
-
-@gluon.constexpr_function
-def thread_bits(rows, width, warps, block, held):
-    """Bits of the channel number of a tile: those that choose a register, and the rest from the lowest up.
-
-    held: channels of one Hadamard block in one thread, at least 8; less where threads would have nothing left.
-    """
-    bits, size = log2(width), max(log2(block), 3)
-    spare = bits - 3 - (5 + log2(warps))
-    more = max(0, min(log2(held) - 3, size - 3, spare))
-    inside = [0, 1, 2, *range(size - more, size)]
-    return inside, [bit for bit in range(bits) if bit not in inside]
-
-
-@gluon.constexpr_function
-def layout_of(rows, width, warps, block, held):
-    """Layout of a tile [rows, width]: lanes and warps are spread over the channels first, then over the tokens."""
-    inside, rest = thread_bits(rows, width, warps, block, held)
-    threads = 5 + log2(warps)
-    order = [[0, 1 << bit] for bit in rest] + [[1 << bit, 0] for bit in range(log2(rows))]
-    spread = (order + [[0, 0]] * threads)[:threads]
-    registers = [[0, 1 << bit] for bit in inside] + order[threads:]
-    return gl.DistributedLinearLayout(registers, spread[:5], spread[5:], [], [rows, width])
-
-
-@gluon.constexpr_function
-def pieces(k, prefix, rows, warps, block):
-    """((from, width, end), ...): what covers the channels 0 to `prefix` and those to k; channels from `end` on are 0.
-
-    Widths are powers of two that keep every thread busy.
-    """
-    found, unit = [], max(block, 16, 32 * LANE * warps // rows)
-    for start, end in ((0, prefix), (prefix, k)):
-        left = -(-(end - start) // unit) * unit
-        while left > 0:
-            width = 1 << log2(left)
-            found.append((start, width, end))
-            start, left = start + width, left - width
-    return tuple(found)
-
-
-@gluon.constexpr_function
-def butterfly(rows, width, warps, block, held, regular):
-    """PTX that multiplies the block of a thread and its neighbours by H; see `hadamard.SEEDS`."""
-    inside, rest = thread_bits(rows, width, warps, block, held)
-    # Where each bit of the channel number is: a bit of the register's number, or of the lane's.
-    places = [(1 << inside.index(b), 0) if b in inside else (0, 1 << rest.index(b)) for b in range(log2(block))]
-    lines: list[str] = []
-    n = 1 << len(inside)
-
-    def put(code, *operands):
-        """One instruction; its result goes to a register of its own, whose name this returns."""
-        lines.append(f"{code} t{len(lines)}, {', '.join(operands)};")
-        return f"t{len(lines) - 1}"
-
-    def add_other(value, lane, factor):
-        """value * factor + what the lane holds whose number differs in this bit."""
-        other = put("shfl.sync.bfly.b32", value, str(lane), "0x1f", "0xffffffff")
-        return put("fma.rn.f32", value, factor, other)
-
-    def pairs(values, register, lane):
-        """a + b and a - b for two channels that differ in one bit."""
-        if register == 0:
-            # +-1.0: its sign is the bit of the lane's number.
-            shifted = put("shl.b32", "lane", str(31 - log2(lane)))
-            factor = put("lop3.b32", shifted, "0x80000000", "0x3f800000", "0xea")
-            return [add_other(value, lane, factor) for value in values]
-        results = list(values)
-        for i in range(n):
-            if not i & register:
-                results[i] = put("add.f32", values[i], values[i | register])
-                results[i | register] = put("sub.f32", values[i], values[i | register])
-        return results
-
-    def quads(values, digit):
-        """sum - 2 x for four channels that differ in two bits."""
-        sums = list(values)
-        for register, lane in sorted(digit, reverse=True):
-            if register == 0:
-                added = {value: add_other(value, lane, "0f3F800000") for value in dict.fromkeys(sums)}
-                sums = [added[value] for value in sums]
-            for i in range(n):
-                if register and not i & register:
-                    sums[i] = put("add.f32", sums[i], sums[i | register])
-                    sums[i | register] = sums[i]
-        return [put("fma.rn.f32", values[i], "0fC0000000", sums[i]) for i in range(n)]
-
-    values = [f"${n + i}" for i in range(n)]
-    for i in range(0, len(places), 2 if regular else 1):
-        values = quads(values, places[i : i + 2]) if regular else pairs(values, places[i][0], places[i][1])
-    moves = [f"mov.b32 ${i}, {value};" for i, value in enumerate(values)]
-    head = f".reg .b32 lane, t<{len(lines)}>; mov.u32 lane, %laneid;"
-    return " ".join(["{", head, *lines, *moves, "}"])
-
-
-@gluon.constexpr_function
-def floats(n):
-    """Constraints of n results and n operands in fp32 registers."""
-    return ",".join(["=f"] * n + ["f"] * n)
-
-
-@gluon.constexpr_function
-def held_by_thread(rows, width, warps, block, held):
-    return 1 << len(thread_bits(rows, width, warps, block, held)[0])
-
-
-@gluon.jit
-def rotate(y, BLOCK: gl.constexpr, REGULAR: gl.constexpr, HELD: gl.constexpr):
-    """y [R, WIDTH] times H (of +-1) in every block of channels."""
-    ROWS: gl.constexpr = y.shape[0]
-    WIDTH: gl.constexpr = y.shape[1]
-    ASM: gl.constexpr = butterfly(ROWS, WIDTH, gl.num_warps(), BLOCK, HELD, REGULAR)
-    N: gl.constexpr = held_by_thread(ROWS, WIDTH, gl.num_warps(), BLOCK, HELD)
-    return gl.inline_asm_elementwise(ASM, floats(N), [y], dtype=gl.float32, is_pure=True, pack=N)
 
 
 @gluon.jit
@@ -189,7 +65,7 @@ def narrow(t, dtype: gl.constexpr):
 def load_rows(ptr, row, stride, FROM: gl.constexpr, END: gl.constexpr, LAYOUT: gl.constexpr):
     """fp32 tile of rows `row` [R] (int64); channels from END on are 0."""
     WIDTH: gl.constexpr = LAYOUT.shape[1]
-    k = gl.expand_dims(FROM + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    k = gl.expand_dims(FROM + gl.arange(0, LAYOUT.shape[1], layout=gl.SliceLayout(0, LAYOUT)), 0)
     at = ptr + gl.expand_dims(row * stride, 1) + k
     if FROM + WIDTH > END:
         tile = gl.load(at, mask=k < END, other=0.0)
@@ -241,20 +117,6 @@ def max_or_nan(a, b):
     return gl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
-@gluon.constexpr_function
-def is_spread_alike(sizes, rows, warps):
-    """Whether every thread holds all tokens of every tile, so that the tiles can be added thread by thread."""
-    return all(width >= 32 * LANE * warps for _, width, _ in sizes)
-
-
-@gluon.constexpr_function
-def split_shape(rows, width, warps, block, held):
-    """Dimensions of a tile's bits: token, highest registers, threads, registers, lanes, registers."""
-    inside, _ = thread_bits(rows, width, warps, block, held)
-    more, lanes = 1 << (len(inside) - 3), 1 << (max(log2(block), 3) - len(inside))
-    return [rows, width // (32 * warps * more * 8), 32 * warps // lanes, more, lanes, 8]
-
-
 @gluon.jit
 def by_thread(tile, BLOCK: gl.constexpr, HELD: gl.constexpr):
     """[R, WIDTH] -> [R, threads, channels of a thread]; nothing moves."""
@@ -285,7 +147,7 @@ def combine_along(tile, axis: gl.constexpr, MAXIMUM: gl.constexpr):
 @gluon.jit
 def per_token(tiles, MAXIMUM: gl.constexpr, PIECES: gl.constexpr, BLOCK: gl.constexpr, HELD: gl.constexpr):
     """fp32 [R]: sums or maxima over all tiles; at once where that can be, because warps wait for each other."""
-    if is_spread_alike(PIECES, tiles[0].shape[0], gl.num_warps()):
+    if is_spread_alike(PIECES, gl.num_warps()):
         part = combine_along(by_thread(tiles[0], BLOCK, HELD), 2, MAXIMUM)
         for i in gl.static_range(1, len(tiles)):
             other = combine_along(by_thread(tiles[i], BLOCK, HELD), 2, MAXIMUM)
@@ -324,6 +186,21 @@ def low_bytes(t):
 
 
 @gluon.jit
+def divided(a, b, inverse):
+    """a / b to the nearest number, given about 1 / b; nothing here needs denormals or overflows, as a division may."""
+    near = a * inverse
+    return gl.fma(gl.fma(-near, b, a), inverse, near)
+
+
+@gluon.jit
+def reciprocal(t):
+    """1 / t to a unit in the last place, in one instruction; t is no denormal."""
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [t], dtype=gl.float32, is_pure=True, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
 def encode(z, inverse, INT8: gl.constexpr):
     """Codes of z * inverse: int8, rounding half to even by adding 1.5 * 2**23, or float8_e4m3fn."""
     if INT8:
@@ -345,7 +222,7 @@ def store_rows(ptr, tile, first, M, FROM: gl.constexpr, END: gl.constexpr, K: gl
     """Store a tile into dense rows of K channels."""
     LAYOUT: gl.constexpr = tile.type.layout
     row = first + gl.arange(0, tile.shape[0], layout=gl.SliceLayout(1, LAYOUT))
-    k = gl.expand_dims(FROM + gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, LAYOUT)), 0)
+    k = gl.expand_dims(FROM + gl.arange(0, LAYOUT.shape[1], layout=gl.SliceLayout(0, LAYOUT)), 0)
     mask = gl.expand_dims(row < M, 1)
     if FROM + tile.shape[1] > END:
         mask = mask & (k < END)
@@ -373,7 +250,8 @@ def store_fp4(
 @gluon.jit
 def quantize_tokens(
     tiles, codes_ptr, scale_ptr, first, M, PIECES: gl.constexpr, INT8: gl.constexpr, FP4: gl.constexpr,
-    TINY: gl.constexpr, BLOCK: gl.constexpr, REGULAR: gl.constexpr, HELD: gl.constexpr, K: gl.constexpr,
+    TINY: gl.constexpr, BLOCK: gl.constexpr, REGULAR: gl.constexpr, HELD: gl.constexpr,
+    PRODUCT: gl.constexpr, K: gl.constexpr,
 ):  # fmt: skip
     """Rotate (BLOCK > 0), find one scale per token, round and store all tiles. H's 1 / sqrt(BLOCK) is in the scale.
 
@@ -384,14 +262,15 @@ def quantize_tokens(
     if BLOCK > 0:
         rotated = ()
         for i in gl.static_range(len(tiles)):
-            rotated = rotated + (rotate(tiles[i], BLOCK, REGULAR, HELD),)
+            rotated = rotated + (rotate(tiles[i], BLOCK, REGULAR, HELD, PRODUCT),)
     else:
         rotated = tiles
     top = per_token(magnitudes(rotated), True, PIECES, BLOCK, HELD)
     amax = max_or_nan(top * UNIT, gl.full(top.shape, TINY, gl.float32, top.type.layout))
     row = first + gl.arange(0, top.shape[0], layout=top.type.layout)
-    scale = gl.div_rn(amax, gl.full(amax.shape, LIMIT, gl.float32, amax.type.layout))
-    inverse = gl.div_rn(gl.full(amax.shape, LIMIT, gl.float32, amax.type.layout), amax) * UNIT
+    limit = gl.full(amax.shape, LIMIT, gl.float32, amax.type.layout)
+    scale = divided(amax, limit, gl.full(amax.shape, 1.0 / LIMIT, gl.float32, amax.type.layout))
+    inverse = divided(limit, amax, reciprocal(amax)) * UNIT
     if FP4 is not None:
         gain = store_fp4(rotated, inverse, codes_ptr, first, M, PIECES, FP4, BLOCK, HELD, K)
         scale = scale * gl.convert_layout(gain, scale.type.layout)

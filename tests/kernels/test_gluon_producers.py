@@ -25,18 +25,19 @@ from vdit_quant.kernels.quant_token_fp4 import quant_token_fp4
 from vdit_quant.kernels.transform import FORMS, Transform
 
 pytest.importorskip("triton.experimental.gluon")
-from vdit_quant.kernels._triton import gluon_producers, gluon_rows
+from vdit_quant.kernels._triton import gluon_layout, gluon_producers, gluon_rotation
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch")
 TILES = [(2, 1024, 1), (2, 128, 1), (1, 2048, 2), (2, 4096, 4), (1, 2048, 8)]
 MODELS = (1152, 1536, 2240, 3072, 4608, 5120, 12288, 13824, 15360)
+CONSTANTS = ("R", "HELD", "PRODUCT")
 ROTATIONS = [*((size, "sylvester") for size in (16, 32, 64, 128)), (16, "regular"), (64, "regular")]
 
 
 def run_ptx(text: str, operands: list[Tensor]) -> list[Tensor]:
-    """What the instructions of `butterfly` do to operands [..., 32 lanes]; one result for every operand."""
+    """What the instructions of `rotation` do to operands [..., 32 lanes]; one result for every operand."""
     names: dict[str, Tensor] = {f"${len(operands) + i}": value for i, value in enumerate(operands)}
-    names["lane"] = torch.arange(32, dtype=torch.int32)
+    names |= {"lane": torch.arange(32, dtype=torch.int32), "zero": torch.zeros_like(operands[0])}
 
     def value(name: str) -> Any:
         if name in names:
@@ -49,23 +50,78 @@ def run_ptx(text: str, operands: list[Tensor]) -> list[Tensor]:
         if not line or line.startswith((".reg", "mov.u32")):
             continue
         code, _, written = line.partition(" ")
+        if code == "mov.b32" and written == "zero, 0":
+            continue
+        if code.startswith("mma"):
+            results, *groups = ([*group.split(", ")] for group in re.findall(r"{(.*?)}", written))
+            names.update(zip(results, multiply(*([value(n) for n in group] for group in groups)), strict=True))
+            continue
         result, *rest = written.split(", ")
-        a, b, c = [*map(value, rest[:3]), None, None][:3]
-        if code == "add.f32":
-            names[result] = a + b
-        elif code == "sub.f32":
-            names[result] = a - b
-        elif code == "fma.rn.f32":
-            names[result] = a * b.view(torch.float32) + c
-        elif code == "shfl.sync.bfly.b32":
-            names[result] = a[..., torch.arange(32) ^ b]
-        elif code == "shl.b32":
-            names[result] = (a.long() << b).to(torch.int32)
-        elif code == "lop3.b32":
-            names[result] = ((a.long() & b) | c).to(torch.int32)
-        elif code == "mov.b32":
-            names[result] = a
+        names[result] = instruction(code, *map(value, rest[:3]))
     return [names[f"${i}"] for i in range(len(operands))]
+
+
+def instruction(code: str, a: Any, b: Any = None, c: Any = None) -> Tensor:
+    """The result of one; bits are those of int32."""
+    bits = a.view(torch.int32) if isinstance(a, Tensor) and a.dtype == torch.float32 else a
+    other = b.view(torch.int32) if isinstance(b, Tensor) and b.dtype == torch.float32 else b
+    if code == "popc.b32":
+        return sum((bits >> i) & 1 for i in range(32))
+    if code == "cvt.rn.bf16x2.f32":
+        high, low = (t.bfloat16().view(torch.int16).to(torch.int64) & 0xFFFF for t in (a, b))
+        return wrapped((high << 16) | low)
+    if code in ("sub.f32", "add.f32"):
+        second = b.view(torch.float32)
+        return a.view(torch.float32) + (second if code[0] == "a" else -second)
+    if code == "fma.rn.f32":
+        return a * b.view(torch.float32) + c
+    integers = {
+        "and.b32": lambda: bits & signed(other),
+        "xor.b32": lambda: bits ^ signed(other),
+        "shr.b32": lambda: (bits.long() & 0xFFFFFFFF) >> other,
+        "shl.b32": lambda: bits.long() << other,
+        "lop3.b32": lambda: (bits.long() & b) | c,
+    }
+    if code in integers:
+        return wrapped(integers[code]())
+    if code == "shfl.sync.bfly.b32":
+        return a[..., torch.arange(32) ^ b]
+    assert code == "mov.b32", code
+    return a
+
+
+def signed(number: Any) -> Any:
+    return number - (1 << 32) if isinstance(number, int) and number >= 1 << 31 else number
+
+
+def wrapped(number: Tensor) -> Tensor:
+    """The lowest 32 bits."""
+    number = number.long() & 0xFFFFFFFF
+    return torch.where(number >= 1 << 31, number - (1 << 32), number).to(torch.int32)
+
+
+def multiply(a: list[Tensor], b: list[Tensor], sums: list[Tensor]) -> list[Tensor]:
+    """mma.m16n8k16 as PTX describes its operands.
+
+    Lane 4 g + t has rows g and g + 8 of a, in columns 2 t and 2 t + 8 with their right neighbours; of b those as rows,
+    in column g; of the sums rows g and g + 8, in columns 2 t and 2 t + 1.
+    """
+
+    def halves(packed: Tensor) -> Tensor:
+        both = torch.stack([packed << 16, packed & -65536], -1)
+        return both.view(torch.float32).unflatten(-2, (8, 4))  # [..., g, t, which]
+
+    a00, a10, a01, a11 = (halves(t).flatten(-2) for t in a)
+    left = torch.cat([torch.cat([a00, a01], -1), torch.cat([a10, a11], -1)], -2)
+    right = torch.cat([halves(t).flatten(-2) for t in b], -1).transpose(-1, -2)
+    product = left.double() @ right.double()
+    before = [t.expand(*product.shape[:-2], 32).unflatten(-1, (8, 4)) for t in sums]
+    parts = product.unflatten(-2, (2, 8)).unflatten(-1, (4, 2))  # [..., row / 8, g, t, which]
+    return [
+        (parts[..., row, :, :, which] + before[2 * row + which]).float().flatten(-2)
+        for row in range(2)
+        for which in range(2)
+    ]
 
 
 def places_of(layout: Any) -> Tensor:
@@ -83,27 +139,31 @@ def places_of(layout: Any) -> Tensor:
 @pytest.mark.parametrize(("size", "kind"), ROTATIONS)
 @pytest.mark.parametrize("held", [8, 16, 32, 64])
 @pytest.mark.parametrize(("rows", "width", "warps"), TILES)
-def test_the_butterfly_is_a_product_with_h(size: int, kind: str, held: int, rows: int, width: int, warps: int) -> None:
-    layout = gluon_rows.layout_of(rows, width, warps, size, held)
+@pytest.mark.parametrize(("product", "error"), [(False, 1e-6), (True, 2e-3)])
+def test_a_rotation_is_a_product_with_h(
+    size: int, kind: str, held: int, rows: int, width: int, warps: int, product: bool, error: float
+) -> None:
+    layout = gluon_layout.layout_of(rows, width, warps, size, held)
     place = places_of(layout)
     x = torch.randn(rows, width, dtype=torch.float32)
     inside = x[place[..., 0], place[..., 1]]
-    count = gluon_rows.held_by_thread(rows, width, warps, size, held)
-    text = gluon_rows.butterfly(rows, width, warps, size, held, kind == "regular")
+    count = gluon_layout.held_by_thread(width, warps, size, held)
+    text = gluon_rotation.rotation(width, warps, size, held, kind == "regular", product)
     results = run_ptx(text, list(inside.view(-1, count, warps, 32).unbind(1)))
     found = torch.full_like(x, float("nan"))
     found[place[..., 0], place[..., 1]] = torch.stack(results, 1).view(inside.shape)
     want = (x.double().view(-1, size) @ hadamard_matrix(size, kind).double()).view(x.shape)
-    torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-4)
+    assert (found.double() - want).norm() <= error * want.norm()
 
 
 @pytest.mark.parametrize("k", [48, 192, 576, *MODELS])
 @pytest.mark.parametrize("prefix", [0, 0.2])
-def test_pieces_cover_every_channel_once(k: int, prefix: float) -> None:
+@pytest.mark.parametrize("norm", [True, False])
+def test_pieces_cover_every_channel_once(k: int, prefix: float, norm: bool) -> None:
     p = int(k * prefix) // 16 * 16
-    options = gluon_producers.launch_options(k, p, 16)
+    options = gluon_producers.launch_options(k, 16, norm)
     at = 0
-    for start, width, end in gluon_rows.pieces(k, p, options["R"], options["num_warps"], 16):
+    for start, width, end in gluon_layout.pieces(k, p, options["R"], options["num_warps"], 16):
         assert start == at
         assert end in (p, k)
         at = min(start + width, end)
@@ -112,20 +172,22 @@ def test_pieces_cover_every_channel_once(k: int, prefix: float) -> None:
 
 def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """(name, kernel, types, constants, launch options); an argument without type or constant is None."""
-    rows = {"x_ptr": "*bf16", "codes_ptr": "*i8", "scale_ptr": "*fp32", "M": "i32", "STEPS": "i32", "x_stride": "i32"}
+    rows = {"x_ptr": "*bf16", "codes_ptr": "*i8", "scale_ptr": "*fp32", "M": "i32", "x_stride": "i32"}
     vectors = {"pre_scale_ptr": "*fp32", "signs_ptr": "*i8"}
     mod = {"shift_ptr": "*bf16", "mod_scale_ptr": "*bf16", "shift_stride": "i32", "mod_scale_stride": "i32"}
     gate = {"branch_ptr": "*bf16", "gate_ptr": "*bf16", "h_ptr": "*bf16", "branch_stride": "i32", "gate_stride": "i32"}
     shapes = [(k, size, kind) for k in MODELS for size, kind in ((0, ""), (64, "sylvester"), (128, "sylvester"))]
     for k, size, kind in [*shapes, (3072, 64, "regular"), (1152, 16, "regular")]:
-        options = gluon_producers.launch_options(k, 0, size)
-        constants = {"K": k, "INT8": True, "TINY": 1e-30, "BLOCK": size, "REGULAR": kind == "regular"}
-        constants |= {name: options[name] for name in ("R", "HELD", "KEEP")}
         transform = vectors if size else {}
+        constants = {"K": k, "INT8": True, "TINY": 1e-30, "BLOCK": size, "REGULAR": kind == "regular"}
+        options = gluon_producers.launch_options(k, size, False)
+        constants |= {name: options[name] for name in CONSTANTS}
         if k > 4000:
             for act in ("gelu_tanh", "swiglu") if size == 64 else ("gelu_tanh",):
                 name, more = f"act {act} K={k} {size}{kind}", {"ACT": act, "PREFIX": 0}
                 yield name, gluon_producers.act_quant_kernel, rows | transform, constants | more, options
+        options = gluon_producers.launch_options(k, size, True)
+        constants |= {name: options[name] for name in CONSTANTS}
         if k <= 5120:
             norm = rows | transform | mod | {"TOKENS": "i32", "eps": "fp32"}
             for alone in (True, False):
@@ -133,24 +195,25 @@ def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
                 yield name, gluon_producers.norm_quant_kernel, norm, constants | more, options
             name, more = f"gate K={k} {size}{kind}", {"LAYER": True, "ONE": True}
             yield name, gluon_producers.norm_quant_kernel, norm | gate, constants | more, options
-    options = gluon_producers.launch_options(15360, 3072, 64)
+    options = gluon_producers.launch_options(15360, 64, False)
     constants = {"ACT": "gelu_tanh", "K": 15360, "PREFIX": 3072, "INT8": True, "TINY": 1e-30, "BLOCK": 64}
-    constants |= {"REGULAR": False, **{name: options[name] for name in ("R", "HELD", "KEEP")}}
+    constants |= {"REGULAR": False, **{name: options[name] for name in CONSTANTS}}
     types = rows | vectors | {"prefix_ptr": "*bf16", "prefix_stride": "i32"}
     yield "act behind a prefix", gluon_producers.act_quant_kernel, types, constants, options
+    options = gluon_producers.launch_options(15360, 64, False, fp4=True)
     yield "act behind a prefix to FP4", gluon_producers.act_quant_kernel, types, {**constants, "FP4": 16}, options
     norm = rows | mod | {"TOKENS": "i32", "eps": "fp32"}
     for k, size in ((1152, 0), (1152, 128), (1536, 64), (2240, 64), (3072, 128), (5120, 0), (5120, 128)):
-        options = gluon_producers.launch_options(k, 0, size)
+        options = gluon_producers.launch_options(k, size, True, fp4=True)
         constants = {"K": k, "INT8": True, "TINY": 1e-30, "BLOCK": size, "REGULAR": False, "LAYER": True, "ONE": True}
-        constants |= {name: options[name] for name in ("R", "HELD", "KEEP")}
+        constants |= {name: options[name] for name in CONSTANTS}
         for group in (0, 16):
             name, types = f"norm K={k} {size} to FP4 {group}", norm | (vectors if size else {})
             yield name, gluon_producers.norm_quant_kernel, types, constants | {"FP4": group}, options
     for k, size, group in ((4608, 0, 0), (4608, 128, 128), (13824, 64, 16), (15360, 0, 32), (15360, 128, 0)):
-        options = gluon_producers.launch_options(k, 0, size)
+        options = gluon_producers.launch_options(k, size, False, fp4=True)
         constants = {"K": k, "PREFIX": 0, "INT8": True, "TINY": 1e-30, "BLOCK": size, "REGULAR": False, "FP4": group}
-        constants |= {"ACT": "gelu_tanh", **{name: options[name] for name in ("R", "HELD", "KEEP")}}
+        constants |= {"ACT": "gelu_tanh", **{name: options[name] for name in CONSTANTS}}
         name = f"act K={k} {size} to FP4 {group}"
         transform = vectors if size else {}
         yield name, gluon_producers.act_quant_kernel, rows | transform, constants, options
@@ -186,10 +249,10 @@ def test_compiles_without_spills_and_hardly_any_shared_memory(capability: int, c
     done = subprocess.run(command, capture_output=True, text=True, env=child_environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) > 50
+    assert len(kernels) > 100
     for kernel in kernels:
         assert kernel["shared"] <= 512, kernel
-        assert kernel.get("stack", 0) == 0, kernel
+        assert kernel.get("stack", 0) <= 48, kernel  # a few numbers that wait for the end
 
 
 @pytest.fixture
@@ -207,14 +270,19 @@ def listed(transform: Transform) -> list[Tensor]:
     return [t for t in (transform.pre_scale, transform.signs) if t is not None]
 
 
+def rounding(dtype: torch.dtype, size: int) -> float:
+    """What a scale may be off by: fp32 rounding, but bfloat16 is also rotated in bfloat16."""
+    return 4e-3 if size and dtype == torch.bfloat16 else 1e-5
+
+
 def assert_agree(got: tuple[Tensor, ...], want: tuple[Tensor, ...], rtol: float = 1e-5) -> None:
-    """Codes within 1 (fp8: one step), nearly all equal; scales to fp32 rounding, or the portable rotation's."""
+    """Codes within 1 (fp8: one step), most of them equal; scales to `rtol`."""
     torch.testing.assert_close(got[-1], want[-1], rtol=rtol, atol=0)
     codes, wanted = got[-2].float(), want[-2].float()
     off = (codes - wanted).abs()
     limit = 1.0 if got[-2].dtype == torch.int8 else wanted.abs() / 8 + 2**-9
     assert (off <= limit).all()
-    assert (off > 0).float().mean() < 100 * rtol
+    assert (off > 0).float().mean() < (100 * rtol if rtol < 1e-3 else 0.05)
 
 
 def rotations_of(k: int) -> list[tuple[int, str]]:
@@ -234,7 +302,24 @@ def test_act_quant_equals_its_reference(k: int) -> None:
         transform = transform_of(k, size, kind)
         assert gluon_producers.limits(k, 0, size) is None
         got = act_quant(x, act, transform.pre_scale, transform.signs, size, kind)
-        assert_agree(got, act_module._reference(x, act, transform))
+        assert_agree(got, act_module._reference(x, act, transform), rounding(dtype, size))
+
+
+@on_gpu
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("k", [1152, 4608])
+def test_what_is_rotated_in_bfloat16_is_as_exact_as_in_float32(k: int, size: int) -> None:
+    """To a hundredth of the error that eight bits make anyway, and without a bias."""
+    x, transform = torch.randn(2048, k, device="cuda").bfloat16(), transform_of(k, size, "sylvester")
+    exact = x.double() * transform.pre_scale.double() * transform.signs
+    exact = (exact.view(-1, size) @ hadamard_matrix(size, "sylvester").to(exact)).view(x.shape) * size**-0.5
+    errors = []
+    for codes, scale in (act_quant(x, "none", *listed(transform), size, "sylvester"), transform.quantize(x.float())):
+        found = codes.double() * scale.double()[:, None]
+        errors.append((found - exact).norm() / exact.norm())
+        assert abs((found * exact).sum() / (exact * exact).sum() - 1) < 2e-5
+    assert errors[0] < 1.01 * errors[1]
 
 
 @on_gpu
@@ -244,7 +329,7 @@ def test_every_activation_equals_its_reference(act: str) -> None:
     x = torch.randn(9, 2304 if act in GATED else 1152, device="cuda").bfloat16() * 3
     transform = transform_of(1152, 128, "sylvester")
     got = act_quant(x, act, transform.pre_scale, transform.signs, 128, "sylvester")
-    assert_agree(got, act_module._reference(x, act, transform))
+    assert_agree(got, act_module._reference(x, act, transform), rounding(x.dtype, 128))
 
 
 @on_gpu
@@ -257,7 +342,9 @@ def test_a_prefix_comes_first_and_as_it_is(n: int, p: int) -> None:
         transform = transform_of(n + p, size, "sylvester")
         got = act_quant(x, act, transform.pre_scale, transform.signs, size, "sylvester", "int8", prefix)
         portable = size and p % size  # blocks that hold columns of both kinds
-        assert_agree(got, act_module._reference(x, act, transform, prefix), 1e-3 if portable else 1e-5)
+        assert_agree(
+            got, act_module._reference(x, act, transform, prefix), 1e-3 if portable else rounding(x.dtype, size)
+        )
 
 
 @on_gpu
@@ -273,7 +360,7 @@ def test_norm_quant_equals_its_reference(k: int, dtype: torch.dtype) -> None:
             vectors = [torch.randn(k, device="cuda").to(dtype) for _ in range(affine)]
             norm, transform = Norm(mod, vectors, layer, 1e-6), transform_of(k, size, kind)
             got = norm_quant(x, mod, vectors, listed(transform), layer, 1e-6, size, kind)
-            assert_agree(got, norm_module._reference(x, norm, transform))
+            assert_agree(got, norm_module._reference(x, norm, transform), rounding(dtype, size))
 
 
 @on_gpu
@@ -290,7 +377,8 @@ def test_gate_norm_quant_equals_its_reference(k: int, dtype: torch.dtype) -> Non
             got = gate_norm_quant(stream, mod, [], listed(transform), "layer", 1e-6, 64, "sylvester")
             h = norm_module.gated_residual(stream)
             torch.testing.assert_close(got[0], h, rtol=torch.finfo(dtype).eps, atol=1e-6)
-            assert_agree(got, norm_module._reference(got[0], Norm(mod, [], "layer", 1e-6), transform))
+            want = norm_module._reference(got[0], Norm(mod, [], "layer", 1e-6), transform)
+            assert_agree(got, want, rounding(dtype, 64))
 
 
 @on_gpu
@@ -301,7 +389,7 @@ def test_fp8_codes() -> None:
     for size in (0, 128):
         transform = transform_of(3072, size, "sylvester", torch.float8_e4m3fn)
         got = norm_quant_fp8(x, [], [], listed(transform), "rms", 1e-6, size, "sylvester")
-        assert_agree(got, norm_module._reference(x, Norm([], [], "rms", 1e-6), transform))
+        assert_agree(got, norm_module._reference(x, Norm([], [], "rms", 1e-6), transform), rounding(x.dtype, size))
 
 
 @on_gpu
@@ -309,7 +397,7 @@ def test_fp8_codes() -> None:
 @pytest.mark.parametrize("out", ["fp4", "fp4g16", "fp4g128"])
 @pytest.mark.parametrize("k", [1152, 3072, 5120, 15360])
 def test_fp4_codes(k: int, out: str) -> None:
-    """Without a transform bit for bit `quant_token_fp4`'s; else an element in a thousand may be rounded otherwise."""
+    """Without a transform bit for bit `quant_token_fp4`'s; else a few elements may be rounded otherwise."""
     dtype, group = FORMS[out]
     for x in (torch.randn(65, k, device="cuda"), torch.randn(65, k, device="cuda").bfloat16() * 100):
         codes, scale = act_quant(x, "none", None, None, 0, "", out)
@@ -322,8 +410,8 @@ def test_fp4_codes(k: int, out: str) -> None:
         x = torch.randn(66, k, device="cuda").bfloat16()
         codes, scale = NORM_QUANT[out](x, mod, [], listed(transform), "layer", 1e-6, size, "sylvester")
         want, want_scale = norm_module._reference(x, Norm(mod, [], "layer", 1e-6), transform)
-        torch.testing.assert_close(scale, want_scale, rtol=1e-3, atol=0)
-        assert (codes != want).float().mean() < 1e-3
+        torch.testing.assert_close(scale, want_scale, rtol=max(1e-3, rounding(x.dtype, size)), atol=0)
+        assert (codes != want).float().mean() < (2e-2 if size else 1e-3)
 
 
 @on_gpu
