@@ -11,9 +11,9 @@ from torch import Tensor
 from ..act_quant import activated, token_width
 from ..transform import Transform
 from .rows import (
+    GLUON,
     gluon_for,
     hadamard_operand,
-    leave_gluon,
     limits,
     load_hadamard,
     load_tile,
@@ -108,9 +108,7 @@ def run(op: str, x: Tensor, act: str, transform: Transform, prefix: Tensor | Non
         try:
             return gluon.run_act(x, act, transform, prefix, k)
         except Exception as error:
-            if not type(error).__module__.startswith("triton"):
-                raise
-            leave_gluon(x.device, error)
+            GLUON.leave(x.device, error)
     if prefix is not None:
         # Beside a prefix the activation has a pass of its own; fp32, so that the codes are the same.
         x, act = torch.cat([prefix.float(), activated(x.float(), act)], dim=1), "none"

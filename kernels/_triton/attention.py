@@ -8,9 +8,7 @@ and heads of 64 to 96 channels, Hopper has its own in `attention_hopper.py`.
 # Kernel parameters are typed by what is launched, not by annotations.
 # mypy: disable-error-code="no-untyped-def"
 
-import logging
 import math
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -20,9 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..quant_token import FLOATS
-from .tiles import COMPILED, INTERPRETED, await_inputs, overlap
-
-logger = logging.getLogger("vdit_quant")
+from .gluon_files import GluonFile
+from .tiles import COMPILED, await_inputs, overlap
 
 SMALLEST, LARGEST = 16, 128
 """Channels of a head."""
@@ -31,7 +28,7 @@ FEW, MANY = 512, 2048
 SMALL = 16384
 """Queries of all heads that do not fill a GPU."""
 
-_left: set[torch.device] = set()
+HOPPER = GluonFile("attention_hopper", "attention runs without the Hopper kernel", hopper=True)
 
 
 @triton.jit
@@ -119,30 +116,12 @@ def supports(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> s
     return limits(op, dtype=q.dtype, head_dim=q.shape[3])
 
 
-@cache
-def _hopper_on(device: torch.device) -> ModuleType | None:
-    """The Hopper kernel, where this GPU and this Triton can run it."""
-    if INTERPRETED or torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
-        return None
-    try:
-        from . import attention_hopper
-    except Exception as error:  # Gluon is experimental: another version may lack any part of it
-        _leave_hopper(device, error)
-        return None
-    return attention_hopper
-
-
-def _leave_hopper(device: torch.device, error: Exception) -> None:
-    _left.add(device)
-    logger.warning("attention runs without the Hopper kernel on %s: %s: %s", device, type(error).__name__, error)
-
-
 def hopper_for(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> ModuleType | None:
     """The Hopper kernel, if it takes these tensors."""
     if mask is not None or q.dtype == torch.float32 or not 64 <= q.shape[3] <= 96 or k.shape[1] < MANY:
         return None
-    found = _hopper_on(q.device)
-    return None if found is None or q.device in _left or found.refusal(q, k, v) is not None else found
+    found = HOPPER.on(q.device)
+    return None if found is None or found.refusal(q, k, v) is not None else found
 
 
 def faster(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
@@ -175,9 +154,7 @@ def run(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
             hopper.launch(q, k, v, out)
             return out
         except Exception as error:
-            if not type(error).__module__.startswith("triton"):
-                raise
-            _leave_hopper(q.device, error)
+            HOPPER.leave(q.device, error)
     if out.numel():
         _launch(q, k, v, mask, out)
     return out

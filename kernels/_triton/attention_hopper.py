@@ -235,15 +235,18 @@ def _descriptor(x: Tensor, width: int) -> TensorDescriptor:
 
 def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why these tensors cannot be loaded as the kernel does; None when they can."""
+    b, s, _, d = k.shape
+    rows, addresses = 0, q.data_ptr()
     for x in (k, v):
-        b, s, _, d = x.shape
-        if x.stride(3) != 1 or x.stride(2) != d or (b > 1 and x.stride(0) != s * x.stride(1)):
+        sample, row, head, channel = x.stride()
+        if channel != 1 or head != d or (b > 1 and sample != s * row):
             return "the rows of all samples do not follow each other at one distance"
-    if q.stride(3) != 1 or any(x % 8 for x in q.stride()[:3]):
+        rows |= row
+        addresses |= x.data_ptr()
+    sample, row, head, channel = q.stride()
+    if channel != 1 or (sample | row | head) % 8:
         return "queries do not start at multiples of 16 bytes"
-    if any(x.stride(1) % 8 or x.data_ptr() % 16 for x in (q, k, v)):
-        return "rows do not start at multiples of 16 bytes"
-    return None
+    return "rows do not start at multiples of 16 bytes" if rows % 8 or addresses % 16 else None
 
 
 def launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:

@@ -4,19 +4,14 @@ The portable Triton kernel gives the same bits: which of the two runs is a matte
 `"variant": "hopper"` are for the Hopper kernel, all others for the portable one.
 """
 
-import importlib
-import logging
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import launch_table
-from .tiles import INTERPRETED
-
-logger = logging.getLogger("vdit_quant")
+from .gluon_files import GluonFile
 
 Options = dict[str, Any]
 
@@ -25,7 +20,7 @@ PROCESSORS = 132
 EPILOGUE_K = 385
 """An epilogue costs as much as this many terms of the sum (H200: 1.8 us and 4.7 ns a term, tile 256 x 128)."""
 
-_failed: dict[torch.device, str] = {}
+KERNELS = GluonFile("int8_hopper", "int8 products run the portable Triton kernel", hopper=True)
 
 
 def tile(
@@ -61,33 +56,6 @@ GROUPS = (2, 4, 8)
 """Tile rows that share the second-level cache, worth measuring."""
 
 
-@cache
-def kernels() -> ModuleType | str:
-    """The module with the kernel, or the reason why it cannot be imported."""
-    if INTERPRETED:
-        return "Triton's interpreter does not know Gluon"
-    try:
-        return importlib.import_module(".int8_hopper", __package__)
-    except Exception as error:
-        # Gluon is experimental: another version may lack any part of it.
-        return f"this Triton has no Gluon as the Hopper kernel needs it: {type(error).__name__}: {error}"
-
-
-@cache
-def _device_reason(device: torch.device) -> str | None:
-    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
-        return "not an NVIDIA GPU"
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        return "not a Hopper GPU"
-    found = kernels()
-    return found if isinstance(found, str) else None
-
-
-def blocker(device: torch.device) -> str | None:
-    """Why int8 products on `device` run the portable kernel; None when they can run the Hopper kernel."""
-    return _device_reason(device) or _failed.get(device)
-
-
 def cost(options: Options, m: int, n: int, k: int) -> float:
     """Estimated time of a product with these options, comparable between options only.
 
@@ -112,7 +80,7 @@ def candidates(op: str, m: int, n: int, k: int) -> list[Options]:
     """Launch options worth measuring on the current GPU; none where the kernel does not run."""
     if not torch.cuda.is_available() or m < 256 or k % 16 or n % 8:
         return []
-    if blocker(torch.device("cuda", torch.cuda.current_device())) is not None:
+    if KERNELS.on(torch.device("cuda", torch.cuda.current_device())) is None:
         return []
     return [{**t, "GROUP_M": g} for t in (ADDED if op == "int8_linear_add" else STORED) for g in GROUPS]
 
@@ -124,7 +92,7 @@ def launch(op: str, tensors: tuple[Tensor | None, ...], y: Tensor, options: Opti
     options: of the launch table, None when it has none
     added: residual [M, N], gate [B, N] or None, tokens of a sample; for `int8_linear_add`
     """
-    if (options is not None and "variant" not in options) or blocker(y.device) is not None:
+    if (options is not None and "variant" not in options) or (kernels := KERNELS.on(y.device)) is None:
         return False
     (m, k), n = tensors[0].shape, y.shape[1]  # type: ignore[union-attr]
     options = options or heuristic(op, m, n, k)
@@ -136,12 +104,10 @@ def launch(op: str, tensors: tuple[Tensor | None, ...], y: Tensor, options: Opti
     if addresses % 16:
         return False
     try:
-        kernels().launch(*tensors, y, options, added)  # type: ignore[union-attr]
+        kernels.launch(*tensors, y, options, added)
     except Exception as error:
-        # A kernel that this Triton cannot compile leaves the portable one; while tuning it is a candidate less.
-        if launch_table.is_forced(op) or not type(error).__module__.startswith("triton"):
+        if launch_table.is_forced(op):  # while tuning, a kernel that this Triton cannot compile is a candidate less
             raise
-        _failed[y.device] = f"{type(error).__name__}: {error}"
-        logger.warning("int8 products run the portable Triton kernel on %s: %s", y.device, _failed[y.device])
+        KERNELS.leave(y.device, error)
         return False
     return True

@@ -15,9 +15,9 @@ from torch import Tensor
 from ..norm_quant import Norm
 from ..transform import Transform
 from .rows import (
+    GLUON,
     gluon_for,
     hadamard_operand,
-    leave_gluon,
     limits,
     load_hadamard,
     load_tile,
@@ -150,9 +150,7 @@ def run(op: str, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         try:
             return gluon.run_norm(stream, norm, transform)
         except Exception as error:
-            if not type(error).__module__.startswith("triton"):
-                raise
-            leave_gluon(x.device, error)
+            GLUON.leave(x.device, error)
     codes, scale = transform.empty(x, x.shape[1])
     h = torch.empty(x.shape, dtype=x.dtype, device=x.device) if others else x
     if x.shape[0]:

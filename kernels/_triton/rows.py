@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import logger
 from ..hadamard import matrix_on
 from ..quant_token import FLOATS, TINY
 from ..transform import Transform
-from .tiles import INTERPRETED, fp4_tile, limit_of, rows_contiguous
+from .gluon_files import GluonFile
+from .tiles import fp4_tile, limit_of, rows_contiguous
 
 MAX_K = 16384
 """Longest token kept in registers."""
@@ -31,6 +31,8 @@ RESIDENT_WARPS = 16
 
 LANE = 8
 """Channels that a lane holds side by side: 16 bytes of a 2-byte type."""
+
+GLUON = GluonFile("gluon_producers", "the portable Triton producers run")
 
 
 @triton.jit
@@ -353,32 +355,8 @@ def row_stride(rows: Tensor) -> int:
     return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
 
 
-@cache
-def gluon_on(device: torch.device) -> ModuleType | None:
-    """The Gluon kernels, where this device and this Triton can run them."""
-    if INTERPRETED or device.type != "cuda" or torch.version.hip is not None:
-        return None
-    try:
-        from . import gluon_producers
-    except Exception as error:
-        leave_gluon(device, error)
-        return None
-    return gluon_producers
-
-
-_left: set[torch.device] = set()
-
-
-def leave_gluon(device: torch.device, error: Exception) -> None:
-    """Report once that the kernels of this file run instead of Gluon's, and see to it."""
-    _left.add(device)
-    logger.warning("the portable Triton producers run on %s: %s: %s", device, type(error).__name__, error)
-
-
 def gluon_for(x: Tensor, k: int, prefix: int, transform: Transform) -> ModuleType | None:
     """The Gluon kernels, if they take tokens of k channels on this device."""
-    found = gluon_on(x.device)
+    found = GLUON.on(x.device)
     block = max(transform.block_size, transform.fp4_group or 0)
-    if found is None or x.device in _left or found.limits(k, prefix, block) is not None:
-        return None
-    return found
+    return None if found is None or found.limits(k, prefix, block) is not None else found

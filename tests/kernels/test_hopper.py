@@ -12,7 +12,7 @@ from vdit_quant.kernels.int8_linear_add import int8_linear_add
 hopper = pytest.importorskip("vdit_quant.kernels._triton.hopper", reason="triton is not installed")
 
 DEVICE = torch.device("cuda", 0)
-BLOCKER = hopper.blocker(DEVICE)
+BLOCKER = hopper.KERNELS.reason(DEVICE)
 on_hopper = pytest.mark.skipif(BLOCKER is not None, reason=str(BLOCKER))
 
 SHAPES = [(1, 1152, 1152), (17, 1152, 1152), (1000, 1096, 1152), (4429, 1096, 1040), (8191, 1152, 4608)]
@@ -93,7 +93,7 @@ def test_what_it_cannot_take_runs_the_portable_kernel(n: int, k: int, dtype: tor
 
 
 def test_no_other_device_runs_it() -> None:
-    assert hopper.blocker(torch.device("cpu")) == "not an NVIDIA GPU"
+    assert hopper.KERNELS.reason(torch.device("cpu")) == "not an NVIDIA GPU"
     tensors = (torch.zeros(8192, 128, dtype=torch.int8), None, None, None, None)
     assert not hopper.launch("int8_linear", tensors, torch.zeros(8192, 3456, dtype=torch.bfloat16), hopper.STORED[0])
 
