@@ -24,7 +24,7 @@ from ..kernels.act_quant import act_quant, activated
 from ..kernels.int8_linear import int8_linear
 from ..kernels.int8_linear_add import int8_linear_add
 from ..quantize.format import Tensors
-from ..quantize.spec import FormatSpec
+from ..quantize.spec import FormatSpec, LayerSpec
 from .linear import CompressedLinear
 
 
@@ -85,6 +85,7 @@ class Stage:
     def __init__(self, *places: Place) -> None:
         self.places = places
         self.parts: list[Part] = []
+        self.vectors: tuple[Tensor | None, Tensor | None] = (None, None)
         self.k = int(self.layers[0].in_features)  # type: ignore[arg-type]
 
     @property
@@ -107,6 +108,7 @@ class Stage:
             return False
         if not torch.compiler.is_compiling() and is_stale(layers, self.parts):
             self.parts = [] if self.refusal() is not None else merge(layers)
+            self.vectors = transform_vectors(layers[0])
         return len(self.parts) > 0
 
     def norm(self, x: Tensor, norm: Norm, shift: Tensor | None = None, scale: Tensor | None = None) -> Rows:
@@ -163,19 +165,27 @@ class Stage:
     def _transform(self) -> tuple[Tensor | None, Tensor | None, int, str, str]:
         """pre_scale, signs, block_size and kind of the rotation: what is done to the input before it is quantised; and
         the form that it then gets."""
-        layer = self.layers[0]
-        assert isinstance(layer, CompressedLinear)
-        form = _form(layer.spec.activation)
+        spec = self.layers[0].spec
+        assert isinstance(spec, LayerSpec)
+        form = _form(spec.activation)
         assert form is not None
-        pre_scale, signs = layer._buffers.get("pre_quant_scale"), layer._buffers.get("hadamard_signs")
-        if layer.spec.hadamard is None:
-            return pre_scale, None, 0, "sylvester", form
-        return pre_scale, signs, layer.spec.hadamard.block_size, layer.spec.hadamard.kind, form
+        if spec.hadamard is None:
+            return *self.vectors, 0, "sylvester", form
+        return *self.vectors, spec.hadamard.block_size, spec.hadamard.kind, form
 
 
 def layers_at(places: Sequence[Place]) -> tuple[nn.Module, ...]:
     """The modules that are at these places now."""
     return tuple(parent._modules[name] for parent, name in places)  # type: ignore[misc]
+
+
+def transform_vectors(layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """pre_scale and signs of a layer's input. Where it has both they are one vector, which kernels read once: products
+    with +-1 are exact."""
+    pre_scale, signs = layer._buffers.get("pre_quant_scale"), layer._buffers.get("hadamard_signs")
+    if pre_scale is None or signs is None:
+        return pre_scale, signs
+    return pre_scale * signs, None
 
 
 def spread(per_sample: Tensor, rows: int) -> Tensor:
