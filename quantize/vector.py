@@ -33,6 +33,9 @@ class VectorFormat(Format):
     length   d, the weights an entry stands for: 1, 2 or 4
     """
 
+    by_rows = True
+    stacked = ("weight_codebook",)
+
     def __init__(self, entries: int, length: int) -> None:
         self.entries, self.length, self.bits = entries, length, BITS[entries]
 
@@ -78,7 +81,8 @@ class VectorFormat(Format):
         return table[self.codes(tensors, k)].flatten(1) * tensors["weight_scale"][:, None]
 
     def to_int8(self, tensors: Tensors, k: int, spec: FormatSpec) -> tuple[Tensor, Tensor]:
-        return codebook_to_int8(tensors["weight"], tensors["weight_codebook"], None, None, k), tensors["weight_scale"]
+        owner = tensors.get("weight_owner")
+        return codebook_to_int8(tensors["weight"], tensors["weight_codebook"], owner, None, k), tensors["weight_scale"]
 
     def ops(self, spec: LayerSpec) -> tuple[str, ...]:
         rows = activation_ops(spec.activation)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..quantize.layer import rotate
 from ..quantize.spec import LayerSpec
 from .linear import CompressedLinear
-from .stage import Part, Place, is_plain, is_stale, layers_at, merge, reads_alike
+from .parts import Part, is_stale, merge
+from .stage import Place, is_plain, layers_at, reads_alike
 
 
 class Modulation:

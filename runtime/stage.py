@@ -12,7 +12,7 @@ at the end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,9 +23,9 @@ from ..kernels import norm_quant as norms
 from ..kernels.act_quant import act_quant, activated
 from ..kernels.int8_linear import int8_linear
 from ..kernels.int8_linear_add import int8_linear_add
-from ..quantize.format import Tensors
 from ..quantize.spec import FormatSpec, LayerSpec
 from .linear import CompressedLinear
+from .parts import Part, are_equal, is_stale, merge
 
 
 class Rows(NamedTuple):
@@ -58,16 +58,6 @@ class Norm:
 
 
 _KINDS = {"LayerNorm": "layer", "FP32LayerNorm": "layer", "RMSNorm": "rms"}
-
-
-@dataclass(frozen=True)
-class Part:
-    """Layers in a row that are stored alike, as one weight: their tensors are views of `tensors`."""
-
-    tensors: Tensors
-    bias: Tensor | None
-    spec: FormatSpec
-    sizes: list[int]
 
 
 Place = tuple[nn.Module, str]
@@ -236,64 +226,7 @@ def reads_alike(one: nn.Module, other: nn.Module) -> bool:
         return False
     names = ("pre_quant_scale", "hadamard_signs")
     pairs = [(one._buffers.get(name), other._buffers.get(name)) for name in names]
-    return all(a is None or (b is not None and _equal(a, b)) for a, b in pairs)
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.is_meta or torch.equal(one, other)
-
-
-def is_stale(layers: tuple[nn.Module, ...], parts: list[Part]) -> bool:
-    """Whether the layers' tensors are no longer those of `parts`: moved to a device, or loaded anew."""
-    owners = [part for part in parts for _ in part.sizes]
-    if len(owners) != len(layers):
-        return True
-    return any(_place(a._buffers) != _place(b.tensors) for a, b in zip(layers, owners, strict=True))
-
-
-def _place(tensors: Mapping[str, Tensor | None]) -> int | None:
-    weight = tensors["weight"]
-    return None if weight is None else weight.untyped_storage().data_ptr()
-
-
-def merge(layers: tuple[nn.Module, ...]) -> list[Part]:
-    """Stores layers in a row that have one weight format, and all a bias or none, as one weight."""
-    runs: list[list[CompressedLinear]] = []
-    for layer in layers:
-        assert isinstance(layer, CompressedLinear)
-        last = runs[-1][-1] if runs else None
-        if last is not None and _can_join(last, layer):
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return [_join(run) for run in runs]
-
-
-def _can_join(one: CompressedLinear, other: CompressedLinear) -> bool:
-    fmt = one.spec.weight.resolve()
-    same = one.spec.weight == other.spec.weight and (one.bias is None) == (other.bias is None)
-    return same and fmt.by_rows and all(_equal(one.tensors()[n], other.tensors()[n]) for n in fmt.shared)
-
-
-def _join(layers: list[CompressedLinear]) -> Part:
-    spec, sizes = layers[0].spec.weight, [layer.out_features for layer in layers]
-    names = spec.resolve().layout(layers[0].out_features, layers[0].in_features, spec)
-    if len(layers) == 1:
-        bias = layers[0].bias
-        return Part({name: layers[0]._buffers[name] for name in names}, bias, spec, sizes)  # type: ignore[misc]
-    tensors = {name: layers[0].tensors()[name] for name in spec.resolve().shared}
-    for name in names:
-        if name in tensors:
-            continue
-        tensors[name] = torch.cat([layer.tensors()[name] for layer in layers])
-        for layer, view in zip(layers, tensors[name].split(sizes), strict=True):
-            layer._buffers[name] = view
-    if layers[0].bias is None:
-        return Part(tensors, None, spec, sizes)
-    biases = torch.cat([layer.bias.detach() for layer in layers])
-    for layer, view in zip(layers, biases.split(sizes), strict=True):
-        layer.bias = nn.Parameter(view, requires_grad=False)
-    return Part(tensors, biases, spec, sizes)
+    return all(a is None or (b is not None and are_equal(a, b)) for a, b in pairs)
 
 
 def _weight(part: Part, k: int) -> tuple[Tensor, Tensor]:

@@ -117,7 +117,10 @@ def codebook_words_kernel(
         third = first
     base = tl.zeros((BLOCK,), dtype=tl.int32)
     if HAS_TABLE:
-        table = tl.load(table_ptr + at // ROW_UNITS, mask=inside, other=0).to(tl.int32)
+        row = (
+            at.to(UNITS.dtype) // ROW_UNITS
+        )  # of 32 bits where they are enough: a division takes three times as long in 64
+        table = tl.load(table_ptr + row, mask=inside, other=0).to(tl.int32)
         base = tl.minimum(table, TABLES - 1) << BITS
     values = decoded_words(book_ptr, first, second, third, base, 0, 1, WORDS, BITS, LENGTH)
     to = tl.program_id(0).to(tl.int64) * (WORDS * BLOCK) + tl.arange(0, WORDS * BLOCK)

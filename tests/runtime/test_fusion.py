@@ -336,8 +336,10 @@ def test_the_report_gives_the_reason() -> None:
         assert found == {"BasicTransformerBlock": f"3 not fused ({reason})"}, short_name
 
 
-def test_fp4_layers_of_one_stage_are_one_product(case: Case) -> None:
-    model = fuse(compressed(case, "wfp4-ae2m1tok-h16"), cpu=True)
+@pytest.mark.parametrize("short_name", ["wfp4-ae2m1tok-h16", "wvq2-a8tok"])
+def test_layers_of_one_stage_are_one_product(case: Case, short_name: str) -> None:
+    """Also where each has a codebook of its own."""
+    model = fuse(compressed(case, short_name), cpu=True)
     blocks = [m.forward.__self__ for m in model.modules() if "forward" in m.__dict__]
     assert blocks
     # keys and values of a text are those of several blocks

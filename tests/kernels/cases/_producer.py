@@ -73,6 +73,6 @@ def assert_fp4_nearly_equal(got: Any, want: Any, tolerance: float = 1e-5, rare: 
 def assert_codes_agree(got: Any, want: Any) -> None:
     """Codes differ by one at most; what they stand for is as close to `want` as its own rounding."""
     (codes, scale), (want_codes, want_scale) = got, want
-    torch.testing.assert_close(scale, want_scale, rtol=4e-3, atol=0)
+    torch.testing.assert_close(scale, want_scale, rtol=1e-2, atol=0)
     assert (codes.int() - want_codes.int()).abs().max() <= 1
-    assert relative_rms(codes.double() * scale.double()[:, None], want_codes.double() * want_scale[:, None]) < 8e-3
+    assert relative_rms(codes.double() * scale.double()[:, None], want_codes.double() * want_scale[:, None]) < 1.2e-2

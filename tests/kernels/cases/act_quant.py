@@ -163,7 +163,8 @@ def cuda_to_fp4(k: int, out: str, make_layer) -> None:
             x = a.x[:, k:] if act in GATED else a.x[:, k : 2 * k]
             transform = transform_of(a, size, kind, k, out=out)
             got = act_quant(x, act, transform.pre_scale, transform.signs, size, kind, out)
-            assert_fp4_nearly_equal(got, module._reference(x, act, transform), 1e-3)
+            tolerance = (1e-2, 0.08) if size else (1e-3, 0.01)  # rotated in bfloat16
+            assert_fp4_nearly_equal(got, module._reference(x, act, transform), *tolerance)
 
 
 @pytest.mark.parametrize("k", [1152, 3072, 12288])

@@ -223,8 +223,9 @@ def cuda_to_fp4(k: int, size: int, out: str, make_layer) -> None:
     a, b = make_layer(258, k, 1, dtype=torch.bfloat16, device="cuda"), make_layer(3, 2 * k, 1, device="cuda").x
     mod, transform = [b[:, :k], b[:, k:]], transform_of(a, size, "sylvester", out=out)
     got = NORM_QUANT[out](a.x, mod, [], vectors_of(transform), "layer", 1e-6, size, "sylvester")
-    # a code that rounds the other way moves the gain of its whole token
-    assert_fp4_nearly_equal(got, module._reference(a.x, Norm(mod, [], "layer", 1e-6), transform), 2e-3)
+    # a code that rounds the other way moves the gain of its whole token; rotations are in bfloat16
+    tolerance = (1e-2, 0.08) if size else (2e-3, 0.01)
+    assert_fp4_nearly_equal(got, module._reference(a.x, Norm(mod, [], "layer", 1e-6), transform), *tolerance)
 
 
 @needs_fp8
@@ -235,8 +236,9 @@ def cuda_to_fp8(size: int) -> None:
     got = norm_quant_fp8(x, [], [], [], "rms", 1e-6, size, "sylvester")
     transform = Transform(None, None, size, "sylvester", E4M3)
     want = module._reference(x, Norm([], [], "rms", 1e-6), transform)
-    torch.testing.assert_close(got[1], want[1], rtol=2e-3, atol=0)
-    torch.testing.assert_close(got[0].float(), want[0].float(), rtol=0.13, atol=0.01)
+    torch.testing.assert_close(got[1], want[1], rtol=1e-2 if size else 1e-5, atol=0)
+    # rotations are in bfloat16, whose error is many steps of a small float8
+    torch.testing.assert_close(got[0].float(), want[0].float(), rtol=0.13, atol=1.0 if size else 0.01)
 
 
 @pytest.mark.parametrize("size", [0, 64, 128])

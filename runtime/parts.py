@@ -1,0 +1,89 @@
+"""Layers that are stored as one weight, so that one product computes all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..quantize.format import Tensors
+from ..quantize.spec import FormatSpec
+from .linear import CompressedLinear
+
+MAX_JOINED = 256
+"""Layers that are stored as one: their numbers fit a byte."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Layers in a row that are stored alike, as one weight: their tensors are views of `tensors`."""
+
+    tensors: Tensors
+    bias: Tensor | None
+    spec: FormatSpec
+    sizes: list[int]
+
+
+def are_equal(one: Tensor, other: Tensor) -> bool:
+    return one.is_meta or torch.equal(one, other)
+
+
+def is_stale(layers: tuple[nn.Module, ...], parts: list[Part]) -> bool:
+    """Whether the layers' tensors are no longer those of `parts`: moved to a device, or loaded anew."""
+    owners = [part for part in parts for _ in part.sizes]
+    if len(owners) != len(layers):
+        return True
+    return any(_place(a._buffers) != _place(b.tensors) for a, b in zip(layers, owners, strict=True))
+
+
+def _place(tensors: Mapping[str, Tensor | None]) -> int | None:
+    weight = tensors["weight"]
+    return None if weight is None else weight.untyped_storage().data_ptr()
+
+
+def merge(layers: tuple[nn.Module, ...]) -> list[Part]:
+    """Stores layers in a row that have one weight format, and all a bias or none, as one weight."""
+    runs: list[list[CompressedLinear]] = []
+    for layer in layers:
+        assert isinstance(layer, CompressedLinear)
+        last = runs[-1][-1] if runs else None
+        if last is not None and len(runs[-1]) < MAX_JOINED and _can_join(last, layer):
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return [_join(run) for run in runs]
+
+
+def _can_join(one: CompressedLinear, other: CompressedLinear) -> bool:
+    fmt = one.spec.weight.resolve()
+    same = one.spec.weight == other.spec.weight and (one.bias is None) == (other.bias is None)
+    return same and fmt.by_rows and all(are_equal(one.tensors()[n], other.tensors()[n]) for n in fmt.shared)
+
+
+def _join(layers: list[CompressedLinear]) -> Part:
+    spec, sizes = layers[0].spec.weight, [layer.out_features for layer in layers]
+    fmt = spec.resolve()
+    names = fmt.layout(layers[0].out_features, layers[0].in_features, spec)
+    if len(layers) == 1:
+        bias = layers[0].bias
+        return Part({name: layers[0]._buffers[name] for name in names}, bias, spec, sizes)  # type: ignore[misc]
+    tensors = {name: layers[0].tensors()[name] for name in fmt.shared}
+    for name in names:
+        if name in tensors:
+            continue
+        tensors[name] = torch.cat([layer.tensors()[name] for layer in layers])
+        parts = tensors[name].split([1] * len(layers) if name in fmt.stacked else sizes)
+        for layer, view in zip(layers, parts, strict=True):
+            layer._buffers[name] = view
+    if fmt.stacked:
+        numbers = torch.arange(len(layers), dtype=torch.uint8)
+        owner = numbers.repeat_interleave(torch.tensor(sizes))
+        tensors["weight_owner"] = owner.to(layers[0].tensors()["weight"].device)
+    if layers[0].bias is None:
+        return Part(tensors, None, spec, sizes)
+    biases = torch.cat([layer.bias.detach() for layer in layers])
+    for layer, view in zip(layers, biases.split(sizes), strict=True):
+        layer.bias = nn.Parameter(view, requires_grad=False)
+    return Part(tensors, biases, spec, sizes)
