@@ -17,6 +17,46 @@ from .gluon_layout import held_by_thread, log2, thread_bits
 
 
 @gluon.constexpr_function
+def product_by_16(values):
+    """PTX, a line for each register p that it sets, and where the results are: the lowest two bits of the register's
+    number and of the lane's, of which there are `lane` and `zero`, times H of 16 on tensor cores."""
+    lines: list[str] = []
+
+    def put(code, *operands):
+        """One instruction; its result goes to a register of its own, whose name this returns."""
+        lines.append(f"{code} p{len(lines)}, {', '.join(operands)};")
+        return f"p{len(lines) - 1}"
+
+    def multiply(a, b):
+        """a b; returns where the sums are."""
+        sums = [f"p{len(lines) + i}" for i in range(4)]
+        code = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+        groups = ", ".join("{" + ", ".join(group) + "}" for group in (sums, a, b, ["zero"] * 4))
+        lines.extend([f"{code} {groups};", "", "", ""])
+        return sums
+
+    # H as an operand: +-1 twice, and their negatives. Row k and column c are (half, lane, lane, pair); lane l has rows
+    # 2 (l % 4) and the next in column l / 4.
+    common = put("and.b32", put("and.b32", put("shr.b32", "lane", "3"), "lane"), "3")
+    odd = put("popc.b32", common)
+    second = put("shl.b32", put("xor.b32", odd, put("shr.b32", "lane", "2")), "31")
+    first = put("shl.b32", put("and.b32", odd, "1"), "15")
+    plus = put("xor.b32", put("xor.b32", first, second), "0x3f803f80")
+    minus = put("xor.b32", plus, "0x80008000")
+    # Registers 0 to 7 of each eight are (row, half, pair) of the operands.
+    two = [put("cvt.rn.bf16x2.f32", values[i + 1], values[i]) for i in range(0, len(values), 2)]
+    results = list(values)
+    for start in range(0, len(values), 8):
+        a = [two[start // 2 + i] for i in (0, 2, 1, 3)]
+        for half in range(2):
+            sums = multiply(a, (plus, (plus, minus)[half]))
+            for row in range(2):
+                for pair in range(2):
+                    results[start + 4 * row + 2 * half + pair] = sums[2 * row + pair]
+    return lines, results
+
+
+@gluon.constexpr_function
 def rotation(width, warps, block, held, regular, product):
     """PTX that multiplies the block of a thread and its neighbours by H; see `hadamard.SEEDS`.
 
@@ -65,49 +105,16 @@ def rotation(width, warps, block, held, regular, product):
                     sums[i | register] = sums[i]
         return [put("fma.rn.f32", values[i], "0fC0000000", sums[i]) for i in range(n)]
 
-    def signs():
-        """The matrix of 16 as an operand: +-1 twice, and their negatives.
-
-        Row k and column c are (half, lane, lane, pair); lane l has rows 2 (l % 4) and the next in column l / 4.
-        """
-        common = put("and.b32", put("and.b32", put("shr.b32", "lane", "3"), "lane"), "3")
-        odd = put("popc.b32", common)
-        second = put("shl.b32", put("xor.b32", odd, put("shr.b32", "lane", "2")), "31")
-        first = put("shl.b32", put("and.b32", odd, "1"), "15")
-        plus = put("xor.b32", put("xor.b32", first, second), "0x3f803f80")
-        return plus, put("xor.b32", plus, "0x80008000")
-
-    def multiply(a, b):
-        """a b; returns where the sums are."""
-        sums = [f"t{len(lines) + i}" for i in range(4)]
-        code = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
-        groups = ", ".join("{" + ", ".join(group) + "}" for group in (sums, a, b, ["zero"] * 4))
-        lines.extend([f"{code} {groups};", "", "", ""])
-        return sums
-
-    def multiplied(values):
-        """Registers 0 to 7 of each eight are (row, half, pair) of the operands."""
-        plus, minus = signs()
-        two = [put("cvt.rn.bf16x2.f32", values[i + 1], values[i]) for i in range(0, n, 2)]
-        results = list(values)
-        for start in range(0, n, 8):
-            a = [two[start // 2 + i] for i in (0, 2, 1, 3)]
-            for half in range(2):
-                sums = multiply(a, (plus, (plus, minus)[half]))
-                for row in range(2):
-                    for pair in range(2):
-                        results[start + 4 * row + 2 * half + pair] = sums[2 * row + pair]
-        return results
-
     values = [f"${n + i}" for i in range(n)]
+    multiplied: list[str] = []
     if product and not regular and {(0, 1), (0, 2)} <= set(places):
-        values = multiplied(values)
+        multiplied, values = product_by_16(values)
         places = [place for place in places if place not in ((1, 0), (2, 0), (0, 1), (0, 2))]
     for i in range(0, len(places), 2 if regular else 1):
         values = quads(values, places[i : i + 2]) if regular else pairs(values, places[i][0], places[i][1])
     moves = [f"mov.b32 ${i}, {value};" for i, value in enumerate(values)]
-    head = f".reg .b32 lane, zero, t<{len(lines)}>; mov.u32 lane, %laneid; mov.b32 zero, 0;"
-    return " ".join(["{", head, *filter(None, lines), *moves, "}"])
+    head = f".reg .b32 lane, zero, p<{len(multiplied) + 1}>, t<{len(lines) + 1}>; mov.u32 lane, %laneid; mov.b32 zero, 0;"
+    return " ".join(["{", head, *filter(None, multiplied), *lines, *moves, "}"])
 
 
 @gluon.constexpr_function
