@@ -9,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .errors import InputError
 from .format import ScalarFormat, Tensors, quantize_activation
-from .gptq import DAMP, gptq, refine
+from .gptq import DAMP, gptq, output_gain, refine
 from .layer import LOW_RANK_DTYPE
 from .low_rank import weighted_low_rank
 from .method import FloatLayer
@@ -24,6 +23,7 @@ from .scale import search_clip
 from .smooth import aggregate_absmax, channel_scale, search_scale
 from .spec import LayerSpec
 from .stats import LayerStats
+from .vector import VectorFormat, VectorRounding, round_to_vectors
 
 CHOICES = {
     "smooth": ("none", "fixed", "search"),
@@ -129,6 +129,9 @@ def compress_linear(layer: FloatLayer, stats: LayerStats | None, spec: LayerSpec
 def round_weight(weight: Tensor, gram: Tensor | None, spec: LayerSpec, choices: Choices) -> Tensors:
     """The format's tensors of a weight [N, K] that is already scaled and rotated, as `gram` is."""
     fmt = spec.weight.resolve()
+    if isinstance(fmt, VectorFormat) and choices.rounding == "gptq" and gram is not None:
+        how = VectorRounding(damp=choices.damp, act_order=choices.act_order)
+        return round_to_vectors(weight, gram, fmt, how)
     if not isinstance(fmt, ScalarFormat):
         return fmt.encode(weight, spec.weight)
     scales = fit_scales(weight, gram, spec, choices)
@@ -156,14 +159,6 @@ def fit_scales(weight: Tensor, gram: Tensor | None, spec: LayerSpec, choices: Ch
         return fmt.fit(weight, spec.weight)
     importance = gram.diagonal() if choices.clip == "output" and gram is not None else None
     return search_clip(weight, fmt, spec.weight, importance)[0]
-
-
-def output_gain(weight: Tensor, rounded: Tensor, gram: Tensor | None) -> Tensor:
-    """float32 [N]: w G w / w G q for every row w of `weight` and q of `rounded`; 1 where they do not point the same
-    way. Rounding to the least error shrinks a row's output, at every step of a sampler alike."""
-    seen = weight if gram is None else weight @ gram
-    whole, along = (seen * weight).sum(1), (seen * rounded).sum(1)
-    return torch.where(along > 0.1 * whole, whole / along, 1.0)
 
 
 def split_low_rank(

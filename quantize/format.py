@@ -42,9 +42,9 @@ class Format:
 
     tag: ClassVar[str]
     by_rows: ClassVar[bool] = False  # every stored tensor has one row an output: layers concatenate by concatenating,
-    shared: ClassVar[tuple[str, ...]] = ()  # but for these tensors, of which layers that join must have the same,
-    stacked: ClassVar[tuple[str, ...]] = ()  # and these, of which joined layers have one each: `weight_owner`, uint8
-    # [N] and never stored, is the number of every row's layer
+    shared: ClassVar[tuple[str, ...]] = ()  # but for these tensors, of which layers that join must have the same
+    stacked: ClassVar[tuple[str, ...]] = ()  # not by rows for these alone: a layer has one, joined layers one each, and
+    # `weight_owner` uint8 [N], which is never stored, says whose a row is
     group_sizes: ClassVar[Sequence[int | None]] = (None,)
     refusal: ClassVar[str] = ""  # why rounding a model to it needs `--i-know`, and what to do instead
 

@@ -119,3 +119,11 @@ def _refine(codes: Tensor, weight: Tensor, gram: Tensor, scales: Tensors, spec: 
             gradient.addr_(rounded - current[:, j], h[j])
             current[:, j] = rounded
     return fmt.codes_of(index)
+
+
+def output_gain(weight: Tensor, rounded: Tensor, gram: Tensor | None) -> Tensor:
+    """float32 [N]: w G w / w G q for every row w of `weight` and q of `rounded`; 1 where they do not point the same
+    way. Rounding to the least error shrinks a row's output, at every step of a sampler alike."""
+    seen = weight if gram is None else weight @ gram
+    whole, along = (seen * weight).sum(1), (seen * rounded).sum(1)
+    return torch.where(along > 0.1 * whole, whole / along, 1.0)

@@ -9,6 +9,8 @@ alike before they share a codebook.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from ..kernels.codebook_decode import BITS, codebook_to_int8
 from ..kernels.pack import code_bytes, pack_codes, unpack_codes
 from .errors import InputError
 from .format import Format, TensorLayout, Tensors, activation_ops
-from .gptq import DAMP, inverse_factor
+from .gptq import DAMP, inverse_factor, output_gain
 from .integer import TINY, int8_form_linear
 from .spec import FormatSpec, LayerSpec
 
@@ -33,7 +35,6 @@ class VectorFormat(Format):
     length   d, the weights an entry stands for: 1, 2 or 4
     """
 
-    by_rows = True
     stacked = ("weight_codebook",)
 
     def __init__(self, entries: int, length: int) -> None:
@@ -92,6 +93,46 @@ class VectorFormat(Format):
     def linear(self, x: Tensor, tensors: Tensors, spec: LayerSpec, bias: Tensor | None) -> Tensor:
         """x: float [M, K] -> [M, N] in x's dtype."""
         return int8_form_linear(x, *self.to_int8(tensors, x.shape[-1], spec.weight), spec, bias)
+
+
+@dataclass(frozen=True)
+class VectorRounding:
+    """How `round_to_vectors` goes about it.
+
+    feedback         feed each run's error into the columns that follow (`round_vectors`); else the nearest entries
+    damp, act_order  as in GPTQ
+    scales           a scale for each row before the codebook; else one for all
+    importance       errors count as much as their inputs in k-means and among the nearest entries
+    unbiased         scale every rounded row so that its output, projected on the exact output, is the exact output
+    """
+
+    feedback: bool = True
+    damp: float = DAMP
+    act_order: bool = True
+    scales: bool = True
+    importance: bool = True
+    unbiased: bool = True
+
+
+def round_to_vectors(
+    weight: Tensor, gram: Tensor, fmt: VectorFormat, how: VectorRounding = VectorRounding()
+) -> Tensors:
+    """The stored tensors of a weight float32 [N, K]; gram: float32 [K, K], the mean of x x^T over its inputs."""
+    scale = row_scale(weight) if how.scales else row_scale(weight.reshape(1, -1)).expand(len(weight))
+    plain = weight / scale[:, None]
+    mass = scale.square()[:, None] / scale.square().mean()
+    if how.importance:
+        mass = mass * (gram.diagonal() / gram.diagonal().mean().clamp_min(TINY)).clamp_min(1e-6)
+    vectors, masses = fmt.split(plain), fmt.split(mass.expand_as(plain))
+    book = fit_codebook(vectors, masses, fmt.entries)
+    if how.feedback:
+        codes, rounded = round_vectors(plain, gram, book, how.damp, how.act_order)
+    else:
+        codes = nearest(vectors, masses, book).view(len(weight), -1)
+        rounded = book[codes].flatten(1)
+    if how.unbiased:
+        scale = scale * output_gain(plain, rounded, gram)
+    return fmt.store(codes, book, scale * (weight != 0).any(1))
 
 
 def row_scale(weight: Tensor) -> Tensor:

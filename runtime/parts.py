@@ -59,7 +59,8 @@ def merge(layers: tuple[nn.Module, ...]) -> list[Part]:
 def _can_join(one: CompressedLinear, other: CompressedLinear) -> bool:
     fmt = one.spec.weight.resolve()
     same = one.spec.weight == other.spec.weight and (one.bias is None) == (other.bias is None)
-    return same and fmt.by_rows and all(are_equal(one.tensors()[n], other.tensors()[n]) for n in fmt.shared)
+    joins = fmt.by_rows or len(fmt.stacked) > 0
+    return same and joins and all(are_equal(one.tensors()[n], other.tensors()[n]) for n in fmt.shared)
 
 
 def _join(layers: list[CompressedLinear]) -> Part:

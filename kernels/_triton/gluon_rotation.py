@@ -113,7 +113,9 @@ def rotation(width, warps, block, held, regular, product):
     for i in range(0, len(places), 2 if regular else 1):
         values = quads(values, places[i : i + 2]) if regular else pairs(values, places[i][0], places[i][1])
     moves = [f"mov.b32 ${i}, {value};" for i, value in enumerate(values)]
-    head = f".reg .b32 lane, zero, p<{len(multiplied) + 1}>, t<{len(lines) + 1}>; mov.u32 lane, %laneid; mov.b32 zero, 0;"
+    head = (
+        f".reg .b32 lane, zero, p<{len(multiplied) + 1}>, t<{len(lines) + 1}>; mov.u32 lane, %laneid; mov.b32 zero, 0;"
+    )
     return " ".join(["{", head, *filter(None, multiplied), *lines, *moves, "}"])
 
 

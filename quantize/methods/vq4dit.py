@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-from ..compose import output_gain
 from ..errors import InputError
 from ..format import Tensors
 from ..gptq import DAMP
@@ -23,7 +22,7 @@ from ..method import FloatLayer, Method
 from ..rotate import default_block, make_signs, rotate_gram, rotate_rows
 from ..spec import HadamardSpec, LayerSpec
 from ..stats import LayerStats
-from ..vector import VectorFormat, fit_codebook, nearest, round_vectors, row_scale
+from ..vector import VectorFormat, VectorRounding, round_to_vectors
 
 ROUNDINGS = ("nearest", "gptq")
 
@@ -80,21 +79,12 @@ class Vq4Dit(Method):
             signs = make_signs(weight.shape[1]).to(weight.device)
             tensors["hadamard_signs"] = signs
             weight, gram = rotate_rows(weight, signs, spec.hadamard), rotate_gram(gram, signs, spec.hadamard)
-        scale = row_scale(weight) if params["scale"] else row_scale(weight.reshape(1, -1)).expand(len(weight))
-        plain = weight / scale[:, None]
-        mass = scale.square()[:, None] / scale.square().mean()
-        if params["importance"]:
-            mass = mass * (gram.diagonal() / gram.diagonal().mean().clamp_min(1e-30)).clamp_min(1e-6)
-        vectors, masses = fmt.split(plain), fmt.split(mass.expand_as(plain))
-        book = fit_codebook(vectors, masses, fmt.entries)
-        if params["rounding"] == "gptq":
-            codes, rounded = round_vectors(plain, gram, book, params["damp"])
-        else:
-            codes = nearest(vectors, masses, book).view(len(weight), -1)
-            rounded = book[codes].flatten(1)
-        if params["unbiased"]:
-            scale = scale * output_gain(plain, rounded, gram)
-        return {**tensors, **fmt.store(codes, book, scale * (weight != 0).any(1))}
+        how = VectorRounding(
+            feedback=params["rounding"] == "gptq",
+            scales=params["scale"],
+            **{name: params[name] for name in ("damp", "importance", "unbiased")},
+        )
+        return {**tensors, **round_to_vectors(weight, gram, fmt, how)}
 
 
 def _rotated(layer: FloatLayer, spec: LayerSpec) -> Tensors:
