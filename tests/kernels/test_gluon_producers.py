@@ -29,6 +29,7 @@ from vdit_quant.kernels._triton import gluon_layout, gluon_producers, gluon_rota
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch")
 TILES = [(2, 1024, 1), (2, 128, 1), (1, 2048, 2), (2, 4096, 4), (1, 2048, 8)]
+FEW = (1152, 5120, 13824)
 MODELS = (1152, 1536, 2240, 3072, 4608, 5120, 12288, 13824, 15360)
 CONSTANTS = ("R", "HELD", "PRODUCT")
 ROTATIONS = [*((size, "sylvester") for size in (16, 32, 64, 128)), (16, "regular"), (64, "regular")]
@@ -190,7 +191,7 @@ def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
         constants |= {name: options[name] for name in CONSTANTS}
         if k <= 5120:
             norm = rows | transform | mod | {"TOKENS": "i32", "eps": "fp32"}
-            for alone in (True, False):
+            for alone in (True, False) if k in FEW else (True,):
                 name, more = f"norm K={k} {size}{kind} alone={alone}", {"LAYER": True, "ONE": alone}
                 yield name, gluon_producers.norm_quant_kernel, norm, constants | more, options
             name, more = f"gate K={k} {size}{kind}", {"LAYER": True, "ONE": True}
@@ -229,6 +230,8 @@ def compile_all(capability: int) -> None:
 
     target = pretend(GPUTarget("cuda", capability, 32))
     for name, kernel, types, constants, options in compile_cases():
+        if capability < 90 and constants["K"] not in FEW:
+            continue
         signature, fixed, attributes = {}, {}, {}
         for i, argument in enumerate(kernel.arg_names):
             signature[argument] = types.get(argument, "constexpr")
@@ -249,7 +252,7 @@ def test_compiles_without_spills_and_hardly_any_shared_memory(capability: int, c
     done = subprocess.run(command, capture_output=True, text=True, env=child_environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) > 100
+    assert len(kernels) > (30 if capability < 90 else 80)
     for kernel in kernels:
         assert kernel["shared"] <= 512, kernel
         assert kernel.get("stack", 0) <= 48, kernel  # a few numbers that wait for the end
