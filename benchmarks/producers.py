@@ -36,7 +36,7 @@ from vdit_quant.kernels import norm_quant as norm_module
 from vdit_quant.kernels.act_quant import act_quant
 from vdit_quant.kernels.hadamard import hadamard_matrix
 from vdit_quant.kernels.norm_quant import Norm, gate_norm_quant, norm_quant
-from vdit_quant.kernels.transform import Transform
+from vdit_quant.kernels.transform import Transform, join_vectors
 
 JSON = Path(__file__).parent / "results" / "producers.json"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -107,8 +107,7 @@ class Operands:
         self.pre_scale = torch.rand(k, device=device) + 0.5 if "s" in case.transform else None
         signed = "h" in case.transform
         self.signs = (torch.randint(2, (k,), device=device) * 2 - 1).to(torch.int8) if signed else None
-        # As the runtime does: signs are made part of the scale once, when a model is loaded.
-        self.factor = self.pre_scale if self.pre_scale is None or self.signs is None else self.pre_scale * self.signs
+        self.vectors = join_vectors(self.pre_scale, self.signs)  # once, as when a model is loaded
         self.h = hadamard_matrix(case.block_size, "sylvester").to(device) if signed else None
         self.transform = Transform(self.pre_scale, self.signs, case.block_size, "sylvester", torch.int8)
         self.norm = Norm([self.shift, self.scale], [], "layer", 1e-6)
@@ -117,8 +116,8 @@ class Operands:
         case, last = self.case, (self.case.block_size, "sylvester")
         if case.op not in ("norm", "gate"):
             act = "none" if case.op == "none" else "gelu_tanh"
-            return act_quant(self.x, act, self.factor, None, *last, prefix=self.prefix)
-        vectors = [] if self.factor is None else [self.factor]
+            return act_quant(self.x, act, *self.vectors, *last, prefix=self.prefix)
+        vectors = [t for t in self.vectors if t is not None]
         args = (self.norm.mod, [], vectors, "layer", 1e-6, *last)
         if case.op == "norm":
             return norm_quant(self.x, *args)

@@ -68,6 +68,12 @@ class Transform:
         return codes, torch.empty((x.shape[0],), dtype=torch.float32, device=x.device)
 
 
+def join_vectors(pre_scale: Tensor | None, signs: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The pre_scale and signs of the same transform with one vector in the place of two, which kernels read once:
+    products with +-1 are exact."""
+    return (pre_scale, signs) if pre_scale is None or signs is None else (pre_scale * signs, None)
+
+
 def make_transform(
     op: str, pre_scale: Tensor | None, signs: Tensor | None, block_size: int, hadamard_kind: str, out: str
 ) -> Transform:

@@ -23,6 +23,7 @@ from ..kernels import norm_quant as norms
 from ..kernels.act_quant import act_quant, activated
 from ..kernels.int8_linear import int8_linear
 from ..kernels.int8_linear_add import int8_linear_add
+from ..kernels.transform import join_vectors
 from ..quantize.spec import FormatSpec, LayerSpec
 from .linear import CompressedLinear
 from .parts import Part, are_equal, is_stale, merge
@@ -98,7 +99,9 @@ class Stage:
             return False
         if not torch.compiler.is_compiling() and is_stale(layers, self.parts):
             self.parts = [] if self.refusal() is not None else merge(layers)
-            self.vectors = transform_vectors(layers[0])
+            if self.parts:
+                buffers = layers[0]._buffers
+                self.vectors = join_vectors(buffers.get("pre_quant_scale"), buffers.get("hadamard_signs"))
         return len(self.parts) > 0
 
     def norm(self, x: Tensor, norm: Norm, shift: Tensor | None = None, scale: Tensor | None = None) -> Rows:
@@ -167,15 +170,6 @@ class Stage:
 def layers_at(places: Sequence[Place]) -> tuple[nn.Module, ...]:
     """The modules that are at these places now."""
     return tuple(parent._modules[name] for parent, name in places)  # type: ignore[misc]
-
-
-def transform_vectors(layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """pre_scale and signs of a layer's input. Where it has both they are one vector, which kernels read once: products
-    with +-1 are exact."""
-    pre_scale, signs = layer._buffers.get("pre_quant_scale"), layer._buffers.get("hadamard_signs")
-    if pre_scale is None or signs is None:
-        return pre_scale, signs
-    return pre_scale * signs, None
 
 
 def spread(per_sample: Tensor, rows: int) -> Tensor:

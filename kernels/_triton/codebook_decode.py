@@ -117,9 +117,8 @@ def codebook_words_kernel(
         third = first
     base = tl.zeros((BLOCK,), dtype=tl.int32)
     if HAS_TABLE:
-        row = (
-            at.to(UNITS.dtype) // ROW_UNITS
-        )  # of 32 bits where they are enough: a division takes three times as long in 64
+        # In 32 bits where they are enough: a division takes three times as long in 64.
+        row = at.to(UNITS.dtype) // ROW_UNITS
         table = tl.load(table_ptr + row, mask=inside, other=0).to(tl.int32)
         base = tl.minimum(table, TABLES - 1) << BITS
     values = decoded_words(book_ptr, first, second, third, base, 0, 1, WORDS, BITS, LENGTH)

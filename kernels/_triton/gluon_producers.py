@@ -68,10 +68,7 @@ def products(tiles, vectors):
 
 
 @gluon.jit
-def factors(
-    pre_scale_ptr, signs_ptr, PIECES: gl.constexpr, BLOCK: gl.constexpr, HELD: gl.constexpr,
-    R: gl.constexpr,
-):  # fmt: skip
+def factors(pre_scale_ptr, signs_ptr, PIECES: gl.constexpr, BLOCK: gl.constexpr, HELD: gl.constexpr, R: gl.constexpr):
     """pre_scale * signs for every tile."""
     found = ()
     for i in gl.static_range(len(PIECES)):
@@ -191,8 +188,7 @@ def norm_quant_kernel(
     x_ptr, branch_ptr, gate_ptr, h_ptr, shift_ptr, mod_scale_ptr, weight_ptr, bias_ptr, pre_scale_ptr, signs_ptr,
     codes_ptr, scale_ptr, x_stride, branch_stride, gate_stride, shift_stride, mod_scale_stride, M, TOKENS, eps,
     LAYER: gl.constexpr, K: gl.constexpr, ONE: gl.constexpr, INT8: gl.constexpr, FP4: gl.constexpr, TINY: gl.constexpr,
-    BLOCK: gl.constexpr, REGULAR: gl.constexpr, R: gl.constexpr, HELD: gl.constexpr,
-    PRODUCT: gl.constexpr,
+    BLOCK: gl.constexpr, REGULAR: gl.constexpr, R: gl.constexpr, HELD: gl.constexpr, PRODUCT: gl.constexpr,
 ):  # fmt: skip
     """One tile of R tokens, of which TOKENS share a row of gate, shift and scale. ONE: so do all of the tile, and the
     second number of a program is that of the row."""
@@ -232,8 +228,7 @@ def norm_quant_kernel(
 def act_quant_kernel(
     x_ptr, prefix_ptr, pre_scale_ptr, signs_ptr, codes_ptr, scale_ptr, x_stride, prefix_stride, M,
     ACT: gl.constexpr, K: gl.constexpr, PREFIX: gl.constexpr, INT8: gl.constexpr, FP4: gl.constexpr, TINY: gl.constexpr,
-    BLOCK: gl.constexpr, REGULAR: gl.constexpr, R: gl.constexpr, HELD: gl.constexpr,
-    PRODUCT: gl.constexpr,
+    BLOCK: gl.constexpr, REGULAR: gl.constexpr, R: gl.constexpr, HELD: gl.constexpr, PRODUCT: gl.constexpr,
 ):  # fmt: skip
     """One tile of R tokens."""
     await_inputs()
@@ -366,7 +361,7 @@ def run_norm(stream: list[Tensor], norm: Norm, transform: Transform) -> tuple[Te
         weight, bias = [*map(_rows, norm.affine), None, None][:2]
         tensors = (x, branch, gate, h, shift, mod_scale, weight, bias, *_vectors(transform), codes, scale)
         numbers = (*map(_stride, (x, branch, gate, shift, mod_scale)), m, shared or m, norm.eps)
-        alone = shared % options["R"] == 0
+        alone = shared % options["R"] == 0 and samples < 1 << 16  # a grid is no higher
         constants = (norm.kind == "layer", k, alone, *_constants(transform, options))
         programs = (-(-(shared or m) // options["R"]), samples, 1) if alone else (-(-m // options["R"]), 1, 1)
         _launch(norm_quant_kernel, programs, tensors, numbers, constants, options)

@@ -65,7 +65,7 @@ def narrow(t, dtype: gl.constexpr):
 def load_rows(ptr, row, stride, FROM: gl.constexpr, END: gl.constexpr, LAYOUT: gl.constexpr):
     """fp32 tile of rows `row` [R] (int64); channels from END on are 0."""
     WIDTH: gl.constexpr = LAYOUT.shape[1]
-    k = gl.expand_dims(FROM + gl.arange(0, LAYOUT.shape[1], layout=gl.SliceLayout(0, LAYOUT)), 0)
+    k = gl.expand_dims(FROM + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT)), 0)
     at = ptr + gl.expand_dims(row * stride, 1) + k
     if FROM + WIDTH > END:
         tile = gl.load(at, mask=k < END, other=0.0)
@@ -222,7 +222,7 @@ def store_rows(ptr, tile, first, M, FROM: gl.constexpr, END: gl.constexpr, K: gl
     """Store a tile into dense rows of K channels."""
     LAYOUT: gl.constexpr = tile.type.layout
     row = first + gl.arange(0, tile.shape[0], layout=gl.SliceLayout(1, LAYOUT))
-    k = gl.expand_dims(FROM + gl.arange(0, LAYOUT.shape[1], layout=gl.SliceLayout(0, LAYOUT)), 0)
+    k = gl.expand_dims(FROM + gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, LAYOUT)), 0)
     mask = gl.expand_dims(row < M, 1)
     if FROM + tile.shape[1] > END:
         mask = mask & (k < END)
@@ -250,8 +250,8 @@ def store_fp4(
 @gluon.jit
 def quantize_tokens(
     tiles, codes_ptr, scale_ptr, first, M, PIECES: gl.constexpr, INT8: gl.constexpr, FP4: gl.constexpr,
-    TINY: gl.constexpr, BLOCK: gl.constexpr, REGULAR: gl.constexpr, HELD: gl.constexpr,
-    PRODUCT: gl.constexpr, K: gl.constexpr,
+    TINY: gl.constexpr, BLOCK: gl.constexpr, REGULAR: gl.constexpr, HELD: gl.constexpr, PRODUCT: gl.constexpr,
+    K: gl.constexpr,
 ):  # fmt: skip
     """Rotate (BLOCK > 0), find one scale per token, round and store all tiles. H's 1 / sqrt(BLOCK) is in the scale.
 
