@@ -34,8 +34,8 @@ from .timing import Timer, gpu_timer, timed
 from .trial import plans_of, trial_samples, try_plans
 from .workspace import Workspace
 
-CANDIDATES = ("w2g64", "w3g64", "w4g64", "w6g64", "w8")
-MODULATION = ("w3g64", "w4g64", "w6g64", "w8")
+CANDIDATES = ("wvq2", "wvq3", "w4g64", "w6g64", "w8")
+MODULATION = ("wvq3", "w4g64", "w6g64", "w8")
 ROTATION = 64  # block of the Hadamard rotation of modulation layers
 SENSITIVITIES = ("drift", "samples")
 PROBE_SAMPLES = 8
