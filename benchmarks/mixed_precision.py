@@ -31,6 +31,7 @@ import quality
 import torch
 
 import vdit_quant
+from vdit_quant.calibrate import mixed
 from vdit_quant.calibrate.trial import choose
 from vdit_quant.evaluate.plan_plot import plot_curves, plot_plan
 from vdit_quant.quantize.allocate import LayerCandidates, allocate, greedy, uniform
@@ -38,9 +39,9 @@ from vdit_quant.quantize.bit_plan import BitPlan
 from vdit_quant.quantize.errors import InputError
 from vdit_quant.quantize.spec import LayerSpec
 
-CANDIDATES = "w2g64-a8tok-h64,w3g64-a8tok-h64,w4g64-a8tok-h64,w6g64-a8tok-h64,w8-a8tok-h64"
-MODULATION = "w3g64-h64,w4g64-h64,w6g64-h64,w8-h64"
-MATCHED = "w3g64+w3g64,w3g64+w4g64,w4g64+w4g64,w4g64+w8,w6g64+w8"
+CANDIDATES = ",".join(f"{name}-a8tok-h64" for name in mixed.CANDIDATES)
+MODULATION = ",".join(f"{name}-h64" for name in mixed.CANDIDATES)
+MATCHED = "wvq3+wvq3,wvq3+w4g64,w4g64+w4g64,w4g64+w8,w6g64+w8"
 START = time.perf_counter()
 TRIED: dict[str, Callable[..., BitPlan]] = {
     "milp": partial(allocate, trust=0.0),
@@ -82,7 +83,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--match", default=MATCHED, help="single-format plans, CORE+MODULATION, whose bytes are budgets as well")
     add("--candidates", default=CANDIDATES, help="specs of attention and feed-forward layers")
     add("--modulation", default=MODULATION, help="specs of modulation layers; one: fixed")
-    add("--also", default="w3g64,w4g64", help="specs of modulation layers that are scored, but are in no plan")
+    add("--also", default="wvq3,w4g64", help="specs of modulation layers that are scored, but are in no plan")
     add("--method", default="gptq", help="gptq, viditq, rtn, ...")
     add(
         "--sensitivity",

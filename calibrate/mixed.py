@@ -35,7 +35,7 @@ from .trial import plans_of, trial_samples, try_plans
 from .workspace import Workspace
 
 CANDIDATES = ("wvq2", "wvq3", "w4g64", "w6g64", "w8")
-MODULATION = ("wvq3", "w4g64", "w6g64", "w8")
+"""Codebooks below 4 bits: they lose a fifth to a half of what groups of integers of a little more bytes do."""
 ROTATION = 64  # block of the Hadamard rotation of modulation layers
 SENSITIVITIES = ("drift", "samples")
 PROBE_SAMPLES = 8
@@ -119,15 +119,13 @@ def candidates(layer: LayerPlan) -> list[LayerSpec]:
     """The specs a layer may get: its own with another weight format.
 
     Modulation layers are rotated as well, where they are rounded with GPTQ: their channels are of very different size,
-    and groups of them share a scale. 2 bits are not on their list: a calibration run shows them few conditions, and
-    the error of an unseen one is then large.
+    and share a scale.
     """
     spec, is_core = layer.spec, layer.role in CORE_ROLES
     assert spec is not None
     if not is_core and spec.hadamard is None and "gram" in layer.needs() and layer.k % ROTATION == 0:
         spec = dataclasses.replace(spec, hadamard=HadamardSpec(ROTATION, "sylvester"))
-    names: tuple[str, ...] = CANDIDATES if is_core else MODULATION
-    return [dataclasses.replace(spec, weight=LayerSpec.parse(name).weight) for name in names]
+    return [dataclasses.replace(spec, weight=LayerSpec.parse(name).weight) for name in CANDIDATES]
 
 
 def guidance_of(sampler: Sampler, workload: Workload) -> float:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vdit_quant.calibrate.mixed import CANDIDATES, MODULATION
+from vdit_quant.calibrate.mixed import CANDIDATES
 from vdit_quant.calibrate.timing import MODULATION_ROWS, ROWS, gpu_timer
 from vdit_quant.quantize.spec import LayerSpec
 
@@ -17,7 +17,7 @@ def test_a_larger_layer_takes_longer(name: str) -> None:
     assert 0.0 < small < large < 100.0
 
 
-@pytest.mark.parametrize("name", [f"{weight}-h64" for weight in MODULATION])
+@pytest.mark.parametrize("name", [f"{weight}-h64" for weight in CANDIDATES])
 def test_a_modulation_layer_is_timed_at_its_own_rows(name: str) -> None:
     timer, spec = gpu_timer(torch.device("cuda"), "1ms"), LayerSpec.parse(name)
     assert 0.0 < timer(MODULATION_ROWS, 6912, 1152, spec) < timer(ROWS, 6912, 1152, spec)
