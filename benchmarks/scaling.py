@@ -44,8 +44,6 @@ def main() -> None:
         found = json.loads(options.json.read_text(encoding="utf-8"))
     else:
         found = benchmark(options)
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     text = render(found)
     if options.plot is not None:
         plot_lines(curves(found), "times as fast as compiled bf16", options.plot)
@@ -70,19 +68,21 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def benchmark(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures every point; the result is plain JSON."""
+    """Measures every point and writes the JSON after each."""
     functorch_config.enable_autograd_cache = False  # as in denoiser.py
     batches, sides = ((2, 32), (16, 32)) if options.quick else (BATCHES, SIDES)
     work = [("batch", batch, random_models.dit_xl(), batch) for batch in batches]
     work += [("tokens", side * side, random_models.pixart_sigma(2 * side), 2) for side in sides]
-    points = []
+    found = {"machine": torch.cuda.get_device_name(), "versions": versions(), "forwards": 10 * options.rounds}
+    points: list[dict[str, Any]] = []
     for axis, x, shape, batch in work:
         start = time.perf_counter()
         points.append({"axis": axis, "x": x, **measure(shape, batch, options.rounds)})
         shown = {name: round(row["ms"], 3) for name, row in points[-1]["rows"].items()}
         print(f"{axis} {x}: {shown} ms, measured in {time.perf_counter() - start:.0f} s", flush=True)
-    machine = torch.cuda.get_device_name()
-    return {"machine": machine, "versions": versions(), "forwards": 10 * options.rounds, "points": points}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({**found, "points": points}, indent=1) + "\n", encoding="utf-8")
+    return {**found, "points": points}
 
 
 def measure(shape: Shape, batch: int, rounds: int) -> dict[str, Any]:

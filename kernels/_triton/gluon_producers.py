@@ -17,6 +17,7 @@ from ..norm_quant import Norm
 from ..quant_token import TINY
 from ..transform import Transform
 from .gluon_layout import LANE, layout_of, pieces
+from .gluon_moments import token_moments
 from .gluon_rows import (
     await_inputs,
     load_factor,
@@ -88,13 +89,13 @@ def act_tile(
     """The prefix, act(x), or x * act(gate) where the gate is as far from x as x is wide."""
     row = tokens(first, M, LAYOUT).to(gl.int64)
     if FROM < PREFIX:
-        tile = load_rows(prefix_ptr, row, prefix_stride, FROM, END, LAYOUT)
+        tile = widen(load_rows(prefix_ptr, row, prefix_stride, FROM, END, LAYOUT))
     elif ACT == "swiglu" or ACT == "geglu":
-        tile = load_rows(x_ptr, row, x_stride, FROM - PREFIX, END - PREFIX, LAYOUT)
-        gate = load_rows(x_ptr + (K - PREFIX), row, x_stride, FROM - PREFIX, END - PREFIX, LAYOUT)
+        tile = widen(load_rows(x_ptr, row, x_stride, FROM - PREFIX, END - PREFIX, LAYOUT))
+        gate = widen(load_rows(x_ptr + (K - PREFIX), row, x_stride, FROM - PREFIX, END - PREFIX, LAYOUT))
         tile = tile * activate(gate, ACT)
     else:
-        tile = activate(load_rows(x_ptr, row, x_stride, FROM - PREFIX, END - PREFIX, LAYOUT), ACT)
+        tile = activate(widen(load_rows(x_ptr, row, x_stride, FROM - PREFIX, END - PREFIX, LAYOUT)), ACT)
     return tile
 
 
@@ -103,11 +104,12 @@ def gated_tile(
     x_ptr, branch_ptr, gate_ptr, h_ptr, x_stride, branch_stride, gate_stride, sample, first, M, TOKENS,
     FROM: gl.constexpr, END: gl.constexpr, LAYOUT: gl.constexpr, K: gl.constexpr, ONE: gl.constexpr,
 ):  # fmt: skip
-    """x, or x + gate * branch, stored in h's type; then what was stored."""
+    """x, or x + gate * branch, stored in h's type; as stored."""
     row = tokens(first, M, LAYOUT)
-    tile = load_rows(x_ptr, row.to(gl.int64), x_stride, FROM, END, LAYOUT)
+    h = load_rows(x_ptr, row.to(gl.int64), x_stride, FROM, END, LAYOUT)
     if branch_ptr is not None:
-        branch = load_rows(branch_ptr, row.to(gl.int64), branch_stride, FROM, END, LAYOUT)
+        tile = widen(h)
+        branch = widen(load_rows(branch_ptr, row.to(gl.int64), branch_stride, FROM, END, LAYOUT))
         if gate_ptr is not None:
             gate = load_shared(gate_ptr, gate_stride, row, sample, TOKENS, FROM, END, LAYOUT, ONE)
             tile = plus_product(tile, branch, gate)
@@ -115,8 +117,7 @@ def gated_tile(
             tile = tile + branch
         h = narrow(tile, h_ptr.dtype.element_ty)
         store_rows(h_ptr, h, first, M, FROM, END, K)
-        tile = widen(h)
-    return tile
+    return h
 
 
 @gluon.jit
@@ -128,7 +129,7 @@ def load_shared(
     if ONE:
         rows = load_vector(ptr + sample.to(gl.int64) * stride, FROM, END, LAYOUT)
     else:
-        rows = load_rows(ptr, (row // TOKENS).to(gl.int64), stride, FROM, END, LAYOUT)
+        rows = widen(load_rows(ptr, (row // TOKENS).to(gl.int64), stride, FROM, END, LAYOUT))
     return rows
 
 
@@ -161,16 +162,57 @@ def slope_and_offset(
 
 
 @gluon.jit
-def centred(tiles, mean, PIECES: gl.constexpr):
-    """tiles[i] - mean, and still 0 in the channels that do not exist."""
-    found = ()
-    for i in gl.static_range(len(tiles)):
-        tile = tiles[i] - spread(mean, tiles[i])
-        if PIECES[i][0] + PIECES[i][1] > PIECES[i][2]:
-            k = PIECES[i][0] + gl.arange(0, PIECES[i][1], layout=gl.SliceLayout(0, tile.type.layout))
-            tile = gl.where(gl.expand_dims(k < PIECES[i][2], 0), tile, 0.0)
-        found = found + (tile,)
-    return found
+def real(tile, FROM: gl.constexpr, END: gl.constexpr):
+    """The tile with 0 in the channels that do not exist."""
+    if FROM + tile.shape[1] > END:
+        k = FROM + gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, tile.type.layout))
+        tile = gl.where(gl.expand_dims(k < END, 0), tile, 0.0)
+    return tile
+
+
+@gluon.jit
+def normed(
+    stored, eps, LAYER: gl.constexpr, K: gl.constexpr, PIECES: gl.constexpr, BLOCK: gl.constexpr, HELD: gl.constexpr,
+    PRODUCT: gl.constexpr,
+):  # fmt: skip
+    """fp32 tiles: LayerNorm or RMSNorm of the tokens whose tiles these are.
+
+    Moments on tensor cores are fewer instructions, but wait longer; only a kernel that rotates has too many.
+    """
+    tiles = ()
+    if PRODUCT and BLOCK > 0:
+        sums, squares = token_moments(stored, PIECES, BLOCK, HELD)
+        mean = sums / K
+        mean = sums / K if LAYER else sums * 0.0
+        variance = squares / K
+        if LAYER:
+            variance = gl.maximum(variance - mean * mean, 0.0)
+        factor = gl.rsqrt(variance + eps)
+        offset = -mean * factor
+        for i in gl.static_range(len(stored)):
+            tile = widen(stored[i])
+            if LAYER:
+                tile = plus_product(spread(offset, tile), tile, spread(factor, tile))
+                tile = real(tile, PIECES[i][0], PIECES[i][2])
+            else:
+                tile = tile * spread(factor, tile)
+            tiles = tiles + (tile,)
+    else:
+        for i in gl.static_range(len(stored)):
+            tiles = tiles + (widen(stored[i]),)
+        if LAYER:
+            mean = per_token(tiles, False, PIECES, BLOCK, HELD) / K
+            centred = ()
+            for i in gl.static_range(len(tiles)):
+                tile = real(tiles[i] - spread(mean, tiles[i]), PIECES[i][0], PIECES[i][2])
+                centred = centred + (tile,)
+            tiles = centred
+        factor = gl.rsqrt(per_token(products(tiles, tiles), False, PIECES, BLOCK, HELD) / K + eps)
+        scaled = ()
+        for i in gl.static_range(len(tiles)):
+            scaled = scaled + (tiles[i] * spread(factor, tiles[i]),)
+        tiles = scaled
+    return tiles
 
 
 @gluon.jit
@@ -205,12 +247,10 @@ def norm_quant_kernel(
             PIECES[i][0], PIECES[i][2], layout_of(R, PIECES[i][1], gl.num_warps(), BLOCK, HELD), K, ONE,
         )  # fmt: skip
         tiles = tiles + (tile,)
-    if LAYER:
-        tiles = centred(tiles, per_token(tiles, False, PIECES, BLOCK, HELD) / K, PIECES)
-    factor = gl.rsqrt(per_token(products(tiles, tiles), False, PIECES, BLOCK, HELD) / K + eps)
+    tiles = normed(tiles, eps, LAYER, K, PIECES, BLOCK, HELD, PRODUCT)
     changed = ()
     for i in gl.static_range(len(PIECES)):
-        tile = tiles[i] * spread(factor, tiles[i])
+        tile = tiles[i]
         if CHANGED:
             line = slope_and_offset(
                 pre_scale_ptr, signs_ptr, weight_ptr, bias_ptr, shift_ptr, mod_scale_ptr, shift_stride,
@@ -252,7 +292,10 @@ MAX_HELD = 96
 """Most channels that one thread holds; more do not fit its registers."""
 
 SHAPES = {
-    True: ((1280, 4, 2, 128), (2304, 2, 2, 128), (3072, 2, 2, 168), (6144, 2, 4, 128), (16384, 1, 8, 128)),
+    True: (
+        (1280, 2, 1, 128), (1536, 2, 1, 168), (2304, 2, 2, 128), (3072, 2, 2, 168), (6144, 2, 4, 128),
+        (16384, 1, 8, 128),
+    ),
     False: (
         (1280, 4, 2, 128), (2304, 2, 2, 128), (3072, 2, 2, 168), (4608, 1, 2, 128), (6144, 1, 4, 96), (16384, 1, 8, 80)
     ),
@@ -271,7 +314,7 @@ def launch_options(
     None of it may depend on M: the order of the sums, and so a token's codes, follow from it.
     """
     rows, warps, registers = next((shape[1:] for shape in SHAPES[norm] if k <= shape[0]), (1, 16, 128))
-    if fp4:  # rounding to it takes more
+    if fp4 or 0 < block_size < 64:  # these take more
         registers = None
     # A product rounds to bfloat16, which an input in it has been through.
     product = dtype == torch.bfloat16

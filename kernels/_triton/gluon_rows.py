@@ -63,7 +63,7 @@ def narrow(t, dtype: gl.constexpr):
 
 @gluon.jit
 def load_rows(ptr, row, stride, FROM: gl.constexpr, END: gl.constexpr, LAYOUT: gl.constexpr):
-    """fp32 tile of rows `row` [R] (int64); channels from END on are 0."""
+    """Tile of rows `row` [R] (int64), as stored; channels from END on are 0."""
     WIDTH: gl.constexpr = LAYOUT.shape[1]
     k = gl.expand_dims(FROM + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT)), 0)
     at = ptr + gl.expand_dims(row * stride, 1) + k
@@ -71,7 +71,7 @@ def load_rows(ptr, row, stride, FROM: gl.constexpr, END: gl.constexpr, LAYOUT: g
         tile = gl.load(at, mask=k < END, other=0.0)
     else:
         tile = gl.load(at)
-    return widen(tile)
+    return tile
 
 
 @gluon.jit

@@ -1,0 +1,108 @@
+"""Sums and sums of squares of bfloat16 tokens on tensor cores, on NVIDIA GPUs.
+
+Products of bfloat16 are exact in fp32, and a product of a matrix and its own transpose has the squares of its rows on
+the diagonal. So one instruction adds up 4 channels of every lane and their squares, in place of eight. A variance from
+these loses digits where the mean is far larger than it, by about as many as bfloat16 has lost there already.
+"""
+
+# Kernel parameters are typed by what is launched, not by annotations.
+# mypy: disable-error-code="no-untyped-def, assignment"
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from .gluon_layout import held_by_thread, is_spread_alike, split_shape
+
+
+@gluon.constexpr_function
+def moments_of(n):
+    """PTX for n bfloat16 of each thread, which are results 2 n and on. Of four lanes, one gets the sum of all their
+    channels as result 0 and that of the squares as result n, the others 0; all other results are 0."""
+    lines = [
+        ".reg .b32 lane, quad, odd, zero, ones, sum, even, other; .reg .f32 s<4>, a<4>, b<4>; .reg .pred own, second;",
+        "mov.u32 lane, %laneid; mov.b32 zero, 0; mov.b32 ones, 0x3f803f80;",
+        *(f"mov.f32 {name}{i}, 0f00000000;" for name in "sab" for i in range(4)),
+    ]
+
+    def multiply(name, shape, left, right):
+        """name += left right; columns of the right one are the channels of four lanes each."""
+        total = f"{{{name}0, {name}1, {name}2, {name}3}}"
+        lines.append(
+            f"mma.sync.aligned.{shape}.row.col.f32.bf16.bf16.f32 {total}, "
+            f"{{{', '.join(left)}}}, {{{', '.join(right)}}}, {total};"
+        )
+
+    # Rows 0 to 7 of the first operand are the lanes' own channels in even registers, rows 8 to 15 those in odd ones. Of
+    # its products with each, a diagonal is wanted.
+    held = [f"${i}" for i in range(2 * n, 2 * n + n // 2)]
+    for i in range(0, len(held), 2):
+        pair = held[i : i + 2]
+        multiply("s", "m16n8k16", ["ones"] * 4, pair)
+        multiply("a", "m16n8k8", pair, pair[:1])
+        multiply("b", "m16n8k8", pair, pair[1:])
+    lines += [
+        "shr.u32 quad, lane, 3; xor.b32 quad, quad, lane; and.b32 quad, quad, 3; setp.eq.u32 own, quad, 0;",
+        "and.b32 odd, lane, 4; setp.ne.u32 second, odd, 0;",
+        "selp.b32 sum, s1, s0, second; selp.b32 even, a1, a0, second; selp.b32 other, b3, b2, second;",
+        "add.f32 even, even, other;",
+        f"selp.b32 $0, sum, zero, own; selp.b32 ${n}, even, zero, own;",
+        *(f"mov.b32 ${i}, zero;" for i in range(2 * n) if i % n),
+    ]
+    return " ".join(["{", *lines, "}"])
+
+
+@gluon.constexpr_function
+def operands(n):
+    """Constraints of 2 n results in fp32 registers and n bfloat16, two to a register."""
+    return ",".join(["=f"] * (2 * n) + ["r"] * (n // 2))
+
+
+@gluon.jit
+def first(a, b):
+    return a
+
+
+@gluon.jit
+def both_sums(a, b, c, d):
+    return a + c, b + d
+
+
+@gluon.jit
+def of_threads(tile, BLOCK: gl.constexpr, HELD: gl.constexpr):
+    """[R, WIDTH] -> [R, threads]: the sums over the first channels of every group that a thread holds."""
+    SHAPE: gl.constexpr = split_shape(tile.shape[0], tile.shape[1], gl.num_warps(), BLOCK, HELD)
+    parts = gl.permute(gl.reshape(tile, SHAPE), (0, 2, 4, 1, 3, 5))
+    groups = gl.reshape(parts, [tile.shape[0], 32 * gl.num_warps(), SHAPE[1], SHAPE[3] * SHAPE[5]])
+    return gl.sum(gl.reduce(groups, 3, first), 2)
+
+
+@gluon.jit
+def lane_moments(tile, BLOCK: gl.constexpr, HELD: gl.constexpr):
+    """fp32 [R, threads], twice, of a tile that every thread has all tokens of; else [R, WIDTH]."""
+    N: gl.constexpr = held_by_thread(tile.shape[1], gl.num_warps(), BLOCK, HELD)
+    sums, squares = gl.inline_asm_elementwise(
+        moments_of(N), operands(N), [tile], dtype=(gl.float32, gl.float32), is_pure=True, pack=N
+    )
+    if is_spread_alike(((0, tile.shape[1], 0),), gl.num_warps()):
+        sums, squares = of_threads(sums, BLOCK, HELD), of_threads(squares, BLOCK, HELD)
+    return sums, squares
+
+
+@gluon.jit
+def token_moments(tiles, PIECES: gl.constexpr, BLOCK: gl.constexpr, HELD: gl.constexpr):
+    """fp32 [R], twice: the sums over all tiles of bfloat16, and those of the squares."""
+    sums, squares = lane_moments(tiles[0], BLOCK, HELD)
+    if is_spread_alike(PIECES, gl.num_warps()):
+        for i in gl.static_range(1, len(tiles)):
+            more, more_squares = lane_moments(tiles[i], BLOCK, HELD)
+            sums += gl.convert_layout(more, sums.type.layout, assert_trivial=True)
+            squares += gl.convert_layout(more_squares, squares.type.layout, assert_trivial=True)
+        sums, squares = gl.reduce((sums, squares), 1, both_sums)
+    else:
+        sums, squares = gl.reduce((sums, squares), 1, both_sums)
+        for i in gl.static_range(1, len(tiles)):
+            more, more_squares = lane_moments(tiles[i], BLOCK, HELD)
+            more, more_squares = gl.reduce((more, more_squares), 1, both_sums)
+            sums += gl.convert_layout(more, sums.type.layout)
+            squares += gl.convert_layout(more_squares, squares.type.layout)
+    return sums, squares
