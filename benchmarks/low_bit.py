@@ -1,13 +1,14 @@
 """Everything below W4A8 on one model: paired PSNR, Frechet distance, bits and bytes, several GPUs at once.
 
-    python benchmarks/low_bit.py MODEL --yardstick FOLDER --devices cuda:0,cuda:1,cuda:2,cuda:3 --processes 6 \\
+    python benchmarks/low_bit.py MODEL --yardstick FOLDER --devices cuda:0,cuda:1,cuda:2,cuda:3 --processes 2 \\
         --json benchmarks/results/low-bit.json --markdown docs/results.md --markdown docs/methods/hqdit.md \\
         --markdown docs/methods/svdquant.md --markdown docs/methods/vq4dit.md
 
 Each row is a method and a spec for the attention and feed-forward layers, by one process of its own; a row that fails
 keeps its error and stops no other. The JSON is written after every row. Each table is written from it into
 the documents that hold its mark; `--render` does this alone. `--rows` takes globs over the rows' names, `--list` prints
-them. Bits a weight count every scale, sign, codebook and low-rank branch.
+them. Many processes on one GPU take turns and are slower than few. Bits a weight count every scale, sign, codebook and
+low-rank branch. Without `--yardstick`, distances measured before are kept.
 """
 
 from __future__ import annotations
@@ -159,7 +160,8 @@ def write(options: argparse.Namespace, results: dict[str, Any], rows: dict[str, 
     kept = {row["name"]: row for row in before}
     for name, row in results.items():
         if "error" not in row or "error" in kept.get(name, row):  # a failure replaces no figure
-            kept[name] = row
+            distance = {} if options.yardstick else {k: v for k, v in kept.get(name, {}).items() if k == "frechet"}
+            kept[name] = {**distance, **row}
     found = {
         "model": Path(options.model).name,
         "machine": quality.machine(options.devices.split(",")[0]),
