@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vdit_quant.calibrate.mixed import CANDIDATES
 from vdit_quant.quantize import methods, registry
 from vdit_quant.quantize.errors import InputError
 from vdit_quant.quantize.format import Tensors
@@ -153,6 +154,17 @@ def test_clipping_lowers_the_error_it_is_searched_for(clip: str, spec_name: str)
     assert loss(clip=clip) <= loss() * (1 if clip == "weight" else 1.02)
     if spec_name == "w4":
         assert loss(clip=clip) < 0.95 * loss()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_candidate_of_a_budget_fits_and_more_bits_of_a_kind_are_better(name: str) -> None:
+    """A plan under a budget has the recipe's one method for whatever a layer gets."""
+    errors = {candidate: _error(*_compress(name, f"{candidate}-a8tok")) for candidate in CANDIDATES}
+    for is_codebook in (True, False):
+        own = [error for candidate, error in errors.items() if ("vq" in candidate) == is_codebook]
+        assert len(own) > 1
+        assert own == sorted(own, reverse=True)
+    assert max(errors.values()) < 0.3
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if resolve_method(name, {})[0].by_rows])
