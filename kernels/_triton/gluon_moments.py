@@ -1,8 +1,9 @@
 """Sums and sums of squares of bfloat16 tokens on tensor cores, on NVIDIA GPUs.
 
 Products of bfloat16 are exact in fp32, and a product of a matrix and its own transpose has the squares of its rows on
-the diagonal. So one instruction adds up 4 channels of every lane and their squares, in place of eight. A variance from
-these loses digits where the mean is far larger than it, by about as many as bfloat16 has lost there already.
+the diagonal. So three instructions add up four channels of every lane and their squares, in place of eight, and nothing
+need be centred first. A variance from these loses digits where the mean is far larger than the deviation, about as many
+as bfloat16 has lost there already.
 """
 
 # Kernel parameters are typed by what is launched, not by annotations.

@@ -291,29 +291,28 @@ def act_quant_kernel(
 MAX_HELD = 96
 """Most channels that one thread holds; more do not fit its registers."""
 
+_WIDE = ((1536, 2, 1, 168), (2304, 2, 2, 128), (3072, 2, 2, 168), (6144, 2, 4, 128), (16384, 1, 8, 128))
 SHAPES = {
-    True: (
-        (1280, 2, 1, 128), (1536, 2, 1, 168), (2304, 2, 2, 128), (3072, 2, 2, 168), (6144, 2, 4, 128),
-        (16384, 1, 8, 128),
-    ),
-    False: (
+    "norm": ((1280, 2, 1, 128), *_WIDE),
+    "scaled": ((1280, 4, 2, 128), *_WIDE),
+    "act": (
         (1280, 4, 2, 128), (2304, 2, 2, 128), (3072, 2, 2, 168), (4608, 1, 2, 128), (6144, 1, 4, 96), (16384, 1, 8, 80)
     ),
 }  # fmt: skip
-"""Up to so many channels: tokens and warps of a program and registers of a thread, with a norm and without. Measured on
-an H200."""
+"""Up to so many channels: tokens and warps of a program and registers of a thread, for norms, for norms with a
+scale but no rotation behind them, and without a norm. Measured on an H200."""
 
 
 @cache
 def launch_options(
-    k: int, block_size: int, norm: bool, dtype: torch.dtype = torch.bfloat16, fp4: bool = False
+    k: int, block_size: int, kind: str, dtype: torch.dtype = torch.bfloat16, fp4: bool = False
 ) -> dict[str, Any]:
     """Tokens and warps of a program, registers of a thread, channels of a block in it, and how they are rotated
-    (`gluon_rotation`).
+    (`gluon_rotation`). kind: one of `SHAPES`.
 
     None of it may depend on M: the order of the sums, and so a token's codes, follow from it.
     """
-    rows, warps, registers = next((shape[1:] for shape in SHAPES[norm] if k <= shape[0]), (1, 16, 128))
+    rows, warps, registers = next((shape[1:] for shape in SHAPES[kind] if k <= shape[0]), (1, 16, 128))
     if fp4 or 0 < block_size < 64:  # these take more
         registers = None
     # A product rounds to bfloat16, which an input in it has been through.
@@ -327,8 +326,8 @@ def limits(k: int, prefix: int, block_size: int) -> str | None:
     """Why these kernels do not take tokens of k channels; None when they do."""
     if prefix % max(16, block_size):
         return f"a prefix of {prefix} columns ends inside of a block"
-    for norm in (True, False):
-        options = launch_options(k, block_size, norm)
+    for kind in SHAPES:
+        options = launch_options(k, block_size, kind)
         covered = pieces(k, prefix, options["R"], options["num_warps"], block_size)
         channels = sum(width for _, width, _ in covered) * options["R"] // (32 * options["num_warps"])
         if len(covered) > 6 or channels > MAX_HELD:
@@ -379,7 +378,7 @@ def run_act(x: Tensor, act: str, transform: Transform, prefix: Tensor | None, k:
     """`act_quant` for tokens of k channels."""
     codes, scale = transform.empty(x, k)
     m, p = x.shape[0], 0 if prefix is None else prefix.shape[1]
-    options = launch_options(k, transform.block_size, False, x.dtype, transform.fp4_group is not None)
+    options = launch_options(k, transform.block_size, "act", x.dtype, transform.fp4_group is not None)
     if m:
         x, prefix = _rows(x), None if prefix is None else _rows(prefix)
         tensors = (x, prefix, *_vectors(transform), codes, scale)
@@ -395,7 +394,8 @@ def run_norm(stream: list[Tensor], norm: Norm, transform: Transform) -> tuple[Te
     codes, scale = transform.empty(stream[0], k)
     h = torch.empty((m, k), dtype=stream[0].dtype, device=stream[0].device) if len(stream) > 1 else None
     if m:
-        options = launch_options(k, transform.block_size, True, stream[0].dtype, transform.fp4_group is not None)
+        kind = "scaled" if transform.pre_scale is not None and not transform.block_size else "norm"
+        options = launch_options(k, transform.block_size, kind, stream[0].dtype, transform.fp4_group is not None)
         samples = next((len(rows) for rows in (*norm.mod, *stream[2:])), 1)
         # Tokens that share a sample's rows; 0 where all do.
         shared = m // samples if samples > 1 else 0

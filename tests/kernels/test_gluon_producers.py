@@ -186,10 +186,10 @@ def test_moments_on_tensor_cores_are_sums_of_numbers_and_of_squares(
 
 @pytest.mark.parametrize("k", [48, 192, 576, *MODELS])
 @pytest.mark.parametrize("prefix", [0, 0.2])
-@pytest.mark.parametrize("norm", [True, False])
-def test_pieces_cover_every_channel_once(k: int, prefix: float, norm: bool) -> None:
+@pytest.mark.parametrize("kind", gluon_producers.SHAPES)
+def test_pieces_cover_every_channel_once(k: int, prefix: float, kind: str) -> None:
     p = int(k * prefix) // 16 * 16
-    options = gluon_producers.launch_options(k, 16, norm)
+    options = gluon_producers.launch_options(k, 16, kind)
     at = 0
     for start, width, end in gluon_layout.pieces(k, p, options["R"], options["num_warps"], 16):
         assert start == at
@@ -208,13 +208,13 @@ def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
     for k, size, kind in [*shapes, (3072, 64, "regular"), (1152, 16, "regular")]:
         transform = vectors if size else {}
         constants = {"K": k, "INT8": True, "TINY": 1e-30, "BLOCK": size, "REGULAR": kind == "regular"}
-        options = gluon_producers.launch_options(k, size, False)
+        options = gluon_producers.launch_options(k, size, "act")
         constants |= {name: options[name] for name in CONSTANTS}
         if k > 4000:
             for act in ("gelu_tanh", "swiglu") if size == 64 else ("gelu_tanh",):
                 name, more = f"act {act} K={k} {size}{kind}", {"ACT": act, "PREFIX": 0}
                 yield name, gluon_producers.act_quant_kernel, rows | transform, constants | more, options
-        options = gluon_producers.launch_options(k, size, True)
+        options = gluon_producers.launch_options(k, size, "norm")
         constants |= {name: options[name] for name in CONSTANTS}
         if k <= 5120:
             norm = rows | transform | mod | {"TOKENS": "i32", "eps": "fp32"}
@@ -223,23 +223,28 @@ def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
                 yield name, gluon_producers.norm_quant_kernel, norm, constants | more, options
             name, more = f"gate K={k} {size}{kind}", {"LAYER": True, "ONE": True}
             yield name, gluon_producers.norm_quant_kernel, norm | gate, constants | more, options
-    options = gluon_producers.launch_options(15360, 64, False)
+    options = gluon_producers.launch_options(15360, 64, "act")
     constants = {"ACT": "gelu_tanh", "K": 15360, "PREFIX": 3072, "INT8": True, "TINY": 1e-30, "BLOCK": 64}
     constants |= {"REGULAR": False, **{name: options[name] for name in CONSTANTS}}
     types = rows | vectors | {"prefix_ptr": "*bf16", "prefix_stride": "i32"}
     yield "act behind a prefix", gluon_producers.act_quant_kernel, types, constants, options
-    options = gluon_producers.launch_options(15360, 64, False, fp4=True)
+    options = gluon_producers.launch_options(15360, 64, "act", fp4=True)
     yield "act behind a prefix to FP4", gluon_producers.act_quant_kernel, types, {**constants, "FP4": 16}, options
     norm = rows | mod | {"TOKENS": "i32", "eps": "fp32"}
+    options = gluon_producers.launch_options(1152, 0, "scaled")
+    constants = {"K": 1152, "INT8": True, "TINY": 1e-30, "BLOCK": 0, "REGULAR": False, "LAYER": True, "ONE": True}
+    constants |= {name: options[name] for name in CONSTANTS}
+    scaled = norm | {"pre_scale_ptr": "*fp32"}
+    yield "norm K=1152 scaled", gluon_producers.norm_quant_kernel, scaled, constants, options
     for k, size in ((1152, 0), (1152, 128), (1536, 64), (2240, 64), (3072, 128), (5120, 0), (5120, 128)):
-        options = gluon_producers.launch_options(k, size, True, fp4=True)
+        options = gluon_producers.launch_options(k, size, "norm", fp4=True)
         constants = {"K": k, "INT8": True, "TINY": 1e-30, "BLOCK": size, "REGULAR": False, "LAYER": True, "ONE": True}
         constants |= {name: options[name] for name in CONSTANTS}
         for group in (0, 16):
             name, types = f"norm K={k} {size} to FP4 {group}", norm | (vectors if size else {})
             yield name, gluon_producers.norm_quant_kernel, types, constants | {"FP4": group}, options
     for k, size, group in ((4608, 0, 0), (4608, 128, 128), (13824, 64, 16), (15360, 0, 32), (15360, 128, 0)):
-        options = gluon_producers.launch_options(k, size, False, fp4=True)
+        options = gluon_producers.launch_options(k, size, "act", fp4=True)
         constants = {"K": k, "PREFIX": 0, "INT8": True, "TINY": 1e-30, "BLOCK": size, "REGULAR": False, "FP4": group}
         constants |= {"ACT": "gelu_tanh", **{name: options[name] for name in CONSTANTS}}
         name = f"act K={k} {size} to FP4 {group}"
