@@ -50,6 +50,7 @@ class Choices:
     noise      count what quantised activations add: their error, measured on recorded rows, joins the Gram matrix
     branch     what the low-rank branch starts from: error (of the rounded weight), or the weight itself
     rounds     alternations of quantising and splitting off the low-rank branch
+    vectors    how codebooks are made, for methods that say more of it than `rounding`, `damp` and `act_order`
     """
 
     smooth: str = "none"
@@ -66,6 +67,7 @@ class Choices:
     noise: bool = False
     branch: str = "error"
     rounds: int = 4
+    vectors: VectorRounding | None = None
 
     @classmethod
     def of(cls, params: dict[str, Any]) -> Choices:
@@ -129,8 +131,10 @@ def compress_linear(layer: FloatLayer, stats: LayerStats | None, spec: LayerSpec
 def round_weight(weight: Tensor, gram: Tensor | None, spec: LayerSpec, choices: Choices) -> Tensors:
     """The format's tensors of a weight [N, K] that is already scaled and rotated, as `gram` is."""
     fmt = spec.weight.resolve()
-    if isinstance(fmt, VectorFormat) and choices.rounding == "gptq" and gram is not None:
+    how = choices.vectors
+    if how is None and choices.rounding == "gptq":
         how = VectorRounding(damp=choices.damp, act_order=choices.act_order)
+    if isinstance(fmt, VectorFormat) and how is not None and gram is not None:
         return round_to_vectors(weight, gram, fmt, how)
     if not isinstance(fmt, ScalarFormat):
         return fmt.encode(weight, spec.weight)

@@ -15,14 +15,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+from ..compose import Choices, compress_linear
 from ..errors import InputError
 from ..format import Tensors
 from ..gptq import DAMP
 from ..method import FloatLayer, Method
-from ..rotate import default_block, make_signs, rotate_gram, rotate_rows
+from ..rotate import default_block
 from ..spec import HadamardSpec, LayerSpec
 from ..stats import LayerStats
-from ..vector import VectorFormat, VectorRounding, round_to_vectors
+from ..vector import VectorRounding
 
 ROUNDINGS = ("nearest", "gptq")
 
@@ -69,32 +70,11 @@ class Vq4Dit(Method):
     def compress(self, layer: FloatLayer, stats: LayerStats | None, spec: LayerSpec, **params: Any) -> Tensors:
         if params["rounding"] not in ROUNDINGS:
             raise InputError(f"vq4dit: rounding is '{params['rounding']}', expected one of {', '.join(ROUNDINGS)}")
-        fmt = spec.weight.resolve()
-        if not isinstance(fmt, VectorFormat):
-            return fmt.encode(layer.weight, spec.weight) if spec.hadamard is None else _rotated(layer, spec)
-        assert stats is not None
-        assert stats.gram is not None
-        weight, gram, tensors = layer.weight, stats.gram / max(1, stats.count), {}
-        if spec.hadamard is not None:
-            signs = make_signs(weight.shape[1]).to(weight.device)
-            tensors["hadamard_signs"] = signs
-            weight, gram = rotate_rows(weight, signs, spec.hadamard), rotate_gram(gram, signs, spec.hadamard)
-        how = VectorRounding(
-            feedback=params["rounding"] == "gptq",
-            scales=params["scale"],
-            **{name: params[name] for name in ("damp", "importance", "unbiased")},
-        )
-        return {**tensors, **round_to_vectors(weight, gram, fmt, how)}
-
-
-def _rotated(layer: FloatLayer, spec: LayerSpec) -> Tensors:
-    """A format without a codebook, rounded to nearest."""
-    assert spec.hadamard is not None
-    signs = make_signs(layer.weight.shape[1]).to(layer.weight.device)
-    return {
-        "hadamard_signs": signs,
-        **spec.weight.resolve().encode(rotate_rows(layer.weight, signs, spec.hadamard), spec.weight),
-    }
+        feedback = params["rounding"] == "gptq"
+        choices = Choices.of({**params, "rounding": "gptq" if feedback else "rtn"})
+        shared = {name: params[name] for name in ("damp", "importance", "unbiased")}
+        vectors = VectorRounding(feedback=feedback, scales=params["scale"], **shared)
+        return compress_linear(layer, stats, spec, dataclasses.replace(choices, vectors=vectors))
 
 
 METHOD = Vq4Dit()
