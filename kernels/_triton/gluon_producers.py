@@ -171,48 +171,49 @@ def real(tile, FROM: gl.constexpr, END: gl.constexpr):
 
 
 @gluon.jit
-def normed(
-    stored, eps, LAYER: gl.constexpr, K: gl.constexpr, PIECES: gl.constexpr, BLOCK: gl.constexpr, HELD: gl.constexpr,
-    PRODUCT: gl.constexpr,
-):  # fmt: skip
-    """fp32 tiles: LayerNorm or RMSNorm of the tokens whose tiles these are.
-
-    Moments on tensor cores are fewer instructions, but wait longer; only a kernel that rotates has too many.
-    """
+def normed_by_moments(
+    stored, eps, LAYER: gl.constexpr, K: gl.constexpr, PIECES: gl.constexpr, BLOCK: gl.constexpr, HELD: gl.constexpr
+):
+    """`normed` of bfloat16 by tensor cores: fewer instructions, but they wait longer."""
+    sums, squares = token_moments(stored, PIECES, BLOCK, HELD)
+    mean = sums / K
+    variance = squares / K
+    if LAYER:
+        variance = gl.maximum(variance - mean * mean, 0.0)
+    factor = gl.rsqrt(variance + eps)
+    offset = -mean * factor
     tiles = ()
-    if PRODUCT and BLOCK > 0:
-        sums, squares = token_moments(stored, PIECES, BLOCK, HELD)
-        mean = sums / K
-        mean = sums / K if LAYER else sums * 0.0
-        variance = squares / K
+    for i in gl.static_range(len(stored)):
+        tile = widen(stored[i])
         if LAYER:
-            variance = gl.maximum(variance - mean * mean, 0.0)
-        factor = gl.rsqrt(variance + eps)
-        offset = -mean * factor
-        for i in gl.static_range(len(stored)):
-            tile = widen(stored[i])
-            if LAYER:
-                tile = plus_product(spread(offset, tile), tile, spread(factor, tile))
-                tile = real(tile, PIECES[i][0], PIECES[i][2])
-            else:
-                tile = tile * spread(factor, tile)
-            tiles = tiles + (tile,)
-    else:
-        for i in gl.static_range(len(stored)):
-            tiles = tiles + (widen(stored[i]),)
-        if LAYER:
-            mean = per_token(tiles, False, PIECES, BLOCK, HELD) / K
-            centred = ()
-            for i in gl.static_range(len(tiles)):
-                tile = real(tiles[i] - spread(mean, tiles[i]), PIECES[i][0], PIECES[i][2])
-                centred = centred + (tile,)
-            tiles = centred
-        factor = gl.rsqrt(per_token(products(tiles, tiles), False, PIECES, BLOCK, HELD) / K + eps)
-        scaled = ()
-        for i in gl.static_range(len(tiles)):
-            scaled = scaled + (tiles[i] * spread(factor, tiles[i]),)
-        tiles = scaled
+            tile = plus_product(spread(offset, tile), tile, spread(factor, tile))
+            tile = real(tile, PIECES[i][0], PIECES[i][2])
+        else:
+            tile = tile * spread(factor, tile)
+        tiles = tiles + (tile,)
     return tiles
+
+
+@gluon.jit
+def normed(
+    stored, eps, LAYER: gl.constexpr, K: gl.constexpr, PIECES: gl.constexpr, BLOCK: gl.constexpr, HELD: gl.constexpr
+):
+    """fp32 tiles: LayerNorm or RMSNorm of the tokens whose tiles these are."""
+    tiles = ()
+    for i in gl.static_range(len(stored)):
+        tiles = tiles + (widen(stored[i]),)
+    if LAYER:
+        mean = per_token(tiles, False, PIECES, BLOCK, HELD) / K
+        centred = ()
+        for i in gl.static_range(len(tiles)):
+            tile = real(tiles[i] - spread(mean, tiles[i]), PIECES[i][0], PIECES[i][2])
+            centred = centred + (tile,)
+        tiles = centred
+    factor = gl.rsqrt(per_token(products(tiles, tiles), False, PIECES, BLOCK, HELD) / K + eps)
+    scaled = ()
+    for i in gl.static_range(len(tiles)):
+        scaled = scaled + (tiles[i] * spread(factor, tiles[i]),)
+    return scaled
 
 
 @gluon.jit
@@ -247,7 +248,10 @@ def norm_quant_kernel(
             PIECES[i][0], PIECES[i][2], layout_of(R, PIECES[i][1], gl.num_warps(), BLOCK, HELD), K, ONE,
         )  # fmt: skip
         tiles = tiles + (tile,)
-    tiles = normed(tiles, eps, LAYER, K, PIECES, BLOCK, HELD, PRODUCT)
+    if PRODUCT and BLOCK > 0:  # without a rotation, instructions are not too many
+        tiles = normed_by_moments(tiles, eps, LAYER, K, PIECES, BLOCK, HELD)
+    else:
+        tiles = normed(tiles, eps, LAYER, K, PIECES, BLOCK, HELD)
     changed = ()
     for i in gl.static_range(len(PIECES)):
         tile = tiles[i]
