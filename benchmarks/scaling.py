@@ -73,16 +73,17 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     batches, sides = ((2, 32), (16, 32)) if options.quick else (BATCHES, SIDES)
     work = [("batch", batch, random_models.dit_xl(), batch) for batch in batches]
     work += [("tokens", side * side, random_models.pixart_sigma(2 * side), 2) for side in sides]
-    found = {"machine": torch.cuda.get_device_name(), "versions": versions(), "forwards": 10 * options.rounds}
     points: list[dict[str, Any]] = []
+    found = {"machine": torch.cuda.get_device_name(), "versions": versions(), "forwards": 10 * options.rounds}
+    found["points"] = points
     for axis, x, shape, batch in work:
         start = time.perf_counter()
         points.append({"axis": axis, "x": x, **measure(shape, batch, options.rounds)})
         shown = {name: round(row["ms"], 3) for name, row in points[-1]["rows"].items()}
         print(f"{axis} {x}: {shown} ms, measured in {time.perf_counter() - start:.0f} s", flush=True)
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({**found, "points": points}, indent=1) + "\n", encoding="utf-8")
-    return {**found, "points": points}
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
 
 
 def measure(shape: Shape, batch: int, rounds: int) -> dict[str, Any]:

@@ -12,7 +12,8 @@ as bfloat16 has lost there already.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .gluon_layout import held_by_thread, is_spread_alike, split_shape
+from .gluon_layout import held_by_thread, is_spread_alike
+from .gluon_rows import by_thread
 
 
 @gluon.constexpr_function
@@ -69,11 +70,10 @@ def both_sums(a, b, c, d):
 
 
 @gluon.jit
-def of_threads(tile, BLOCK: gl.constexpr, HELD: gl.constexpr):
-    """[R, WIDTH] -> [R, threads]: the sums over the first channels of every group that a thread holds."""
-    SHAPE: gl.constexpr = split_shape(tile.shape[0], tile.shape[1], gl.num_warps(), BLOCK, HELD)
-    parts = gl.permute(gl.reshape(tile, SHAPE), (0, 2, 4, 1, 3, 5))
-    groups = gl.reshape(parts, [tile.shape[0], 32 * gl.num_warps(), SHAPE[1], SHAPE[3] * SHAPE[5]])
+def of_threads(tile, N: gl.constexpr, BLOCK: gl.constexpr, HELD: gl.constexpr):
+    """[R, WIDTH] -> [R, threads]: the sums over the first of every N channels that a thread holds."""
+    held = by_thread(tile, BLOCK, HELD)
+    groups = gl.reshape(held, [held.shape[0], held.shape[1], held.shape[2] // N, N])
     return gl.sum(gl.reduce(groups, 3, first), 2)
 
 
@@ -85,7 +85,7 @@ def lane_moments(tile, BLOCK: gl.constexpr, HELD: gl.constexpr):
         moments_of(N), operands(N), [tile], dtype=(gl.float32, gl.float32), is_pure=True, pack=N
     )
     if is_spread_alike(((0, tile.shape[1], 0),), gl.num_warps()):
-        sums, squares = of_threads(sums, BLOCK, HELD), of_threads(squares, BLOCK, HELD)
+        sums, squares = of_threads(sums, N, BLOCK, HELD), of_threads(squares, N, BLOCK, HELD)
     return sums, squares
 
 
