@@ -26,6 +26,7 @@ from ..quantize.method import resolve_method
 from ..quantize.vector import VectorFormat
 from ..runtime.attach import attach, detach
 from ..runtime.family import Family
+from .captured_step import CapturedStep
 from .plan import LayerPlan, Plan
 from .probe import Call, capture, probe_steps
 from .progress import Progress
@@ -146,27 +147,19 @@ def fit_block(
     inputs   (args, kwargs) of the block for every call;  targets: the block's output, float [rows, ...]
     """
     count = params["steps"]
-    slow = [p for layer in layers for p in (layer.book, layer.gain, layer.bias) if p is not None]
-    mixtures = [layer.logits for layer in layers]
-    optimizer = torch.optim.Adam(
-        [{"params": mixtures, "lr": params["rate"]}, {"params": slow, "lr": params["book_rate"]}]
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, count)
     generator = torch.Generator().manual_seed(0)
     before = [layer.snapshot() for layer in layers]
     first = hard_error(module, layers, inputs, targets)
-    for step in range(count):
-        args, kwargs, target = draw(inputs, targets, generator)
-        output = _first(module(*args, **kwargs)).float()
-        error, slope = _losses(output, target.float())
-        done = step / count
-        ratio = torch.stack([layer.ratio_loss() for layer in layers]).mean()
-        optimizer.zero_grad(set_to_none=True)
-        (error + params["slope"] * slope + params["ratio"] * done * ratio).backward()
-        optimizer.step()
-        schedule.step()
-        for layer in layers:
-            layer.harden(params["harden"] if done < SOFT else 0.0)
+    step = training_step(module, layers, params)
+    soft, hard = CapturedStep(step), CapturedStep(step)
+    done = torch.arange(count, device=layers[0].logits.device) / count
+    pull, decay = params["ratio"] * done, (1 + torch.cos(torch.pi * done)) / 2
+    for number in range(count):
+        run = hard if layers[0].hard else soft
+        run((*draw(inputs, targets, generator), pull[number], decay[number]))
+        if number >= SOFT * count:
+            for layer in layers:
+                layer.harden(0.0)
     last = hard_error(module, layers, inputs, targets)
     if not last < first:
         for layer, values in zip(layers, before, strict=True):
@@ -175,11 +168,42 @@ def fit_block(
     return first, last
 
 
+def training_step(
+    module: nn.Module, layers: Sequence[SoftCodes], params: dict[str, Any]
+) -> Callable[[tuple[Any, Any, Tensor, Tensor, Tensor]], None]:
+    """A step on (args, kwargs, target, the weight of the ratio loss, the part of the learning rates that is left)."""
+    device = layers[0].logits.device
+    slow = [p for layer in layers for p in (layer.book, layer.gain, layer.bias) if p is not None]
+    rates = [torch.tensor(params[name], device=device) for name in ("rate", "book_rate")]
+    optimizer = torch.optim.Adam(
+        [
+            {"params": weights, "lr": rate.clone()}
+            for weights, rate in zip(([layer.logits for layer in layers], slow), rates, strict=True)
+        ],
+        capturable=device.type == "cuda",
+    )
+
+    def step(batch: tuple[Any, Any, Tensor, Tensor, Tensor]) -> None:
+        args, kwargs, target, pull, decay = batch
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"].copy_(rate * decay)
+        output = _first(module(*args, **kwargs)).float()
+        error, slope = _losses(output, target.float())
+        ratio = torch.stack([layer.ratio_loss() for layer in layers]).mean()
+        optimizer.zero_grad(set_to_none=True)
+        (error + params["slope"] * slope + pull * ratio).backward()
+        optimizer.step()
+        for layer in layers:
+            layer.harden(params["harden"])
+
+    return step
+
+
 def draw(inputs: Sequence[Any], targets: Sequence[Tensor], generator: torch.Generator) -> tuple[Any, Any, Tensor]:
     """(args, kwargs, target) of `ROWS` random rows of a random call."""
     number = int(torch.randint(len(inputs), (1,), generator=generator))
     (args, kwargs), target = inputs[number], targets[number]
-    chosen = torch.randperm(len(target), generator=generator)[:ROWS].to(target.device)
+    chosen = torch.randperm(len(target), generator=generator)[:ROWS].to(target.device, non_blocking=True)
     return _rows(args, len(target), chosen), _rows(kwargs, len(target), chosen), target[chosen]
 
 
@@ -203,10 +227,10 @@ def hard_error(
     for (args, kwargs), target in zip(inputs, targets, strict=True):
         for chosen in torch.arange(len(target), device=target.device).split(ROWS):
             output = _first(module(*_rows(args, len(target), chosen), **_rows(kwargs, len(target), chosen)))
-            errors.append(float(_losses(output.float(), target[chosen].float())[0]))
+            errors.append(_losses(output.float(), target[chosen].float())[0])
     for layer, state in zip(layers, states, strict=True):
         layer.hard = state
-    return sum(errors) / len(errors)
+    return float(torch.stack(errors).mean())
 
 
 class _Seen(Exception):

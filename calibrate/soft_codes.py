@@ -58,17 +58,22 @@ class SoftCodes(nn.Module):
 
     def ratio_loss(self) -> Tensor:
         """How far the mixtures still are from one candidate each: n mean r (1 - r) over runs that are not fixed."""
-        free = self.logits[~self.fixed].softmax(1)
-        return (free * (1 - free)).sum(1).mean() if len(free) else self.logits.new_zeros(())
+        if self.hard:
+            return self.logits.new_zeros(())
+        # masked, not picked: how many runs are free is known on the GPU alone
+        share, free = self.logits.softmax(1), ~self.fixed
+        return ((share * (1 - share)).sum(1) * free).sum() / free.sum().clamp_min(1)
 
     @torch.no_grad()
     def harden(self, share: float) -> None:
         """Fixes every run of which one candidate has at least this share. 0: all of them."""
+        if self.hard:
+            return
         largest, place = self.logits.softmax(1).max(1)
         self.fixed |= largest >= share
-        hard = F.one_hot(place, self.logits.shape[1]) * FIXED_LOGIT
-        self.logits.copy_(torch.where(self.fixed[:, None], hard, self.logits))
-        self.hard = self.hard or share == 0
+        own = torch.arange(self.logits.shape[1], device=place.device) == place[:, None]
+        self.logits.copy_(torch.where(self.fixed[:, None], own * FIXED_LOGIT, self.logits))
+        self.hard = share == 0
 
     def snapshot(self) -> list[Tensor]:
         """Copies of everything that is trained, for `restore`."""

@@ -52,7 +52,8 @@ class GraphedForward:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves, tree = pytree.tree_flatten((args, kwargs))
-        key = None if torch.compiler.is_compiling() or self._is_disturbed() else _key(leaves, tree, self._state())
+        disturbed = torch.compiler.is_compiling() or self._is_disturbed()
+        key = None if disturbed else capture_key(leaves, tree, self._state())
         if key is None:
             return self.own(*args, **kwargs)
         try:
@@ -148,8 +149,8 @@ def _outer_modules(model: nn.Module) -> list[nn.Module]:
     return children + [block for child in children if isinstance(child, nn.ModuleList) for block in child]
 
 
-def _key(leaves: list[Any], tree: Any, state: bool) -> Any:
-    """What a graph is captured for; None when the call cannot be captured."""
+def capture_key(leaves: list[Any], tree: Any, state: bool = False) -> Any:
+    """What a graph of a call with these arguments is captured for; None when it cannot be captured."""
     parts: list[Any] = []
     for leaf in leaves:
         if isinstance(leaf, Tensor):

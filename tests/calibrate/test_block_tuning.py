@@ -196,3 +196,24 @@ def test_training_beside_folded_scales_is_refused(tiny_folder: Path, tmp_path: P
     recipe = Recipe.from_dict({"step": steps}, "mixed")
     with pytest.raises(InputError, match="folded into other layers"):
         vdit_quant.compress(tiny_folder, tmp_path / "out", recipe=recipe, steps=3, samples=2, device="cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_training_by_cuda_graphs_ends_where_plain_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vdit_quant.calibrate import block_tuning
+
+    def train() -> tuple[float, Tensor]:
+        soft, _, linear, x = _soft()
+        soft, linear, x = soft.cuda(), linear.cuda(), x.cuda()
+        for name in ("scale", "choices", "fixed", "signs"):
+            setattr(soft, name, getattr(soft, name).cuda())
+        with torch.no_grad():
+            target = linear(x)
+        _, last = fit_block(nn.Sequential(soft), [soft], [((x,), {})], [target], {**PARAMS, "harden": 1.1})
+        return last, soft.dense().detach()
+
+    last, weight = train()
+    monkeypatch.setattr(block_tuning, "CapturedStep", lambda step: step)
+    plain, expected = train()
+    assert abs(last / plain - 1) < 0.02
+    assert float((weight - expected).norm() / expected.norm()) < 0.05

@@ -52,7 +52,7 @@ def test_a_model_that_cannot_be_captured_runs_as_it_is_and_says_so_once(
     x, t = torch.randn(2, 8), torch.tensor([1.0])
     expected = model(x, t)[0]
     replay_graphs(model)
-    monkeypatch.setattr(graphs, "_key", lambda *_: "a call")
+    monkeypatch.setattr(graphs, "capture_key", lambda *_: "a call")
     monkeypatch.setattr(GraphedForward, "_capture", refuse)
     for _ in range(2):
         assert torch.equal(model(x, t)[0], expected)
@@ -64,7 +64,7 @@ def test_a_model_that_cannot_be_captured_runs_as_it_is_and_says_so_once(
 @torch.no_grad()
 def test_a_call_that_is_wrong_in_itself_says_so_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = replay_graphs(Denoiser())
-    monkeypatch.setattr(graphs, "_key", lambda *_: "a call")
+    monkeypatch.setattr(graphs, "capture_key", lambda *_: "a call")
     monkeypatch.setattr(GraphedForward, "_capture", lambda self, *_: self.own(torch.randn(2, 7), torch.ones(1)))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         model(torch.randn(2, 7), torch.ones(1))
