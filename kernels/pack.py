@@ -21,11 +21,6 @@ def pack_int4(q: Tensor) -> Tensor:
         raise ValueError(f"pack_int4: expected an integer tensor [..., K], found {q.dtype} of shape {tuple(q.shape)}")
     if q.numel() and not q.is_meta and (int(q.min()) < -8 or int(q.max()) > 7):
         raise ValueError(f"pack_int4: expected values in [-8, 7], found {int(q.min())} to {int(q.max())}")
-    return join_nibbles(q)
-
-
-def join_nibbles(q: Tensor) -> Tensor:
-    """`pack_int4` of codes that are known to fit: looking at them would wait for the device."""
     nibble = (q.to(torch.int16) & 15).to(torch.uint8)
     if nibble.shape[-1] % 2:
         nibble = torch.nn.functional.pad(nibble, (0, 1))

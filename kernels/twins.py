@@ -12,6 +12,7 @@ TWINS = {
     "packed_to_int8": "packed_decode",
     "codebook_to_int8": "codebook_decode",
     "quant_token_fp4": "quant_token_fp4",
+    "quant_token_int4": "quant_token_int4",
     "hadamard": "hadamard",
     "norm_quant": "norm_quant",
     "norm_quant_fp8": "norm_quant",

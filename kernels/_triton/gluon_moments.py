@@ -80,11 +80,15 @@ def of_threads(tile, N: gl.constexpr, BLOCK: gl.constexpr, HELD: gl.constexpr):
 @gluon.jit
 def lane_moments(tile, BLOCK: gl.constexpr, HELD: gl.constexpr):
     """fp32 [R, threads], twice, of a tile that every thread has all tokens of; else [R, WIDTH]."""
-    N: gl.constexpr = held_by_thread(tile.shape[1], gl.num_warps(), BLOCK, HELD)
+    ALIKE: gl.constexpr = is_spread_alike(((0, tile.shape[1], 0),), gl.num_warps())
+    # All channels of a token at once where a thread has them side by side in its registers.
+    N: gl.constexpr = (
+        tile.shape[1] // (32 * gl.num_warps()) if ALIKE else held_by_thread(tile.shape[1], gl.num_warps(), BLOCK, HELD)
+    )
     sums, squares = gl.inline_asm_elementwise(
         moments_of(N), operands(N), [tile], dtype=(gl.float32, gl.float32), is_pure=True, pack=N
     )
-    if is_spread_alike(((0, tile.shape[1], 0),), gl.num_warps()):
+    if ALIKE:
         sums, squares = of_threads(sums, N, BLOCK, HELD), of_threads(squares, N, BLOCK, HELD)
     return sums, squares
 

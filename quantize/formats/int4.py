@@ -12,8 +12,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...kernels.int4_linear import int4_linear, int4_to_int8, int4_weight_linear
-from ...kernels.pack import join_nibbles, pack_int4, unpack_int4
-from ..format import Tensors, activation_codes, activation_ops, quantize_activation, row_gain
+from ...kernels.pack import pack_int4, unpack_int4
+from ...kernels.quant_token_int4 import quant_token_int4
+from ..format import Tensors, activation_codes, activation_ops, quantize_activation
 from ..integer import GroupedInteger
 from ..spec import FormatSpec, LayerSpec
 
@@ -37,13 +38,10 @@ class Int4(GroupedInteger):
         return int4_to_int8(tensors["weight"], tensors.get("weight_group_scale"), k), tensors["weight_scale"]
 
     def quantize_rows(self, x: Tensor, spec: FormatSpec) -> tuple[Tensor, Tensor]:
-        scales = self.fit(x, spec)
-        packed = join_nibbles(self.quantize(x.float(), scales, spec))
-        codes, scale = self.to_int8({"weight": packed, **scales}, x.shape[1], spec)
-        return codes, scale * row_gain(x, codes.float() * scale[:, None])
+        return quant_token_int4(x, spec.group_size or 0)
 
     def row_ops(self, spec: FormatSpec) -> tuple[str, ...]:
-        return ("int4_to_int8",)
+        return ("quant_token_int4",)
 
     def ops(self, spec: LayerSpec) -> tuple[str, ...]:
         rows = activation_ops(spec.activation)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vdit_quant.kernels.packed_decode import packed_to_int8
-from vdit_quant.quantize.format import ScalarFormat, quantize_activation
+from vdit_quant.quantize.format import ScalarFormat, quantize_activation, row_gain
 from vdit_quant.quantize.gptq import gptq
 from vdit_quant.quantize.integer import GroupedInteger
 from vdit_quant.quantize.layer import run_layer
@@ -65,6 +65,22 @@ def test_int4_stores_what_it_always_did(group: int | None) -> None:
             digest.update(key.encode())
             digest.update(tensors[key].contiguous().numpy().tobytes())
     assert digest.hexdigest() == GOLDEN[group]
+
+
+@grouped
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_int4_activations_are_what_the_format_makes_of_a_weight(group: int | None, dtype: torch.dtype) -> None:
+    """The op against `fit`, `quantize` and `dequantize`."""
+    fmt, spec = _format("int4"), FormatSpec("int4", group)
+    x = _weight(96, 384) * torch.exp(2 * _weight(96, 24, 1)).repeat_interleave(16, 1)
+    x = torch.cat((x, x * 1e-4, x.abs(), -x.abs(), _fixed())).to(dtype)
+    scales = fmt.fit(x, spec)
+    packed = fmt.quantize(x.float(), scales, spec)
+    codes, scale = fmt.quantize_rows(x, spec)
+    assert torch.equal(codes.float(), fmt.dequantize(packed, {**scales, "weight_scale": torch.ones(len(x))}, spec))
+    gain = row_gain(x, fmt.dequantize(packed, scales, spec))
+    torch.testing.assert_close(scale, scales["weight_scale"] * gain, rtol=1e-6, atol=0)
+    assert fmt.row_ops(spec) == ("quant_token_int4",)
 
 
 @each
