@@ -249,16 +249,17 @@ def store_fp4(
 
 @gluon.jit
 def quantize_tokens(
-    tiles, codes_ptr, scale_ptr, first, M, PIECES: gl.constexpr, INT8: gl.constexpr, FP4: gl.constexpr,
-    TINY: gl.constexpr, BLOCK: gl.constexpr, REGULAR: gl.constexpr, HELD: gl.constexpr, PRODUCT: gl.constexpr,
-    K: gl.constexpr,
+    tiles, codes_ptr, scale_ptr, first, M, PIECES: gl.constexpr, GAIN: gl.constexpr, INT8: gl.constexpr,
+    FP4: gl.constexpr, TINY: gl.constexpr, BLOCK: gl.constexpr, REGULAR: gl.constexpr, HELD: gl.constexpr,
+    PRODUCT: gl.constexpr, K: gl.constexpr,
 ):  # fmt: skip
-    """Rotate (BLOCK > 0), find one scale per token, round and store all tiles. H's 1 / sqrt(BLOCK) is in the scale.
+    """Rotate (BLOCK > 0), find one scale per token, round and store all tiles times GAIN, a power of two. H's
+    1 / sqrt(BLOCK) is in the scale.
 
     FP4: None, or the group of `quant_token_fp4`.
     """
     LIMIT: gl.constexpr = limit_of(INT8, FP4)
-    UNIT: gl.constexpr = BLOCK**-0.5 if BLOCK > 0 else 1.0
+    UNIT: gl.constexpr = GAIN * BLOCK**-0.5 if BLOCK > 0 else GAIN
     if BLOCK > 0:
         rotated = ()
         for i in gl.static_range(len(tiles)):
