@@ -98,7 +98,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         compare_to_rtn(rows)
         print({key: value for key, value in rows[-1].items() if key != "by_seed"}, flush=True)
     return {
-        "model": options.name,
+        "model": Path(options.model).resolve().parent.name,
         "machine": quality.machine(options.device),
         "versions": {"vdit-quant": vdit_quant.__version__, "torch": torch.__version__},
         "workload": {key: value for key, value in workload.to_dict().items() if key != "seed"},

@@ -88,8 +88,8 @@ def act_quant(
     """Codes and scales of T([prefix | act(x)]), as `quant_token` or, for FP4, `quant_token_fp4` defines them.
 
     T(y) = (y * pre_scale * signs)[m, block] @ H / sqrt(block_size) for every block of channels, see `hadamard`. All of
-    it is fp32: nothing is rounded to x's dtype between x and the codes. Only the portable Triton twin (`norm_quant`
-    says where it runs) rounds once more, on the way into the product with H.
+    it is fp32: nothing is rounded to x's dtype between x and the codes. On GPUs, what goes into the product with H is
+    rounded once more (`norm_quant` says how), and where that is to bf16, gelu_tanh has its tanh to 2**-11.
 
     x: fp32 | bf16 | fp16 [M, N], any row stride; [M, 2N] for swiglu and geglu, where y = x[:, :N] * act(x[:, N:])
     act: none, gelu (erf), gelu_tanh, silu, swiglu (SiLU of the gate) or geglu (erf GELU of the gate)

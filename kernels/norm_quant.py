@@ -177,9 +177,9 @@ y = (xhat * weight + bias) * (1 + scale[b]) + shift[b], b = m // (M / B)
 T(y) = (y * pre_scale * signs)[m, block] @ H / sqrt(block_size) for every block of channels, see `hadamard`
 
 All of it is fp32: nothing is rounded to x's dtype between x and the codes, where an unfused chain rounds after the
-norm, the modulation, the scale and the rotation. Only the portable Triton twin, which runs where Gluon does not
-(on AMD's GPUs, and for K that does not fit), rounds once more: on the way into the product with H, to fp16, after a
-power of two per row that keeps it in range.
+norm, the modulation, the scale and the rotation. On GPUs, what goes into the product with H is rounded once more: an
+input in bf16 to bf16, and anything to fp16, after a power of two per row that keeps it in range, by the portable twin,
+which runs where Gluon does not (on AMD's GPUs, and for K that does not fit).
 
 x: fp32 | bf16 | fp16 [M, K]; any row stride
 mod: [] or [shift, scale], float [B, K] with any row strides (chunks of [B, 6K] are fine); B divides M
