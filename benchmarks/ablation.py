@@ -30,7 +30,14 @@ GROUPS: dict[str, tuple[tuple[str, str], ...]] = {
         ("GPTQ without act-order", "w4a8:viditq:act_order=false"),
         ("2 sweeps of coordinate descent after GPTQ", "w4a8:viditq:sweeps=2"),
         ("clip search, weighted by the inputs", "w4a8:viditq:clip=output"),
+        ("rotation left out where the layer errs less", "w4a8:viditq:rotate=search"),
         ("modulation at 4 bits too", "w4a8-mod4"),
+    ),
+    "rotation": (
+        ("round to nearest", "w4a8:rtn"),
+        ("**rotated, the default**", "w4a8"),
+        ("rotation left out where the layer errs less", "w4a8:viditq:rotate=search"),
+        ("no rotation", "w4a8:viditq:hadamard=0"),
     ),
     "ditas": (
         ("round to nearest", "w4a8:rtn"),

@@ -113,7 +113,7 @@ def compress_layer(plan: LayerPlan, layer: FloatLayer, stats: LayerStats | None)
     method, params = resolve_method(plan.method, plan.params)
     with torch.no_grad():
         tensors = method.compress(layer, stats, plan.spec, **params)
-    _check(plan, tensors)
+    _check(plan.settled(tensors), tensors)
     return {name: t.cpu().contiguous() for name, t in tensors.items()}
 
 

@@ -28,7 +28,7 @@ from .block_tuning import BlockTuner, needs_tuning
 from .compress import compress_unit
 from .mixed import allocate_bits, prepare, require_disk_source
 from .model_source import Data, ModelSource
-from .plan import LayerPlan, Plan, check_formats, make_plan
+from .plan import LayerPlan, Plan, check_formats, closed, make_plan, settle
 from .progress import Progress
 from .workspace import Workspace
 
@@ -134,6 +134,7 @@ def compress(
     sizing = None
     if settings.budget is not None:
         require_disk_source(source)
+        plan = closed(plan)
         sizing = prepare(plan, settings.budget, settings.sensitivity, device, settings.offload)
     workspace = Workspace(target)
     provenance = describe(source, recipe, settings)
@@ -149,6 +150,7 @@ def compress(
             plan, bits = allocate_bits(disk, plan, sizing, work, workspace, progress, device)
             plans["bits"] = bits.to_dict()
         compress_blocks(source, plan, settings, workspace, progress)
+        plan = settle_plan(plan, workspace, progress)
     except OutputError:
         raise
     except InputError:  # the input must change first, and then nothing finished here is of use
@@ -240,6 +242,15 @@ def compress_blocks(
     finally:
         if tuner is not None:
             tuner.close()
+
+
+def settle_plan(plan: Plan, workspace: Workspace, progress: Progress) -> Plan:
+    """The plan as the finished blocks have it, and a word on what was decided."""
+    settled = settle(plan, lambda number: workspace.names(block_part(number)))
+    if searched := sum(layer.is_open for layer in plan.compressed):
+        changed = sum(a != b for a, b in zip(plan.compressed, settled.compressed, strict=True))
+        progress.note(f"rotation left out of {changed} of {searched} layers, which err less without it")
+    return settled
 
 
 def compress_units(

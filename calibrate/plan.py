@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Collection, Container
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..quantize.errors import InputError
-from ..quantize.layer import check_shape, layer_bytes
+from ..quantize.layer import check_shape, layer_bytes, settled_spec
 from ..quantize.method import resolve_method
 from ..quantize.recipe import Recipe, Step
 from ..quantize.spec import LayerSpec
@@ -51,6 +53,17 @@ class LayerPlan:
         """The method's parameters with its defaults filled in."""
         return resolve_method(self.method, self.params)[1]
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the method decides on a part of the spec when it sees the layer's statistics."""
+        return self.spec is not None and self.full_params().get("rotate") == "search"
+
+    def settled(self, stored: Container[str]) -> LayerPlan:
+        """The plan with the spec that the layer's stored tensors have."""
+        if self.spec is None or not self.is_open:
+            return self
+        return dataclasses.replace(self, spec=settled_spec(self.spec, stored))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -71,6 +84,26 @@ class Plan:
         for layer in self.compressed:
             out.setdefault(layer.block or "outside", []).append(layer)
         return list(out.items())
+
+
+def closed(plan: Plan) -> Plan:
+    """The plan with every spec as it is: a budget is spent on specs that are known beforehand."""
+    layers = (
+        dataclasses.replace(layer, params={**layer.params, "rotate": "always"}) if layer.is_open else layer
+        for layer in plan.layers
+    )
+    return dataclasses.replace(plan, layers=tuple(layers))
+
+
+def settle(plan: Plan, stored: Callable[[int], Collection[str]]) -> Plan:
+    """The plan with the specs that methods have decided on. stored: number of a unit -> full names of its tensors"""
+    settled: dict[str, LayerPlan] = {}
+    for number, (_, layers) in enumerate(plan.units()):
+        names = stored(number) if any(layer.is_open for layer in layers) else ()
+        for layer in layers:
+            own = {name.rpartition(".")[2] for name in names if name.rpartition(".")[0] == layer.name}
+            settled[layer.name] = layer.settled(own)
+    return dataclasses.replace(plan, layers=tuple(settled.get(layer.name, layer) for layer in plan.layers))
 
 
 def make_plan(model: nn.Module, family: Family, recipe: Recipe) -> Plan:

@@ -57,6 +57,11 @@ class Workspace:
     def load(self, part: str) -> dict[str, Tensor]:
         return load_file(self._path(part))
 
+    def names(self, part: str) -> set[str]:
+        """Names of the tensors of `part`."""
+        with safe_open(self._path(part), "pt") as file:
+            return set(file.keys())
+
     def notes(self, part: str) -> dict[str, str]:
         """What was saved beside the tensors of `part`."""
         with safe_open(self._path(part), "pt") as file:

@@ -6,6 +6,7 @@ input `R^T diag(s) G diag(s) R`.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from .errors import InputError
 from .format import ScalarFormat, Tensors, quantize_activation
 from .gptq import DAMP, gptq, output_gain, refine
-from .layer import LOW_RANK_DTYPE
+from .layer import LOW_RANK_DTYPE, dense_weight, rotate
 from .low_rank import weighted_low_rank
 from .method import FloatLayer
 from .minifloat import ELEMENTS, Minifloat, element_rule
@@ -27,6 +28,7 @@ from .vector import VectorFormat, VectorRounding, round_to_vectors
 
 CHOICES = {
     "smooth": ("none", "fixed", "search"),
+    "rotate": ("always", "search"),
     "rounding": ("rtn", "gptq"),
     "clip": ("none", "weight", "output"),
     "element": ("search", "rule", *ELEMENTS),
@@ -42,6 +44,7 @@ class Choices:
     alpha      exponent of the fixed scale
     aggregate  how the recorded maxima are reduced over time: max, mean, first
     fold       fold the scale into the producing layer where the model's family knows how (free at run time)
+    rotate     what becomes of the spec's rotation: always, or search (left out where the output errs less without)
     rounding   rtn, or gptq
     damp, act_order, sweeps   GPTQ's damping and column order; extra sweeps of coordinate descent after it
     clip       search the covered range: none, weight (plain error), output (weighted by the inputs)
@@ -57,6 +60,7 @@ class Choices:
     alpha: float = 0.5
     aggregate: str = "max"
     fold: bool = True
+    rotate: str = "always"
     rounding: str = "gptq"
     damp: float = DAMP
     act_order: bool = True
@@ -86,7 +90,7 @@ class Choices:
             found |= {"absmax"} | ({"rows"} if self.smooth == "search" else set())
         if self.rounding == "gptq" or self.clip == "output" or self.unbiased or rank:
             found.add("gram")
-        if self.noise:
+        if self.noise or self.rotate == "search":
             found |= {"gram", "rows"}
         return frozenset(found)
 
@@ -100,7 +104,9 @@ def choose_scale(layers: list[FloatLayer], stats: LayerStats, specs: list[LayerS
 
 
 def compress_linear(layer: FloatLayer, stats: LayerStats | None, spec: LayerSpec, choices: Choices) -> Tensors:
-    """All tensors of `layer_layout(n, k, spec)` for one layer."""
+    """All tensors of `layer_layout(n, k, spec)` for one layer; of a searched rotation, see `settled_spec`."""
+    if choices.rotate == "search" and spec.hadamard is not None and stats is not None:
+        return _search_rotation(layer, stats, spec, dataclasses.replace(choices, rotate="always"))
     tensors: Tensors = {}
     weight = layer.weight
     gram = None if stats is None or stats.gram is None else stats.gram / max(1, stats.count)
@@ -126,6 +132,32 @@ def compress_linear(layer: FloatLayer, stats: LayerStats | None, spec: LayerSpec
         tensors.update(branch)
         weight = weight - _branch_weight(branch, spec, tensors.get("hadamard_signs"))
     return {**tensors, **round_weight(weight, gram, spec, choices)}
+
+
+def _search_rotation(layer: FloatLayer, stats: LayerStats, spec: LayerSpec, choices: Choices) -> Tensors:
+    """With its rotation or without, whichever errs less: a rotation evens out activations, so that they are quantised
+    better, but GPTQ makes the more of inputs the less even they are."""
+    plain = dataclasses.replace(spec, hadamard=None)
+    ways = [(compress_linear(layer, stats, way, choices), way) for way in (spec, plain)]
+    return min(ways, key=lambda way: recorded_error(layer.weight, stats, *way))[0]
+
+
+def recorded_error(weight: Tensor, stats: LayerStats, tensors: Tensors, spec: LayerSpec) -> float:
+    """Mean squared error of the output of a layer [N, K] on what calibration recorded: that of the weight on all of it,
+    and that of quantised activations on the rows that were kept."""
+    assert stats.gram is not None
+    assert stats.rows is not None
+    dense = dense_weight(tensors, weight.shape[1], spec)
+    change = dense - weight
+    error = (change @ (stats.gram / max(1, stats.count)) * change).sum()
+    if spec.activation is not None:
+        scale = tensors.get("pre_quant_scale", stats.rows.new_ones(()))
+        x = rotate(stats.rows * scale, tensors, spec)
+        noise = quantize_activation(x, spec.activation) - x
+        if spec.hadamard is not None:
+            noise = unrotate_rows(noise, tensors["hadamard_signs"], spec.hadamard)
+        error = error + (noise / scale @ dense.T).square().sum(1).mean()
+    return float(error)
 
 
 def round_weight(weight: Tensor, gram: Tensor | None, spec: LayerSpec, choices: Choices) -> Tensors:

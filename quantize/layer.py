@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Container
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -39,6 +42,11 @@ def layer_layout(n: int, k: int, spec: LayerSpec) -> dict[str, TensorLayout]:
         out["proj_down"] = TensorLayout((spec.rank, k), LOW_RANK_DTYPE)
         out["proj_up"] = TensorLayout((n, spec.rank), LOW_RANK_DTYPE)
     return out
+
+
+def settled_spec(spec: LayerSpec, names: Container[str]) -> LayerSpec:
+    """The spec of a layer of which these tensors are stored: one whose rotation was searched for may have none."""
+    return spec if "hadamard_signs" in names else dataclasses.replace(spec, hadamard=None)
 
 
 def layer_bytes(n: int, k: int, spec: LayerSpec) -> int:

@@ -22,14 +22,15 @@ from ..stats import LayerStats
 
 
 class ViditQ(Method):
-    """`hadamard` is the largest block to use, 0 for no rotation; `kind` is sylvester or regular.
+    """`hadamard` is the largest block to use, 0 for no rotation; `kind` is sylvester or regular; `rotate` "search"
+    leaves the rotation out of layers that err less without it, and layers that read the same input decide as one.
 
     The static scale is off by default: beside the rotation and GPTQ it was measured to bring nothing beyond the spread
     between calibration runs. `smooth = "search"` turns it on, for models whose channels differ more.
     """
 
     defaults = pick(
-        "alpha", "aggregate", "fold", "rounding", "damp", "act_order", "sweeps", "clip", hadamard=64,
+        "alpha", "aggregate", "fold", "rotate", "rounding", "damp", "act_order", "sweeps", "clip", hadamard=64,
         kind="sylvester", smooth="none",
     )  # fmt: skip
     by_rows = True
