@@ -28,7 +28,7 @@ from .block_tuning import BlockTuner, needs_tuning
 from .compress import compress_unit
 from .mixed import allocate_bits, prepare, require_disk_source
 from .model_source import Data, ModelSource
-from .plan import LayerPlan, Plan, check_formats, closed, make_plan, settle
+from .plan import LayerPlan, Plan, check_formats, make_plan, settle
 from .progress import Progress
 from .workspace import Workspace
 
@@ -134,7 +134,6 @@ def compress(
     sizing = None
     if settings.budget is not None:
         require_disk_source(source)
-        plan = closed(plan)
         sizing = prepare(plan, settings.budget, settings.sensitivity, device, settings.offload)
     workspace = Workspace(target)
     provenance = describe(source, recipe, settings)
@@ -151,6 +150,8 @@ def compress(
             plans["bits"] = bits.to_dict()
         compress_blocks(source, plan, settings, workspace, progress)
         plan = settle_plan(plan, workspace, progress)
+        if sizing is not None:
+            plans["bits"]["layers"] = {name: plan.specs()[name].name for name in plans["bits"]["layers"]}
     except OutputError:
         raise
     except InputError:  # the input must change first, and then nothing finished here is of use

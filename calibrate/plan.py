@@ -86,15 +86,6 @@ class Plan:
         return list(out.items())
 
 
-def closed(plan: Plan) -> Plan:
-    """The plan with every spec as it is: a budget is spent on specs that are known beforehand."""
-    layers = (
-        dataclasses.replace(layer, params={**layer.params, "rotate": "always"}) if layer.is_open else layer
-        for layer in plan.layers
-    )
-    return dataclasses.replace(plan, layers=tuple(layers))
-
-
 def settle(plan: Plan, stored: Callable[[int], Collection[str]]) -> Plan:
     """The plan with the specs that methods have decided on. stored: number of a unit -> full names of its tensors"""
     settled: dict[str, LayerPlan] = {}

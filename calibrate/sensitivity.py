@@ -25,7 +25,7 @@ from ..evaluate.sampling import Sampler, Workload
 from ..quantize.allocate import QUALITY, Candidate, LayerCandidates
 from ..quantize.errors import InputError
 from ..quantize.format import Tensors
-from ..quantize.layer import check_shape, layer_bytes
+from ..quantize.layer import check_shape, layer_bytes, settled_spec
 from ..quantize.spec import LayerSpec
 from ..runtime.attach import attach, detach
 from ..runtime.family import Family
@@ -163,7 +163,8 @@ def measure(
 
     calls      stored calls of `model`, from `probe.capture`
     offered    layers with the specs each may get
-    compress   (layer, spec) -> the tensors of `layer_layout`, on any device
+    compress   (layer, spec) -> the tensors of `layer_layout`, on any device; without those of a rotation that the
+               method leaves out
     workspace  where finished blocks are kept; a run with the same workspace goes on after them
     The model is left as it was. Raises InputError for a metric that gives no finite number from 0.
     """
@@ -223,7 +224,8 @@ def measure_samples(
             group = scoring.group_of(layer.name)
             metric, row = scoring.metrics.get(group), Scores()
             for spec in specs:
-                originals = attach(model, {layer.name: spec}, {layer.name: compress(layer, spec)})
+                tensors = compress(layer, spec)
+                originals = attach(model, {layer.name: settled_spec(spec, tensors)}, {layer.name: tensors})
                 try:
                     images = sampler.run(workload).images
                 finally:
@@ -244,7 +246,7 @@ def _error(
     replay: Replay, layer: LayerPlan, spec: LayerSpec, tensors: Tensors, scoring: Scoring
 ) -> tuple[float, Tensor | None]:
     group = scoring.group_of(layer.name)
-    originals = attach(replay.model, {layer.name: spec}, {layer.name: tensors})
+    originals = attach(replay.model, {layer.name: settled_spec(spec, tensors)}, {layer.name: tensors})
     try:
         error, effect = scoring.score(group, list(replay.outputs()))
     finally:

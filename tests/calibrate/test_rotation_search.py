@@ -9,7 +9,6 @@ from torch import Tensor
 
 import vdit_quant
 from vdit_quant.calibrate.pipeline import compress, open_source, plan_source
-from vdit_quant.calibrate.plan import closed
 from vdit_quant.calibrate.progress import Progress
 from vdit_quant.quantize.compose import recorded_error
 from vdit_quant.quantize.format import Tensors
@@ -103,11 +102,15 @@ def test_an_artifact_says_which_layers_are_rotated_and_runs(tiny_folder: Path, t
     assert vdit_quant.load(folder, device="cpu") is not None
 
 
-def test_a_budget_is_spent_on_specs_that_are_known(tiny_folder: Path) -> None:
-    plan = plan_source(open_source(tiny_folder), _recipe("search"))
-    assert any(layer.is_open for layer in plan.compressed)
-    assert not any(layer.is_open for layer in closed(plan).compressed)
-    assert closed(plan).specs() == plan.specs()
+def test_under_a_budget_too_rotations_are_left_out(tiny_folder: Path, tmp_path: Path) -> None:
+    options = {"recipe": _recipe("search"), "steps": 4, "samples": 4, "device": "cpu", "budget": "5bits"}
+    folder = compress(tiny_folder, tmp_path / "out", **options)
+    config = read_config(folder)
+    layers, stored = config.plans["bits"]["layers"], _names(folder)
+    for name, spec in config.resolve(layers).items():
+        assert layers[name] == spec.name
+        assert (f"{name}.hadamard_signs" in stored) == (spec.hadamard is not None)
+    assert any(spec.hadamard is None for spec in config.resolve(layers).values())
 
 
 def _names(folder: Path) -> set[str]:
