@@ -135,8 +135,8 @@ def compress_linear(layer: FloatLayer, stats: LayerStats | None, spec: LayerSpec
 
 
 def _search_rotation(layer: FloatLayer, stats: LayerStats, spec: LayerSpec, choices: Choices) -> Tensors:
-    """With its rotation or without, whichever errs less: a rotation evens out activations, so that they are quantised
-    better, but GPTQ makes the more of inputs the less even they are."""
+    """With its rotation or without, whichever errs less: it evens out activations, but turns weights that fit a grid of
+    integers well, being evenly spread, into a bell with tails."""
     plain = dataclasses.replace(spec, hadamard=None)
     ways = [(compress_linear(layer, stats, way, choices), way) for way in (spec, plain)]
     return min(ways, key=lambda way: recorded_error(layer.weight, stats, *way))[0]
