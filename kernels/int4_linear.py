@@ -14,6 +14,15 @@ from .pack import unpack_int4
 GROUPS = (16, 32, 64, 128)
 
 
+def check_rows(op: str, x: Tensor, group: int) -> None:
+    """What an op takes that quantises float rows [M, K] in groups of `group`, or by row (0)."""
+    check_float(op, x)
+    k = x.shape[1]
+    expect(k > 0, op, "K > 0", f"K={k}")
+    expect(group == 0 or group in GROUPS, op, "group 0 (one scale per token), 16, 32, 64 or 128", group)
+    expect(group == 0 or k % group == 0, op, f"K to be a multiple of the group {group}", f"K={k}")
+
+
 def _check_weight(op: str, k: int, weight: Tensor, group_scale: Tensor | None) -> None:
     width = (k + 1) // 2
     ok = weight.dtype == torch.uint8 and weight.dim() == 2 and weight.shape[1] == width

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .int4_linear import GROUPS
-from .int8_linear import check_float, expect
+from .int4_linear import check_rows
 from .op import define_op
 from .quant_token import TINY
 
@@ -24,14 +23,6 @@ BLOCK_LARGEST, BLOCK_ONE = 169, 16
 """Largest block scale, and 1.0 as a block scale: 12 * 169 / 16 is just below 127."""
 ROW_LARGEST = LARGEST * BLOCK_LARGEST / BLOCK_ONE
 """The level of a token's largest element when there are block scales: 126.75."""
-
-
-def _check(x: Tensor, group: int) -> None:
-    check_float(OP, x)
-    k = x.shape[1]
-    expect(k > 0, OP, "K > 0", f"K={k}")
-    expect(group == 0 or group in GROUPS, OP, "group 0 (one scale per token), 16, 32, 64 or 128", group)
-    expect(group == 0 or k % group == 0, OP, f"K to be a multiple of the group {group}", f"K={k}")
 
 
 def round_to_e2m1(t: Tensor) -> Tensor:
@@ -63,7 +54,7 @@ def round_rows_fp4(wide: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def _reference(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    _check(x, group)
+    check_rows(OP, x, group)
     return round_rows_fp4(x.float(), group)
 
 
@@ -94,11 +85,11 @@ def quant_token_fp4(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 @quant_token_fp4.register_fake
 def _(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    _check(x, group)
+    check_rows(OP, x, group)
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((x.shape[0],), dtype=torch.float32)
 
 
 @quant_token_fp4.register_cuda
 def _(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    _check(x, group)
+    check_rows(OP, x, group)
     return dispatch.run(OP, _reference, x, group)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .int4_linear import GROUPS
-from .int8_linear import check_float, expect
+from .int4_linear import check_rows
 from .op import define_op
 
 OP = "quant_token_int4"
@@ -23,16 +22,8 @@ TINY = torch.finfo(torch.float32).tiny
 """Smallest step: an all-zero group then gives zero codes."""
 
 
-def _check(x: Tensor, group: int) -> None:
-    check_float(OP, x)
-    k = x.shape[1]
-    expect(k > 0, OP, "K > 0", f"K={k}")
-    expect(group == 0 or group in GROUPS, OP, "group 0 (one scale per token), 16, 32, 64 or 128", group)
-    expect(group == 0 or k % group == 0, OP, f"K to be a multiple of the group {group}", f"K={k}")
-
-
 def _reference(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    _check(x, group)
+    check_rows(OP, x, group)
     m, k = x.shape
     groups = x.float().reshape(m, k // (group or k), group or k)
     top, bottom = groups.amax(2), groups.amin(2)
@@ -95,11 +86,11 @@ def quant_token_int4(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 @quant_token_int4.register_fake
 def _(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    _check(x, group)
+    check_rows(OP, x, group)
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((x.shape[0],), dtype=torch.float32)
 
 
 @quant_token_int4.register_cuda
 def _(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    _check(x, group)
+    check_rows(OP, x, group)
     return dispatch.run(OP, _reference, x, group)

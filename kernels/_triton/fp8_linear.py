@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..quant_token import FLOATS, TINY
 from .int8_linear import grid, int8_options, tile_product
-from .quant_token import MAX_K, launch_options
+from .quant_token import MAX_K, quantize_by_token
 from .tiles import INTERPRETED, ROUND_EACH_STEP, await_inputs, overlap, rows_contiguous, store_scaled, tile_ids
 
 
@@ -85,14 +85,7 @@ def supports(op: str, x: Tensor, *_: Any) -> str | None:
 
 
 def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    m, k = x.shape
-    codes = torch.empty((m, k), dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty((m,), dtype=torch.float32, device=x.device)
-    if m:
-        options = launch_options(k) | ROUND_EACH_STEP
-        kernel = quant_token_fp8_kernel[(m,)]
-        kernel(rows_contiguous(x), codes, scale, k, TINY=TINY, INTERPRET=INTERPRETED, **options, **overlap(x.device))
-    return codes, scale
+    return quantize_by_token(quant_token_fp8_kernel, x, torch.float8_e4m3fn, TINY=TINY, INTERPRET=INTERPRETED)
 
 
 def _multiply(

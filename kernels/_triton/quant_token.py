@@ -39,24 +39,31 @@ def limits(op: str, dtype: torch.dtype | None = None, k: int | None = None, **_:
     return None
 
 
-def supports(op: str, x: Tensor) -> str | None:
+def supports(op: str, x: Tensor, *_: Any) -> str | None:
     """`limits` of these tensors."""
     return limits(op, dtype=x.dtype, k=x.shape[1])
 
 
-def launch_options(k: int) -> dict[str, int]:
-    """Block size and warps for rows of length k: 16 to 32 elements per thread."""
-    block = triton.next_power_of_2(k)
+def launch_options(k: int, least: int = 1) -> dict[str, int]:
+    """Block size, at least `least`, and warps for rows of length k: 16 to 32 elements per thread."""
+    block = max(least, triton.next_power_of_2(k))
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+
+
+def quantize_by_token(
+    kernel: Any, x: Tensor, dtype: torch.dtype = torch.int8, least: int = 1, **constants: Any
+) -> tuple[Tensor, Tensor]:
+    """Codes of `dtype` and scales of the rows of x by a kernel of one program per token."""
+    m, k = x.shape
+    codes = torch.empty((m, k), dtype=dtype, device=x.device)
+    scale = torch.empty((m,), dtype=torch.float32, device=x.device)
+    if m:
+        # Fused, x * inverse + magic would skip the rounding of the product and move values that it puts on a tie.
+        options = launch_options(k, least) | ROUND_EACH_STEP
+        kernel[(m,)](rows_contiguous(x), codes, scale, k, **constants, **options, **overlap(x.device))
+    return codes, scale
 
 
 def run(op: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """`quant_token` by Triton."""
-    m, k = x.shape
-    codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
-    scale = torch.empty((m,), dtype=torch.float32, device=x.device)
-    if m:
-        # Fused, x * inverse + magic would skip the rounding of the product and move values that it puts on a tie.
-        options = launch_options(k) | ROUND_EACH_STEP
-        quant_token_kernel[(m,)](rows_contiguous(x), codes, scale, k, TINY=TINY, **options, **overlap(x.device))
-    return codes, scale
+    return quantize_by_token(quant_token_kernel, x, TINY=TINY)

@@ -3,17 +3,16 @@
 # Kernel parameters are typed by what is launched, not by annotations.
 # mypy: disable-error-code="no-untyped-def"
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..quant_token import FLOATS
+from ..int4_linear import GROUPS
 from ..quant_token_int4 import TINY
-from .quant_token import MAX_K
-from .tiles import ROUND_EACH_STEP, await_inputs, overlap, rows_contiguous
+from .quant_token import limits, quantize_by_token, supports
+from .tiles import await_inputs
+
+__all__ = ["limits", "run", "supports"]
 
 
 @triton.jit
@@ -77,34 +76,6 @@ def quant_token_int4_kernel(
     tl.store(scale_ptr + at, row * gain)
 
 
-def limits(op: str, dtype: torch.dtype | None = None, k: int | None = None, **_: Any) -> str | None:
-    """Why the kernel cannot take such an input; None when it can."""
-    if dtype is not None and dtype not in FLOATS:
-        return f"dtype {dtype} is not supported"
-    if k is not None and k > MAX_K:
-        return f"K={k} is larger than {MAX_K}"
-    return None
-
-
-def supports(op: str, x: Tensor, *_: Any) -> str | None:
-    """`limits` of these tensors."""
-    return limits(op, dtype=x.dtype, k=x.shape[1])
-
-
-def launch_options(k: int) -> dict[str, int]:
-    """Block size and warps for rows of length k: 16 to 32 elements per thread."""
-    block = max(128, triton.next_power_of_2(k))
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
-
-
 def run(op: str, x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """`quant_token_int4` by Triton."""
-    m, k = x.shape
-    codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
-    scale = torch.empty((m,), dtype=torch.float32, device=x.device)
-    if m:
-        options = launch_options(k) | ROUND_EACH_STEP
-        quant_token_int4_kernel[(m,)](
-            rows_contiguous(x), codes, scale, k, TINY=TINY, GROUP=group, **options, **overlap(x.device)
-        )
-    return codes, scale
+    return quantize_by_token(quant_token_int4_kernel, x, least=max(GROUPS), TINY=TINY, GROUP=group)

@@ -21,11 +21,11 @@ def examples(a: Any) -> dict[str, list[tuple[Any, ...]]]:
 
 
 def compile_cases() -> Iterator[Compile]:
-    file = twin("quant_token_fp4")
+    file, rows = twin("quant_token_fp4"), twin("quant_token")
     for k, group in ((1152, 0), (3072, 16), (15360, 32)):
         types = {"x_ptr": "*bf16", "codes_ptr": "*i8", "scale_ptr": "*fp32", **SIZES}
         constants = {"TINY": 1e-30, "LARGEST": 12.0, "BLOCK_LARGEST": 169.0, "GROUP": group}
-        constants |= {**file.launch_options(k), **file.ROUND_EACH_STEP}
+        constants |= {**rows.launch_options(k), **rows.ROUND_EACH_STEP}
         yield Compile(f"K={k} group={group}", file.quant_token_fp4_kernel, types, constants)
 
 

@@ -21,10 +21,10 @@ def examples(a: Any) -> dict[str, list[tuple[Any, ...]]]:
 
 
 def compile_cases() -> Iterator[Compile]:
-    file = twin("quant_token_int4")
+    file, rows = twin("quant_token_int4"), twin("quant_token")
     for k, group in ((1152, 0), (3072, 64), (15360, 16)):
         types = {"x_ptr": "*bf16", "codes_ptr": "*i8", "scale_ptr": "*fp32", **SIZES}
-        constants = {"TINY": module.TINY, "GROUP": group, **file.launch_options(k), **file.ROUND_EACH_STEP}
+        constants = {"TINY": module.TINY, "GROUP": group, **rows.launch_options(k), **rows.ROUND_EACH_STEP}
         yield Compile(f"K={k} group={group}", file.quant_token_int4_kernel, types, constants)
 
 
