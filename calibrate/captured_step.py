@@ -7,11 +7,10 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..runtime.graphs import capture_key
+from ..quantize.errors import reason_of
+from ..runtime.graphs import Capture, aside, capture_call, capture_key
 
 logger = logging.getLogger("vdit_quant")
 
@@ -35,7 +34,7 @@ class CapturedStep:
         self.captures = 0
         self._failed = False
         self._runs: dict[Any, int] = {}
-        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor]]] = {}
+        self._graphs: dict[Any, Capture] = {}
 
     def __call__(self, batch: Any) -> None:
         leaves, tree = pytree.tree_flatten(batch)
@@ -45,33 +44,16 @@ class CapturedStep:
         if key not in self._graphs:
             self._runs[key] = self._runs.get(key, 0) + 1
             if self._runs[key] <= WARMUP or len(self._graphs) == LIMIT:
-                return self._run_aside(batch)
+                with aside():
+                    return self.step(batch)
             try:
-                self._graphs[key] = self._capture(leaves, tree)
+                self._graphs[key] = capture_call(self.step, leaves, tree)
+                self.captures += 1
             except RuntimeError as error:
                 self._failed = True
-                _report((str(error).strip() or type(error).__name__).splitlines()[0])
+                _report(reason_of(error))
                 return self.step(batch)
-        graph, inputs = self._graphs[key]
-        torch._foreach_copy_(inputs, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
-        return graph.replay()
-
-    def _run_aside(self, batch: Any) -> None:
-        """On a stream of its own: what autograd keeps must not belong to the stream that a capture has to leave."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.step(batch)
-        torch.cuda.current_stream().wait_stream(stream)
-
-    def _capture(self, leaves: list[Any], tree: Any) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-        inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        batch = pytree.tree_unflatten(inputs, tree)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step(batch)
-        self.captures += 1
-        return graph, [leaf for leaf in inputs if isinstance(leaf, Tensor)]
+        return self._graphs[key].replay(leaves)
 
 
 @functools.cache

@@ -151,7 +151,8 @@ def compress(
         compress_blocks(source, plan, settings, workspace, progress)
         plan = settle_plan(plan, workspace, progress)
         if sizing is not None:
-            plans["bits"]["layers"] = {name: plan.specs()[name].name for name in plans["bits"]["layers"]}
+            specs = plan.specs()
+            plans["bits"]["layers"] = {name: specs[name].name for name in plans["bits"]["layers"]}
     except OutputError:
         raise
     except InputError:  # the input must change first, and then nothing finished here is of use

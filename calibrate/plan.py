@@ -92,8 +92,7 @@ def settle(plan: Plan, stored: Callable[[int], Collection[str]]) -> Plan:
     for number, (_, layers) in enumerate(plan.units()):
         names = stored(number) if any(layer.is_open for layer in layers) else ()
         for layer in layers:
-            own = {name.rpartition(".")[2] for name in names if name.rpartition(".")[0] == layer.name}
-            settled[layer.name] = layer.settled(own)
+            settled[layer.name] = layer.settled({name.removeprefix(f"{layer.name}.") for name in names})
     return dataclasses.replace(plan, layers=tuple(settled.get(layer.name, layer) for layer in plan.layers))
 
 

@@ -15,6 +15,11 @@ class OutputError(InputError):
     """The output cannot be written, for now (a full disk); finished work stays where a resumed run finds it."""
 
 
+def reason_of(error: BaseException) -> str:
+    """The first line of what an error says, or its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def unknown(kind: str, name: str, options: Iterable[str], where: str = "") -> InputError:
     """The error for a name that is not one of `options`: lists them and suggests the nearest.
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..quantize.errors import reason_of
 from .linear import CompressedLinear
 
 logger = logging.getLogger("vdit_quant")
@@ -29,12 +31,17 @@ WARMUP = 2
 
 
 @dataclass
-class _Capture:
-    """One captured forward: its graph, the tensors it reads, and what it wrote."""
+class Capture:
+    """One captured call: its graph, the tensors it reads, and what it wrote."""
 
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
     outputs: Any
+
+    def replay(self, leaves: list[Any]) -> None:
+        """Runs the call on the tensors among these leaves."""
+        torch._foreach_copy_(self.inputs, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
+        self.graph.replay()
 
 
 class GraphedForward:
@@ -45,7 +52,7 @@ class GraphedForward:
         self.own: Callable[..., Any] = model.forward
         self.captures = 0
         self.failure: str | None = None
-        self._graphs: OrderedDict[Any, _Capture] = OrderedDict()
+        self._graphs: OrderedDict[Any, Capture] = OrderedDict()
         self._pool: Any = None
         self._watched = [(m, m.__dict__.get("forward")) for m in _outer_modules(model)]
         self._layer = next((m for m in model.modules() if _is_quantized(m)), None)
@@ -65,9 +72,7 @@ class GraphedForward:
         self._graphs[key] = capture
         while len(self._graphs) > self.limit:
             self._graphs.popitem(last=False)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        torch._foreach_copy_(capture.inputs, tensors)
-        capture.graph.replay()
+        capture.replay(leaves)
         return pytree.tree_map_only(Tensor, Tensor.clone, capture.outputs)
 
     def reset(self) -> None:
@@ -97,24 +102,14 @@ class GraphedForward:
 
     def _give_up(self, error: RuntimeError) -> None:
         self.reset()
-        self.failure = (str(error).strip() or type(error).__name__).splitlines()[0]
+        self.failure = reason_of(error)
         logger.warning("%s runs without CUDA graphs: %s", type(self.model).__name__, self.failure)
 
-    def _capture(self, leaves: list[Any], tree: Any) -> _Capture:
-        inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        args, kwargs = pytree.tree_unflatten(inputs, tree)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARMUP):
-                self.own(*args, **kwargs)
-        torch.cuda.current_stream().wait_stream(stream)
+    def _capture(self, leaves: list[Any], tree: Any) -> Capture:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            outputs = self.own(*args, **kwargs)
+        found = capture_call(lambda call: self.own(*call[0], **call[1]), leaves, tree, WARMUP, self._pool)
         self.captures += 1
-        return _Capture(graph, [leaf for leaf in inputs if isinstance(leaf, Tensor)], outputs)
+        return found
 
 
 def replay_graphs(model: nn.Module, enabled: bool = True, limit: int = 8) -> nn.Module:
@@ -133,6 +128,32 @@ def replay_graphs(model: nn.Module, enabled: bool = True, limit: int = 8) -> nn.
         model.forward = graphed.forward
         model._apply = graphed.move  # type: ignore[method-assign]
     return model
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Runs on a stream of its own: what a call keeps must not belong to the stream that a capture has to leave."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def capture_call(
+    call: Callable[[Any], Any], leaves: list[Any], tree: Any, warmup: int = 0, pool: Any = None
+) -> Capture:
+    """`call` on a copy of the tree with these leaves, captured after `warmup` runs."""
+    inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    batch = pytree.tree_unflatten(inputs, tree)
+    if warmup:
+        with aside():
+            for _ in range(warmup):
+                call(batch)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        outputs = call(batch)
+    return Capture(graph, [leaf for leaf in inputs if isinstance(leaf, Tensor)], outputs)
 
 
 def _is_own(forward: Any, model: nn.Module) -> bool:

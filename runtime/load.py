@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..quantize.errors import InputError, unknown
+from ..quantize.errors import InputError, reason_of, unknown
 from ..quantize.spec import LayerSpec
 from .artifact import check_tensors, read_config
 from .attach import attach, linear_layers
@@ -39,8 +39,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     try:
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"device '{place}' cannot be used here: {reason}") from None
+        raise InputError(f"device '{place}' cannot be used here: {reason_of(error)}") from None
     return place
 
 
