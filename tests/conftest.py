@@ -197,6 +197,21 @@ def tiny_artifact(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -
 
 
 @pytest.fixture
+def notes() -> Any:
+    """A listener of a run; `lines` are the notes that it took."""
+    from vdit_quant.calibrate.progress import Progress
+
+    class Notes(Progress):
+        def __init__(self) -> None:
+            self.lines: list[str] = []
+
+        def note(self, message: str) -> None:
+            self.lines.append(message)
+
+    return Notes()
+
+
+@pytest.fixture
 def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
     """A writable copy of a folder."""
 

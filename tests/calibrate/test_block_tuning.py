@@ -1,6 +1,7 @@
 """Blocks trained against the blocks they replace."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,14 +126,6 @@ class Model(nn.Module):
         return self.head(x)
 
 
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.lines.append(message)
-
-
 def _recipe(**params: float) -> Recipe:
     step = {"method": "vq4dit", "spec": "wvq2", "roles": ["feed_forward"], "params": {"hadamard": 16, **params}}
     return Recipe.from_dict({"step": [step]}, "vq2")
@@ -143,13 +136,13 @@ def _compress(model: nn.Module, folder: Path, progress: Progress | None = None, 
     return vdit_quant.compress(model, folder, data=data, recipe=_recipe(**params), progress=progress, device="cpu")
 
 
-def test_a_trained_model_is_nearer_to_its_original_and_leaves_it_as_it_was(tmp_path: Path) -> None:
+def test_a_trained_model_is_nearer_to_its_original_and_leaves_it_as_it_was(tmp_path: Path, notes: Any) -> None:
     torch.manual_seed(0)
     model = Model().eval()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     x = torch.randn(32, 4, 8)
     with torch.no_grad():
-        want, notes, errors = model(x), Notes(), {}
+        want, errors = model(x), {}
         for steps in (0, 60):
             folder = _compress(model, tmp_path / str(steps), notes, steps=steps)
             loaded = vdit_quant.load_into(Model(), folder)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor
 
 import vdit_quant
 from vdit_quant.calibrate.pipeline import compress, open_source, plan_source
-from vdit_quant.calibrate.progress import Progress
 from vdit_quant.quantize.compose import recorded_error
 from vdit_quant.quantize.format import Tensors
 from vdit_quant.quantize.layer import dense_weight, layer_layout, run_layer, settled_spec
@@ -26,14 +26,6 @@ def _recipe(rotate: str) -> Recipe:
     core = {"method": "viditq", "spec": "w4g64-a8tok", "roles": ["attention", "feed_forward"]}
     step = {**core, "params": {"rotate": rotate, "hadamard": 16}}
     return Recipe.from_dict({"name": "searched", "step": [step]}, "searched")
-
-
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.lines.append(message)
 
 
 def _even_but_for_spikes() -> Tensor:
@@ -87,8 +79,7 @@ def test_the_error_it_goes_by_is_that_of_the_layers_output(hadamard: int) -> Non
     assert recorded_error(weight, stats, tensors, exact) == pytest.approx(expected, rel=1e-3)
 
 
-def test_an_artifact_says_which_layers_are_rotated_and_runs(tiny_folder: Path, tmp_path: Path) -> None:
-    notes = Notes()
+def test_an_artifact_says_which_layers_are_rotated_and_runs(tiny_folder: Path, tmp_path: Path, notes: Any) -> None:
     options = {"recipe": _recipe("search"), "steps": 4, "samples": 4, "device": "cpu"}
     folder = compress(tiny_folder, tmp_path / "out", progress=notes, **options)
     layers = [layer.name for layer in plan_source(open_source(tiny_folder), _recipe("search")).compressed]

@@ -12,7 +12,6 @@ from vdit_quant.calibrate.drift import Drift, drift_of
 from vdit_quant.calibrate.model_source import ModelSource
 from vdit_quant.calibrate.plan import LayerPlan
 from vdit_quant.calibrate.probe import Call, Replay, capture, probe_steps
-from vdit_quant.calibrate.progress import Progress
 from vdit_quant.calibrate.sensitivity import (
     VIDITQ_GROUPS,
     Scoring,
@@ -33,14 +32,6 @@ from vdit_quant.runtime.family import Family, block_of, find_family
 from vdit_quant.runtime.source import find_source
 
 SPECS = [LayerSpec.parse(name) for name in ("w4g64-a8tok", "w8-a8tok")]
-
-
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
 
 
 def layer_plans(model: nn.Module, family: Family) -> list[LayerPlan]:
@@ -92,15 +83,14 @@ def test_the_probe_is_one_batch_of_several_timesteps_and_both_branches(calls: li
     assert probe_steps(2, 5) == {0, 1}
 
 
-def test_the_replay_measures_exactly_what_the_whole_model_does(model: Any, calls: list[Call]) -> None:
+def test_the_replay_measures_exactly_what_the_whole_model_does(model: Any, calls: list[Call], notes: Any) -> None:
     family, compress = find_family(model), rounding(model)
     offered = offers(layer_plans(model, family), SPECS)
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    notes = Notes()
     table = measure(model, family, calls, offered, compress, progress=notes)
     assert [row.layer for row in table] == [layer.name for layer, _ in offered]
     assert len(table) == 14
-    assert not notes.notes
+    assert not notes.lines
     for (layer, specs), row in zip(offered, table, strict=True):
         for spec, candidate in zip(specs, row.candidates, strict=True):
             assert candidate.error == whole_error(model, calls[0], layer.name, spec, compress(layer, spec))
@@ -168,10 +158,10 @@ class Chain(Skipping):
 
 
 @pytest.mark.parametrize("kind", [Skipping, Chain])
-def test_models_that_are_no_plain_chain_are_measured_all_the_same(kind: type[nn.Module]) -> None:
+def test_models_that_are_no_plain_chain_are_measured_all_the_same(kind: type[nn.Module], notes: Any) -> None:
     model = kind()
     source = ModelSource(model, [torch.randn(5, 64), (torch.randn(3, 64),)])
-    family, notes = find_family(model), Notes()
+    family = find_family(model)
     calls = capture(model, family, source.run)
     assert len(calls) == 1
     offered, compress = offers(layer_plans(model, family), SPECS), rounding(model)
@@ -184,7 +174,7 @@ def test_models_that_are_no_plain_chain_are_measured_all_the_same(kind: type[nn.
     for (layer, _), row in zip(offered, table, strict=True):
         want = whole_error(model, calls[0], layer.name, SPECS[0], compress(layer, SPECS[0]))
         assert row.candidates[0].error == want
-    assert bool(notes.notes) == (kind is Skipping)
+    assert bool(notes.lines) == (kind is Skipping)
 
 
 def test_an_interrupted_measurement_goes_on_after_its_last_finished_block(
