@@ -16,7 +16,8 @@ import quality
 GROUPS: dict[str, tuple[tuple[str, str], ...]] = {
     "viditq": (
         ("round to nearest", "w4a8:rtn"),
-        ("**ViDiT-Q, the default** (Hadamard 64, GPTQ)", "w4a8"),
+        ("**ViDiT-Q, the default** (Hadamard 64 where it helps, GPTQ)", "w4a8"),
+        ("Hadamard everywhere", "w4a8:viditq:rotate=always"),
         ("no Hadamard", "w4a8:viditq:hadamard=0"),
         ("no GPTQ", "w4a8:viditq:rounding=rtn"),
         ("scale, alpha searched, max over time, folded", "w4a8:viditq:smooth=search"),
@@ -25,18 +26,17 @@ GROUPS: dict[str, tuple[tuple[str, str], ...]] = {
         ("scale, first steps instead of max over time", "w4a8:viditq:smooth=search,aggregate=first"),
         ("scale, alpha 0.5 instead of the search", "w4a8:viditq:smooth=fixed"),
         ("scale, no Hadamard", "w4a8:viditq:smooth=search,hadamard=0"),
-        ("Hadamard 128", "w4a8:viditq:hadamard=128"),
-        ("regular Hadamard", "w4a8:viditq:kind=regular"),
+        ("Hadamard 128 where it helps", "w4a8:viditq:hadamard=128"),
+        ("regular Hadamard where it helps", "w4a8:viditq:kind=regular"),
         ("GPTQ without act-order", "w4a8:viditq:act_order=false"),
         ("2 sweeps of coordinate descent after GPTQ", "w4a8:viditq:sweeps=2"),
         ("clip search, weighted by the inputs", "w4a8:viditq:clip=output"),
-        ("rotation left out where the layer errs less", "w4a8:viditq:rotate=search"),
         ("modulation at 4 bits too", "w4a8-mod4"),
     ),
     "rotation": (
         ("round to nearest", "w4a8:rtn"),
-        ("**rotated, the default**", "w4a8"),
-        ("rotation left out where the layer errs less", "w4a8:viditq:rotate=search"),
+        ("**rotated where the layer errs less so, the default**", "w4a8"),
+        ("rotated everywhere", "w4a8:viditq:rotate=always"),
         ("no rotation", "w4a8:viditq:hadamard=0"),
     ),
     "ditas": (

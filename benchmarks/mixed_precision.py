@@ -84,7 +84,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--candidates", default=CANDIDATES, help="specs of attention and feed-forward layers")
     add("--modulation", default=MODULATION, help="specs of modulation layers; one: fixed")
     add("--also", default="wvq3,w4g64", help="specs of modulation layers that are scored, but are in no plan")
-    add("--method", default="gptq", help="gptq, viditq, rtn, ...")
+    add("--method", default="viditq", help="of attention and feed-forward layers: viditq, gptq, rtn, ...")
+    add("--modulation-method", default="gptq", help="of modulation layers")
     add(
         "--sensitivity",
         choices=("drift", "output", "samples"),
@@ -130,7 +131,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "model": model.label,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "versions": {"vdit-quant": vdit_quant.__version__, "torch": torch.__version__},
-        "method": options.method,
+        "method": f"{options.method}, modulation layers {options.modulation_method}",
         "sensitivity": options.sensitivity,
         "workload": asdict(model.workload(0)),
         "seeds": list(options.seeds),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from vdit_quant.calibrate.compress import compress_layer
 from vdit_quant.calibrate.drift import drift_of
 from vdit_quant.calibrate.plan import LayerPlan
 from vdit_quant.calibrate.probe import Call, capture, probe_steps
@@ -23,6 +24,7 @@ from vdit_quant.evaluate.metrics import sample_psnr
 from vdit_quant.evaluate.sampling import Sampler, Workload, make_sampler
 from vdit_quant.quantize.allocate import LayerCandidates
 from vdit_quant.quantize.format import Tensors
+from vdit_quant.quantize.layer import settled_spec
 from vdit_quant.quantize.method import FloatLayer, resolve_method
 from vdit_quant.quantize.spec import LayerSpec
 from vdit_quant.quantize.stats import LayerStats
@@ -84,9 +86,6 @@ class Model:
         self.model, self.family = self.sampler.denoiser, self.sampler.family
         self.blocks, self.roles = self.family.block_names(self.model), self.family.linears(self.model)
         self.shapes = linear_shapes(self.model)
-        self.method, params = resolve_method(options.method, {})
-        # a folded scale changes two layers at once; alone, a layer keeps its own
-        self.params = {**params, **({"fold": False} if "fold" in params else {})}
         self.offered = self._offered()
 
     def workload(self, seed: int, samples: int | None = None) -> Workload:
@@ -102,11 +101,14 @@ class Model:
             if not text:
                 continue
             n, k = self.shapes[name]
-            layer = LayerPlan(name, role, n, k, block_of(name, self.blocks), None, "", self.options.method)
             specs = [LayerSpec.parse(part) for part in text.split(",") if part]
+            used = o.method if role in CORE else o.modulation_method
+            method, defaults = resolve_method(used, {})
+            # a folded scale changes two layers at once; alone, a layer keeps its own
+            params = {"fold": False} if "fold" in defaults else {}
             if role in CORE:
-                specs = [self.method.complete(spec, n, k, self.params) for spec in specs]
-            out += offers([layer], specs)
+                specs = [method.complete(spec, n, k, {**defaults, **params}) for spec in specs]
+            out += offers([LayerPlan(name, role, n, k, block_of(name, self.blocks), specs[0], "", used, params)], specs)
         return out
 
 
@@ -119,10 +121,9 @@ class Worker(Model):
 
     def _calibrate(self) -> tuple[dict[str, LayerStats], list[Call]]:
         """Statistics of every layer and the probe's calls, each from a sampling run of its own."""
-        o, needs = self.options, self.method.needs(self.params)
-        work, stats = self.workload(CALIBRATION_SEED, o.calibration_samples), {}
-        if needs:
-            wanted = {layer.name: needs for layer, _ in self.offered}
+        o, work, stats = self.options, self.workload(CALIBRATION_SEED, self.options.calibration_samples), {}
+        wanted = {layer.name: layer.needs() for layer, _ in self.offered if layer.needs()}
+        if wanted:
             with Recorder(self.model, self.family, wanted, o.steps) as recorder:
                 self.sampler.run(work)
             stats = recorder.result()
@@ -147,9 +148,8 @@ class Worker(Model):
         path = Path(self.options.folder) / f"{name}.safetensors"
         if not path.exists():
             floats = FloatLayer(layer.name, self.weights[layer.name])
-            tensors = self.method.compress(floats, self.stats.get(layer.name), spec, **self.params)
             temporary = path.with_suffix(f".{os.getpid()}")
-            save_file({key: t.cpu().contiguous() for key, t in tensors.items()}, temporary)
+            save_file(compress_layer(replace(layer, spec=spec), floats, self.stats.get(layer.name)), temporary)
             temporary.replace(path)
         return load_file(path, device=str(self.device))
 
@@ -162,8 +162,9 @@ class Worker(Model):
                 self.references[work.seed] = self.sampler.run(work).images
         full = [call.run(self.model) for call in self.calls]
         plans = {layer.name: layer for layer, _ in self.offered}
-        specs = {name: LayerSpec.parse(spec) for name, spec in layers.items()}
-        tensors = {name: self.tensors_of(plans[name], spec) for name, spec in specs.items()}
+        asked = {name: LayerSpec.parse(spec) for name, spec in layers.items()}
+        tensors = {name: self.tensors_of(plans[name], spec) for name, spec in asked.items()}
+        specs = {name: settled_spec(spec, tensors[name]) for name, spec in asked.items()}
         originals = attach(self.model, specs, tensors)
         try:
             rows = sum(map(len, full))

@@ -104,6 +104,14 @@ def allocate_bits(
     return dataclasses.replace(plan, layers=layers), bits
 
 
+def settled_bits(bits: BitPlan, plan: Plan) -> BitPlan:
+    """The bit plan of the same layers as `plan` has them, whose specs are settled."""
+    layers = [layer for layer in plan.compressed if layer.name in bits.layers]
+    size, weights = sum(layer.bytes_after for layer in layers), sum(layer.n * layer.k for layer in layers)
+    specs = {layer.name: layer.spec.name for layer in layers if layer.spec is not None}
+    return dataclasses.replace(bits, layers=specs, bytes=size, bits=8 * size / weights)
+
+
 def with_times(table: Sequence[LayerCandidates], costs: Sequence[LayerCandidates]) -> list[LayerCandidates]:
     """The table with the milliseconds of `costs`, which lists the same layers and candidates."""
     times = {(row.layer, candidate.spec): candidate.ms for row in costs for candidate in row.candidates}

@@ -26,7 +26,7 @@ from . import statistics
 from .assemble import block_part, write_artifact
 from .block_tuning import BlockTuner, needs_tuning
 from .compress import compress_unit
-from .mixed import allocate_bits, prepare, require_disk_source
+from .mixed import allocate_bits, prepare, require_disk_source, settled_bits
 from .model_source import Data, ModelSource
 from .plan import LayerPlan, Plan, check_formats, make_plan, settle
 from .progress import Progress
@@ -131,7 +131,7 @@ def compress(
     if settings.offload and needs_tuning(plan):
         raise InputError("--offload: the method trains whole blocks of the model, which must fit; use its steps=0")
     plans, device = run_time_plans(source, settings), pick_device(settings.device)
-    sizing = None
+    sizing = bits = None
     if settings.budget is not None:
         require_disk_source(source)
         sizing = prepare(plan, settings.budget, settings.sensitivity, device, settings.offload)
@@ -147,12 +147,10 @@ def compress(
         if sizing is not None:
             disk, work = require_disk_source(source), settings.workload()
             plan, bits = allocate_bits(disk, plan, sizing, work, workspace, progress, device)
-            plans["bits"] = bits.to_dict()
         compress_blocks(source, plan, settings, workspace, progress)
         plan = settle_plan(plan, workspace, progress)
-        if sizing is not None:
-            specs = plan.specs()
-            plans["bits"]["layers"] = {name: specs[name].name for name in plans["bits"]["layers"]}
+        if bits is not None:
+            plans["bits"] = settled_bits(bits, plan).to_dict()
     except OutputError:
         raise
     except InputError:  # the input must change first, and then nothing finished here is of use

@@ -56,7 +56,8 @@ class LayerPlan:
     @property
     def is_open(self) -> bool:
         """Whether the method decides on a part of the spec when it sees the layer's statistics."""
-        return self.spec is not None and self.full_params().get("rotate") == "search"
+        rotated = self.spec is not None and self.spec.hadamard is not None
+        return rotated and self.full_params().get("rotate") == "search"
 
     def settled(self, stored: Container[str]) -> LayerPlan:
         """The plan with the spec that the layer's stored tensors have."""

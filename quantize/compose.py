@@ -147,8 +147,8 @@ def recorded_error(weight: Tensor, stats: LayerStats, tensors: Tensors, spec: La
     and that of quantised activations on the rows that were kept."""
     assert stats.gram is not None
     assert stats.rows is not None
-    dense = dense_weight(tensors, weight.shape[1], spec)
-    change = dense - weight
+    k = weight.shape[1]
+    change = dense_weight(tensors, k, spec) - weight
     error = (change @ (stats.gram / max(1, stats.count)) * change).sum()
     if spec.activation is not None:
         scale = tensors.get("pre_quant_scale", stats.rows.new_ones(()))
@@ -156,7 +156,8 @@ def recorded_error(weight: Tensor, stats: LayerStats, tensors: Tensors, spec: La
         noise = quantize_activation(x, spec.activation) - x
         if spec.hadamard is not None:
             noise = unrotate_rows(noise, tensors["hadamard_signs"], spec.hadamard)
-        error = error + (noise / scale @ dense.T).square().sum(1).mean()
+        rounded = dense_weight(tensors, k, dataclasses.replace(spec, rank=0))  # the branch reads exact activations
+        error = error + (noise / scale @ rounded.T).square().sum(1).mean()
     return float(error)
 
 

@@ -30,7 +30,7 @@ class Method:
     """
 
     defaults: ClassVar[dict[str, Any]] = {}
-    by_rows: ClassVar[bool] = False  # without a scale and a rank, no row of a weight depends on its other rows
+    by_rows: ClassVar[bool] = False  # without a scale and a rank, no row depends on others but for a searched rotation
 
     def needs(self, params: dict[str, Any]) -> frozenset[str]:
         """The statistics that calibration must record for it (names of `stats.KINDS`); empty: it runs without data."""

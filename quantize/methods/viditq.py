@@ -22,21 +22,21 @@ from ..stats import LayerStats
 
 
 class ViditQ(Method):
-    """`hadamard` is the largest block to use, 0 for no rotation; `kind` is sylvester or regular; `rotate` "search"
-    leaves the rotation out of layers that err less without it, and layers that read the same input decide as one.
+    """`hadamard` is the largest block to use, 0 for no rotation; `kind` is sylvester or regular. Layers that err less
+    without the rotation go without, unless `rotate` is "always"; those that read the same input decide as one.
 
     The static scale is off by default: beside the rotation and GPTQ it was measured to bring nothing beyond the spread
     between calibration runs. `smooth = "search"` turns it on, for models whose channels differ more.
     """
 
     defaults = pick(
-        "alpha", "aggregate", "fold", "rotate", "rounding", "damp", "act_order", "sweeps", "clip", hadamard=64,
-        kind="sylvester", smooth="none",
+        "alpha", "aggregate", "fold", "rounding", "damp", "act_order", "sweeps", "clip", hadamard=64, kind="sylvester",
+        rotate="search", smooth="none",
     )  # fmt: skip
     by_rows = True
 
     def complete(self, spec: LayerSpec, n: int, k: int, params: dict[str, Any], foldable: bool = False) -> LayerSpec:
-        choices = Choices.of(params)
+        choices = _choices(params)
         if params["hadamard"] and spec.hadamard is None:
             block = default_block(k, params["kind"], params["hadamard"])
             spec = dataclasses.replace(spec, hadamard=HadamardSpec(block, params["kind"]))
@@ -44,10 +44,15 @@ class ViditQ(Method):
         return dataclasses.replace(spec, pre_scale=spec.pre_scale or online)
 
     def needs(self, params: dict[str, Any]) -> frozenset[str]:
-        return Choices.of(params).needs()
+        return _choices(params).needs()
 
     def compress(self, layer: FloatLayer, stats: LayerStats | None, spec: LayerSpec, **params: Any) -> Tensors:
-        return compress_linear(layer, stats, spec, Choices.of(params))
+        return compress_linear(layer, stats, spec, _choices(params))
+
+
+def _choices(params: dict[str, Any]) -> Choices:
+    """Those of the parameters; where the method rotates nothing there is nothing to search for."""
+    return Choices.of(params if params["hadamard"] else {**params, "rotate": "always"})
 
 
 METHOD = ViditQ()

@@ -10,7 +10,7 @@ from vdit_quant.calibrate.mixed import CANDIDATES
 from vdit_quant.quantize import methods, registry
 from vdit_quant.quantize.errors import InputError
 from vdit_quant.quantize.format import Tensors
-from vdit_quant.quantize.layer import layer_layout, run_layer
+from vdit_quant.quantize.layer import layer_layout, run_layer, settled_spec
 from vdit_quant.quantize.method import FloatLayer, resolve_method
 from vdit_quant.quantize.spec import LayerSpec
 from vdit_quant.quantize.stats import KINDS, LayerStats
@@ -50,7 +50,8 @@ def _compress(name: str, spec_name: str, **given: Any) -> tuple[LayerSpec, Tenso
     method, params = resolve_method(name, given)
     spec = method.complete(LayerSpec.parse(spec_name), N, K, params)
     with torch.no_grad():
-        return spec, method.compress(_layer(), _stats(method.needs(params)), spec, **params)
+        tensors = method.compress(_layer(), _stats(method.needs(params)), spec, **params)
+    return settled_spec(spec, tensors) if params.get("rotate") == "search" else spec, tensors
 
 
 def _error(spec: LayerSpec, tensors: Tensors) -> float:
@@ -175,6 +176,7 @@ def test_a_method_that_goes_by_rows_gives_a_row_the_same_bits_among_other_rows(n
         **params,
         **({"rank": 0} if "rank" in params else {}),
         **({"smooth": "none"} if "smooth" in params else {}),
+        **({"rotate": "always"} if "rotate" in params else {}),
     }
     layer, other = _layer(), FloatLayer("other", torch.randn(80, K, generator=torch.Generator().manual_seed(8)))
     spec = method.complete(LayerSpec.parse(spec_name), N, K, params)
