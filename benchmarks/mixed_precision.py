@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -40,8 +40,8 @@ from vdit_quant.quantize.errors import InputError
 from vdit_quant.quantize.spec import LayerSpec
 
 CANDIDATES = ",".join(f"{name}-a8tok-h64" for name in mixed.CANDIDATES)
-MODULATION = ",".join(f"{name}-h64" for name in mixed.CANDIDATES)
-MATCHED = "wvq3+wvq3,wvq3+w4g64,w4g64+w4g64,w4g64+w8,w6g64+w8"
+MODULATION = ",".join(f"{name}{way}" for way in ("", "-h64") for name in mixed.CANDIDATES)
+MATCHED = "wvq3+wvq3-h64,wvq3+w4g64,w4g64+w4g64,w4g64+w8,w6g64+w8"
 START = time.perf_counter()
 TRIED: dict[str, Callable[..., BitPlan]] = {
     "milp": partial(allocate, trust=0.0),
@@ -83,7 +83,6 @@ def arguments() -> argparse.ArgumentParser:
     add("--match", default=MATCHED, help="single-format plans, CORE+MODULATION, whose bytes are budgets as well")
     add("--candidates", default=CANDIDATES, help="specs of attention and feed-forward layers")
     add("--modulation", default=MODULATION, help="specs of modulation layers; one: fixed")
-    add("--also", default="wvq3,w4g64", help="specs of modulation layers that are scored, but are in no plan")
     add("--method", default="viditq", help="of attention and feed-forward layers: viditq, gptq, rtn, ...")
     add("--modulation-method", default="gptq", help="of modulation layers")
     add(
@@ -125,7 +124,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     ) as pool:  # fmt: skip
         table, seconds = sensitivities(model, pool, len(devices))
         errors = modulation_errors(model, table)
-        table = offered(model, table, options)
         rows = measure_plans(plans(model, table, options), pool, options.limit)
     return {
         "model": model.label,
@@ -169,19 +167,6 @@ def modulation_errors(model: mixed_worker.Model, table: list[LayerCandidates]) -
     return out
 
 
-def offered(
-    model: mixed_worker.Model, table: list[LayerCandidates], options: argparse.Namespace
-) -> list[LayerCandidates]:
-    """The table without the modulation specs that are only scored."""
-    kept = set(options.modulation.split(","))
-    return [
-        row
-        if model.roles[row.layer] != "modulation"
-        else replace(row, candidates=tuple(c for c in row.candidates if c.spec in kept))
-        for row in table
-    ]
-
-
 def plans(
     model: mixed_worker.Model, table: list[LayerCandidates], options: argparse.Namespace
 ) -> list[tuple[str, str, BitPlan]]:
@@ -206,15 +191,17 @@ def plans(
 
 
 def _short(core: str, modulation: str) -> str:
-    return f"{core.split('-')[0]}+{modulation.split('-')[0]}"
+    return f"{core.split('-')[0]}+{modulation}"
 
 
 def single(model: mixed_worker.Model, table: Sequence[LayerCandidates], core: str, modulation: str) -> BitPlan:
     """One format for the core layers, one for the modulation layers; the first that fits where it does not."""
     layers, size, weights = {}, 0, sum(row.weights for row in table)
     for row in table:
-        wanted = LayerSpec.parse(core if model.roles[row.layer] in mixed_worker.CORE else modulation).weight
-        same = [c for c in row.candidates if LayerSpec.parse(c.spec).weight == wanted]
+        if model.roles[row.layer] in mixed_worker.CORE:
+            same = [c for c in row.candidates if LayerSpec.parse(c.spec).weight == LayerSpec.parse(core).weight]
+        else:
+            same = [c for c in row.candidates if c.spec == modulation]
         used = (same or list(row.candidates))[0]
         layers[row.layer], size = used.spec, size + used.bytes
     return BitPlan(layers, f"{size / 1e3}kB", size, 8 * size / weights, 0.0, solver="greedy")

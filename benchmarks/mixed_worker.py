@@ -97,7 +97,7 @@ class Model:
         out = []
         for name, role in self.roles.items():
             o = self.options
-            text = o.candidates if role in CORE else f"{o.modulation},{o.also}" if role == "modulation" else ""
+            text = o.candidates if role in CORE else o.modulation if role == "modulation" else ""
             if not text:
                 continue
             n, k = self.shapes[name]

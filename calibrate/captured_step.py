@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils import _pytree as pytree
 
 from ..quantize.errors import reason_of
-from ..runtime.graphs import Capture, aside, capture_call, capture_key
+from ..runtime.graphs import Capture, aside, capture_call, capture_key, device_of
 
 logger = logging.getLogger("vdit_quant")
 
@@ -44,7 +44,7 @@ class CapturedStep:
         if key not in self._graphs:
             self._runs[key] = self._runs.get(key, 0) + 1
             if self._runs[key] <= WARMUP or len(self._graphs) == LIMIT:
-                with aside():
+                with aside(device_of(leaves)):
                     return self.step(batch)
             try:
                 self._graphs[key] = capture_call(self.step, leaves, tree)

@@ -126,14 +126,15 @@ def with_times(table: Sequence[LayerCandidates], costs: Sequence[LayerCandidates
 def candidates(layer: LayerPlan) -> list[LayerSpec]:
     """The specs a layer may get: its own with another weight format.
 
-    Modulation layers are rotated as well, where they are rounded with GPTQ: their channels are of very different size,
-    and share a scale.
+    Modulation layers that are rounded with GPTQ may be rotated too: their channels are of very different size and share
+    a scale, which gains from that or loses by it, as the format may be.
     """
     spec, is_core = layer.spec, layer.role in CORE_ROLES
     assert spec is not None
+    ways = [spec]
     if not is_core and spec.hadamard is None and "gram" in layer.needs() and layer.k % ROTATION == 0:
-        spec = dataclasses.replace(spec, hadamard=HadamardSpec(ROTATION, "sylvester"))
-    return [dataclasses.replace(spec, weight=LayerSpec.parse(name).weight) for name in CANDIDATES]
+        ways.append(dataclasses.replace(spec, hadamard=HadamardSpec(ROTATION, "sylvester")))
+    return [dataclasses.replace(way, weight=LayerSpec.parse(name).weight) for way in ways for name in CANDIDATES]
 
 
 def guidance_of(sampler: Sampler, workload: Workload) -> float:

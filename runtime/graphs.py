@@ -131,27 +131,29 @@ def replay_graphs(model: nn.Module, enabled: bool = True, limit: int = 8) -> nn.
 
 
 @contextmanager
-def aside() -> Iterator[None]:
+def aside(device: torch.device) -> Iterator[None]:
     """Runs on a stream of its own: what a call keeps must not belong to the stream that a capture has to leave."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield
+        torch.cuda.current_stream().wait_stream(stream)
 
 
 def capture_call(
     call: Callable[[Any], Any], leaves: list[Any], tree: Any, warmup: int = 0, pool: Any = None
 ) -> Capture:
-    """`call` on a copy of the tree with these leaves, captured after `warmup` runs."""
+    """`call` on a copy of the tree with these leaves, which have a `capture_key`, captured after `warmup` runs."""
+    device = device_of(leaves)
     inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     batch = pytree.tree_unflatten(inputs, tree)
     if warmup:
-        with aside():
+        with aside(device):
             for _ in range(warmup):
                 call(batch)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool):
         outputs = call(batch)
     return Capture(graph, [leaf for leaf in inputs if isinstance(leaf, Tensor)], outputs)
 
@@ -170,13 +172,19 @@ def _outer_modules(model: nn.Module) -> list[nn.Module]:
     return children + [block for child in children if isinstance(child, nn.ModuleList) for block in child]
 
 
+def device_of(leaves: list[Any]) -> torch.device:
+    """That of the first tensor."""
+    return next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
+
+
 def capture_key(leaves: list[Any], tree: Any, state: bool = False) -> Any:
     """What a graph of a call with these arguments is captured for; None when it cannot be captured."""
+    devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor)}
+    if len(devices) != 1 or devices.pop().type != "cuda":
+        return None
     parts: list[Any] = []
     for leaf in leaves:
         if isinstance(leaf, Tensor):
-            if leaf.device.type != "cuda":
-                return None
             parts.append((tuple(leaf.shape), leaf.dtype, leaf.device))
         elif isinstance(leaf, PLAIN):
             parts.append((type(leaf), leaf))

@@ -1,7 +1,7 @@
 """adaLN modulation of all blocks at once: they read one small embedding, so their layers are one product.
 
 At M = batch rows such a layer is bound by reading its weight. One launch for all blocks reads it at full bandwidth;
-one launch a block spends as long starting as reading. Where the layers are rotated, the embedding is, once.
+one launch a block spends as long starting as reading. For the layers that are rotated the embedding is, once.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ class Modulation:
         self.places = tuple(place for places in blocks for place in places)
         self.last = max((i for i, size in enumerate(self.sizes) if size), default=-1)
         self.parts: list[Part] = []
+        self.rotations: list[CompressedLinear] = []  # a layer of each
+        self.inputs: list[int] = []  # of each part: which rotation it reads
         self._source: tuple[Tensor, ...] = ()
         self._outputs: list[list[Tensor]] = []
 
@@ -55,11 +57,9 @@ class Modulation:
 
     def _product(self, embedding: Tensor) -> list[Tensor]:
         outputs: list[Tensor] = []
-        first = layers_at(self.places)[0]
-        assert isinstance(first, CompressedLinear)
-        embedding = rotate(embedding, first.tensors(), first.spec)
-        for part in self.parts:
-            y = part.spec.resolve().linear(embedding, part.tensors, LayerSpec(part.spec), part.bias)
+        rotated = [rotate(embedding, layer.tensors(), layer.spec) for layer in self.rotations]
+        for part, number in zip(self.parts, self.inputs, strict=True):
+            y = part.spec.resolve().linear(rotated[number], part.tensors, LayerSpec(part.spec), part.bias)
             outputs += y.split(part.sizes, dim=1)
         return outputs
 
@@ -70,9 +70,20 @@ class Modulation:
             return False
         # specs are compared here alone: a tracer cannot compare them
         if not torch.compiler.is_compiling() and is_stale(layers, self.parts):
-            alike = all(map(_is_weight_only, layers)) and all(reads_alike(layers[0], other) for other in layers[1:])
-            self.parts = merge(layers) if alike else []
+            self._join([layer for layer in layers if isinstance(layer, CompressedLinear)])
         return len(self.parts) > 0
+
+    def _join(self, layers: list[CompressedLinear]) -> None:
+        """Makes the parts; none where a layer quantises or scales the embedding, or rotations of a kind differ."""
+        kinds = list({layer.spec.hadamard: layer for layer in layers}.values())
+        first = {layer.spec.hadamard: number for number, layer in enumerate(kinds)}
+        numbers = [first[layer.spec.hadamard] for layer in layers]
+        alike = all(reads_alike(kinds[i], layer) for i, layer in zip(numbers, layers, strict=True))
+        self.parts = merge(tuple(layers)) if alike and all(map(_is_weight_only, layers)) else []
+        self.rotations, self.inputs = kinds, []
+        for part in self.parts:
+            self.inputs.append(numbers[0])
+            del numbers[: len(part.sizes)]
 
 
 def are_others(known: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> bool:

@@ -44,7 +44,7 @@ def _place(tensors: Mapping[str, Tensor | None]) -> int | None:
 
 
 def merge(layers: tuple[nn.Module, ...]) -> list[Part]:
-    """Stores layers in a row that have one weight format, and all a bias or none, as one weight."""
+    """Stores layers in a row that have one weight format and rotation, and all a bias or none, as one weight."""
     runs: list[list[CompressedLinear]] = []
     for layer in layers:
         assert isinstance(layer, CompressedLinear)
@@ -58,7 +58,8 @@ def merge(layers: tuple[nn.Module, ...]) -> list[Part]:
 
 def _can_join(one: CompressedLinear, other: CompressedLinear) -> bool:
     fmt = one.spec.weight.resolve()
-    same = one.spec.weight == other.spec.weight and (one.bias is None) == (other.bias is None)
+    same = one.spec.weight == other.spec.weight and one.spec.hadamard == other.spec.hadamard
+    same = same and (one.bias is None) == (other.bias is None)
     joins = fmt.by_rows or len(fmt.stacked) > 0
     return same and joins and all(are_equal(one.tensors()[n], other.tensors()[n]) for n in fmt.shared)
 

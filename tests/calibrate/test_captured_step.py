@@ -10,6 +10,7 @@ from vdit_quant.calibrate import captured_step
 from vdit_quant.calibrate.captured_step import LIMIT, WARMUP, CapturedStep
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 class Trainer:
@@ -19,7 +20,7 @@ class Trainer:
         torch.manual_seed(0)
         self.layer = nn.Linear(6, 3).to(device)
         self.seen = torch.zeros((), device=device)
-        capturable = device == "cuda"
+        capturable = device != "cpu"
         self.optimizer = torch.optim.Adam(
             self.layer.parameters(), torch.tensor(0.01, device=device), capturable=capturable
         )
@@ -73,10 +74,11 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is_and_says_so_once(
 
 
 @cuda
-def test_captured_steps_train_as_plain_ones_do() -> None:
-    trainer, plain = Trainer("cuda"), Trainer("cuda")
+@pytest.mark.parametrize("device", ["cuda", pytest.param("cuda:1", marks=two)])
+def test_captured_steps_train_as_plain_ones_do(device: str) -> None:
+    trainer, plain = Trainer(device), Trainer(device)
     run = CapturedStep(trainer.step)
-    for batch in batches("cuda", (4, 7) * 8):
+    for batch in batches(device, (4, 7) * 8):
         run(batch)
         plain.step(batch)
     torch.testing.assert_close(trainer.layer.weight, plain.layer.weight, rtol=1e-5, atol=1e-6)

@@ -70,9 +70,6 @@ def test_a_budget_is_met_stored_and_loaded(tiny_folder: Path, tmp_path: Path) ->
     assert plan.bits <= 4.5
     assert plan.bytes == found["compressed_bytes"]
     assert len({spec.split("-")[0] for spec in plan.layers.values()}) > 1
-    modulation = [spec for name, spec in plan.layers.items() if "norm1" in name]
-    assert modulation
-    assert all(spec.endswith("-h64") for spec in modulation), "rotated, whatever their bits: they run as one product"
     layers = dict(vdit_quant.load(path).named_modules())
     for name, spec in plan.layers.items():
         layer = layers[name]

@@ -375,11 +375,22 @@ def test_rotated_modulation_layers_of_several_formats_are_computed_at_once(
     assert len(products) == len(rotations) > 0
 
 
-def test_modulation_layers_of_unlike_rotations_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modulation_layers_of_unlike_rotations_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     case, specs = CASES["flux"], {"1.norm1.linear": "w8", "linear": "w8-h16"}
     expected = call(compressed(case, specs=specs), case)
-    monkeypatch.setattr(Modulation, "_product", lambda *args: pytest.fail("they were joined"))
+    products, product = [], Modulation._product
+    monkeypatch.setattr(Modulation, "_product", lambda *args: (products.append(1), product(*args))[1])
     assert close(call(fuse(compressed(case, specs=specs), cpu=True), case), expected)
+    assert products
+
+
+def test_modulation_layers_whose_signs_differ_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compressed(CASES["flux"], specs={"linear": "w8-h16"})
+    buffers = model.transformer_blocks[1].norm1.linear._buffers
+    buffers["hadamard_signs"] = -buffers["hadamard_signs"]
+    expected = call(model, CASES["flux"])
+    monkeypatch.setattr(Modulation, "_product", lambda *args: pytest.fail("they were joined"))
+    assert close(call(fuse(model, cpu=True), CASES["flux"]), expected)
 
 
 def test_the_report_names_what_is_not_fused() -> None:

@@ -8,6 +8,7 @@ from vdit_quant.runtime import graphs
 from vdit_quant.runtime.graphs import GraphedForward, replay_graphs
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 class Denoiser(nn.Module):
@@ -72,15 +73,16 @@ def test_a_call_that_is_wrong_in_itself_says_so_and_changes_nothing(monkeypatch:
 
 
 @cuda
+@pytest.mark.parametrize("device", ["cuda", pytest.param("cuda:1", marks=two)])
 @torch.no_grad()
-def test_replays_equal_the_model_and_follow_shapes_and_values() -> None:
-    model = Denoiser().cuda()
-    own = Denoiser().cuda()
+def test_replays_equal_the_model_and_follow_shapes_and_values(device: str) -> None:
+    model = Denoiser().to(device)
+    own = Denoiser().to(device)
     own.load_state_dict(model.state_dict())
     replay_graphs(model)
     for batch in (2, 3, 2):
         for scale in (1.0, 2.0):
-            x, t = torch.randn(batch, 8, device="cuda"), torch.rand(1, device="cuda")
+            x, t = torch.randn(batch, 8, device=device), torch.rand(1, device=device)
             assert torch.equal(model(x, t, scale)[0], own(x, t, scale)[0])
     assert graphed(model).captures == 4
 
