@@ -140,11 +140,7 @@ def measure_all(options: argparse.Namespace, rows: dict[str, dict[str, Any]]) ->
         except queue.Empty:
             continue
         results[row["name"]] = row
-        shown = (
-            row["error"].splitlines()[-1]
-            if "error" in row
-            else f"{row['psnr'] or 0:.2f} dB, {row['core_bits']:.3f} bits"
-        )
+        shown = row["error"].rstrip() if "error" in row else f"{row['psnr'] or 0:.2f} dB, {row['core_bits']:.3f} bits"
         distance = f", FD {row['frechet']:.3f}" if row.get("frechet") is not None else ""
         print(f"{time.perf_counter() - begin:5.0f} s  {row['name']:34} {shown}{distance}", flush=True)
         write(options, results, rows)

@@ -9,6 +9,7 @@ logged once.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections import OrderedDict
@@ -130,11 +131,17 @@ def replay_graphs(model: nn.Module, enabled: bool = True, limit: int = 8) -> nn.
     return model
 
 
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for each device: memory is kept apart by stream, and a captured call reads what warming up has made."""
+    return torch.cuda.Stream(device)
+
+
 @contextmanager
 def aside(device: torch.device) -> Iterator[None]:
-    """Runs on a stream of its own: what a call keeps must not belong to the stream that a capture has to leave."""
+    """Runs beside the current stream: what a call keeps must not belong to the stream that a capture has to leave."""
     with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
+        stream = _side_stream(device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             yield
@@ -153,7 +160,7 @@ def capture_call(
             for _ in range(warmup):
                 call(batch)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=_side_stream(device)):
         outputs = call(batch)
     return Capture(graph, [leaf for leaf in inputs if isinstance(leaf, Tensor)], outputs)
 
