@@ -97,7 +97,8 @@ class BlockFloat(ScalarFormat):
 
 def e8m0_scale(bits: Tensor) -> Tensor:
     """uint8 bits of E8M0 -> float32: 2^(bits - 127)."""
-    return torch.ldexp(torch.ones_like(bits, dtype=torch.float32), bits.to(torch.int32) - _BIAS)
+    exponent = bits.to(torch.int32)  # that of float32 as it is; 2^-127 has none
+    return torch.where(exponent > 0, exponent << 23, 1 << 22).view(torch.float32)
 
 
 def e8m0_bits(reach: Tensor) -> Tensor:

@@ -160,6 +160,16 @@ def test_decoding_follows_the_tensors_device(fmt_spec: FormatSpec) -> None:
     assert fmt.decode(tensors, 128, fmt_spec).device.type == "meta"
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@every
+def test_a_gpu_that_is_not_the_current_one_decodes_the_same(fmt_spec: FormatSpec) -> None:
+    fmt, found = fmt_spec.resolve(), []
+    for device in ("cuda:0", "cuda:1"):
+        tensors: Tensors = fmt.encode(_weight(8, 128).to(device), fmt_spec)
+        found.append(fmt.decode(tensors, 128, fmt_spec).cpu())
+    assert torch.equal(*found)
+
+
 @every
 def test_a_group_that_does_not_fit_says_what_would(fmt_spec: FormatSpec) -> None:
     fmt = fmt_spec.resolve()

@@ -57,6 +57,11 @@ def test_block_scales_of_mxfp4_are_the_powers_of_two_below_a_quarter_of_the_larg
     assert e8m0_scale(e8m0_bits(reach)).log2().tolist() == [-2, -1, 0, 0, 0, 1, -122, 98]
 
 
+def test_every_e8m0_scale_is_exact_the_smallest_without_an_exponent_of_its_own_too() -> None:
+    bits = torch.arange(255, dtype=torch.uint8)
+    assert e8m0_scale(bits).tolist() == [2.0 ** (number - 127) for number in range(255)]
+
+
 def test_elements_are_integers_of_seven_bits() -> None:
     for name, factor in (("e2m1", 16), ("e1m2", 32), ("e3m0", 4)):
         assert [int(v * factor) for v in VALUES[name]] == list(TABLES[name])
