@@ -29,6 +29,7 @@ from vdit_quant.kernels import dispatch, launch_table
 from vdit_quant.kernels.int4_linear import int4_linear, int4_to_int8, int4_weight_linear
 from vdit_quant.kernels.int8_linear import int8_linear, int8_weight_linear
 from vdit_quant.kernels.quant_token import quant_token
+from vdit_quant.quantize.spec import LayerSpec
 
 SHAPES = [
     (512, 4608, 1152), (1024, 4608, 1152), (4096, 4608, 1152), (8192, 1152, 1152), (8192, 3456, 1152),
@@ -141,37 +142,42 @@ def time_paths(calls: dict[str, Callable[[int], object]], count: int, rounds: in
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def int4_weights(n: int, k: int, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    packed = [torch.randint(0, 256, (n, k // 2), device="cuda").to(torch.uint8) for _ in range(count)]
-    scales = [torch.randint(8, 256, (n, k // GROUP), device="cuda").to(torch.uint8) for _ in range(count)]
-    return list(zip(packed, scales, strict=True))
+def encoded(weight: torch.Tensor, name: str) -> list[torch.Tensor]:
+    """Codes, scales of rows and, where it has groups, their scales. Products take the time that their numbers ask for,
+    as the power of a GPU is limited: every path multiplies the same matrices."""
+    spec = LayerSpec.parse(name).weight
+    return list(spec.resolve().encode(weight.float(), spec).values())
 
 
 def large_paths(m: int, n: int, k: int) -> dict[str, Path_]:
     """Every way to multiply bf16 activations that were quantised before, bf16 out. One bias for all."""
     count = copies(n, k)
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    bias, scale = torch.randn(n, device="cuda", dtype=torch.bfloat16), torch.rand(n, device="cuda") * 1e-3 + 1e-4
+    bias = torch.randn(n, device="cuda", dtype=torch.bfloat16)
     w16 = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
-    w8 = [torch.randint(-127, 128, (n, k), device="cuda").to(torch.int8) for _ in range(count)]
-    w4 = int4_weights(n, k, count)
+    w8, w4 = ([encoded(w, name) for w in w16] for name in ("w8", f"w4g{GROUP}"))
     codes, x_scale = quant_token(x)
     bf16 = torch.bfloat16
-    decoded = int4_to_int8(*w4[0], k)
-    with dispatch.use(mode="reference", strict=False):
-        want8 = int8_linear(codes, x_scale, w8[0], scale, bias, bf16)
-        want4 = int8_linear(codes, x_scale, decoded, scale, bias, bf16)
 
     def unpack_first(i: int) -> torch.Tensor:
-        return int8_linear(codes, x_scale, int4_to_int8(*w4[i], k), scale, bias, bf16)
+        packed, scale, groups = w4[i]
+        return int8_linear(codes, x_scale, int4_to_int8(packed, groups, k), scale, bias, bf16)
+
+    def packed_product(i: int) -> torch.Tensor:
+        packed, scale, groups = w4[i]
+        return int4_linear(codes, x_scale, packed, scale, groups, bias, bf16)
+
+    with dispatch.use(mode="reference", strict=False):
+        want8 = int8_linear(codes, x_scale, *w8[0], bias, bf16)
+        want4 = unpack_first(0)
 
     exact16 = (x.float() @ w16[0].float().t() + bias.float()).to(bf16)
     return {
         "bf16": (lambda i: F.linear(x, w16[i], bias), exact16, 1e-2),
         **fp8_paths(x, w16, bias),
-        "w8a8": (lambda i: int8_linear(codes, x_scale, w8[i], scale, bias, bf16), want8, 0.0),
+        "w8a8": (lambda i: int8_linear(codes, x_scale, *w8[i], bias, bf16), want8, 0.0),
         "w4a8 unpacked": (unpack_first, want4, 0.0),
-        "w4a8": (lambda i: int4_linear(codes, x_scale, w4[i][0], scale, w4[i][1], bias, bf16), want4, 0.0),
+        "w4a8": (packed_product, want4, 0.0),
     }
 
 
@@ -204,20 +210,19 @@ def small_paths(m: int, n: int, k: int) -> dict[str, Path_]:
     """Float activations of few tokens: bf16, int8 and int4 weights."""
     count = copies(n, k)
     x, bias = torch.randn(m, k, device="cuda", dtype=torch.bfloat16), torch.randn(n, device="cuda").bfloat16()
-    scale = torch.rand(n, device="cuda") * 1e-3 + 1e-4
     w16 = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
-    w8 = [torch.randint(-127, 128, (n, k), dtype=torch.int8, device="cuda") for _ in range(count)]
-    w4 = int4_weights(n, k, count)
-    decoded = int4_to_int8(*w4[0], k)
-    want8, want4 = ((x.float() @ w.float().t() * scale + bias.float()).to(x.dtype) for w in (w8[0], decoded))
+    w8, w4 = ([encoded(w, name) for w in w16] for name in ("w8", f"w4g{GROUP}"))
+    packed, scale, groups = w4[0]
+    decoded = int4_to_int8(packed, groups, k)
+    want8, want4 = ((x.float() @ w.float().t() * s + bias.float()).to(x.dtype) for w, s in (w8[0], (decoded, scale)))
     return {
         "bf16": (
             lambda i: F.linear(x, w16[i], bias),
             (x.float() @ w16[0].float().t() + bias.float()).to(x.dtype),
             1e-2,
         ),
-        "w8": (lambda i: int8_weight_linear(x, w8[i], scale, bias), want8, 1e-2),
-        "w4": (lambda i: int4_weight_linear(x, w4[i][0], scale, w4[i][1], bias), want4, 1e-2),
+        "w8": (lambda i: int8_weight_linear(x, *w8[i], bias), want8, 1e-2),
+        "w4": (lambda i: int4_weight_linear(x, *w4[i], bias), want4, 1e-2),
     }
 
 
