@@ -64,7 +64,8 @@ def gpu_timer(device: torch.device, budget: str) -> Timer:
         tensors = _tensors(n, k, spec, device)
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         layers = [_layer(n, k, spec, tensors) for _ in range(min(_COPIES, 1 + int(CACHE_BYTES / size)))]
-        return microseconds(lambda args: args[0](x), [(layer,) for layer in layers]) / 1e3
+        with torch.cuda.device(device):  # graphs and events are of the current one
+            return microseconds(lambda args: args[0](x), [(layer,) for layer in layers]) / 1e3
 
     return measure
 

@@ -17,6 +17,13 @@ def test_a_larger_layer_takes_longer(name: str) -> None:
     assert 0.0 < small < large < 100.0
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_gpu_that_is_not_the_current_one_is_timed() -> None:
+    spec = LayerSpec.parse("w4g64-a8tok-h64")
+    first, second = (gpu_timer(torch.device("cuda", i), "1ms")(ROWS, 4608, 4608, spec) for i in (0, 1))
+    assert 0.5 < first / second < 2.0
+
+
 @pytest.mark.parametrize("name", [f"{weight}-h64" for weight in CANDIDATES])
 def test_a_modulation_layer_is_timed_at_its_own_rows(name: str) -> None:
     timer, spec = gpu_timer(torch.device("cuda"), "1ms"), LayerSpec.parse(name)
