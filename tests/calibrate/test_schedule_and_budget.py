@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 import vdit_quant
 from vdit_quant.calibrate import statistics
-from vdit_quant.calibrate.mixed import allocate_bits, prepare
+from vdit_quant.calibrate.mixed import CANDIDATES, allocate_bits, candidates, prepare
 from vdit_quant.calibrate.pipeline import Options, open_source, plan_source
 from vdit_quant.calibrate.plan import LayerPlan, Plan
 from vdit_quant.calibrate.progress import Progress
@@ -75,6 +76,16 @@ def test_a_budget_is_met_stored_and_loaded(tiny_folder: Path, tmp_path: Path) ->
         layer = layers[name]
         assert isinstance(layer, CompressedLinear)
         assert layer.spec.name == spec
+
+
+@pytest.mark.parametrize(("method", "rotated"), [("gptq", {True, False}), ("rtn", {False})])
+def test_modulation_layers_may_be_rotated_where_that_can_help(method: str, rotated: set[bool]) -> None:
+    layer = LayerPlan("norm1.linear", "modulation", 768, 128, None, LayerSpec.parse("w8"), "", method)
+    offered = candidates(layer)
+    for name in CANDIDATES:
+        assert {spec.hadamard is not None for spec in offered if spec.name.split("-")[0] == name} == rotated
+    core = dataclasses.replace(layer, name="to_q", role="attention", spec=LayerSpec.parse("w4g64-a8tok"))
+    assert len(candidates(core)) == len(CANDIDATES)
 
 
 def test_a_budget_that_cannot_be_read_is_refused_before_anything_runs(tmp_path: Path) -> None:
