@@ -41,6 +41,10 @@ def print_plan(plan: Plan) -> None:
         f"{8 * after / elements:.2f} bits a weight with every scale); "
         f"linear layers kept at 16 bits: {human_bytes(kept)}"
     )
+    if any(layer.is_open for layer in plan.compressed):
+        console.print(
+            "layers that turn out to err less without their rotation (h) lose it; --set rotate=always keeps it"
+        )
 
 
 def print_bit_plan(artifact: Path, plan: Plan) -> None:

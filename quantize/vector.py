@@ -163,20 +163,17 @@ def fit_codebook(vectors: Tensor, importance: Tensor, entries: int, iterations: 
     book = _start(vectors, importance, entries)
     for _ in range(iterations):
         total, mass = torch.zeros_like(book), torch.zeros_like(book)
-        worst: list[tuple[Tensor, Tensor]] = []
+        distances: list[Tensor] = []
         for v, m in _chunks(vectors, importance):
             distance, index = _distance(v, m, book).min(1)
-            distance = distance + (m * v * v).sum(1)
+            distances.append(distance + (m * v * v).sum(1))
             total.index_add_(0, index, m * v)
             mass.index_add_(0, index, m)
-            count = min(entries, len(v))
-            worst.append((distance.topk(count)[0], v[distance.topk(count)[1]]))
         empty = mass.sum(1) <= 0
         moved = torch.where(mass > 0, total / mass.clamp_min(TINY), book)
         if empty.any():
-            far = torch.cat([v for _, v in worst])[torch.cat([d for d, _ in worst]).argsort(descending=True)]
-            count = min(int(empty.sum()), len(far))
-            moved[empty.nonzero()[:count, 0]] = far[:count]
+            count = min(int(empty.sum()), len(vectors))
+            moved[empty.nonzero()[:count, 0]] = vectors[torch.cat(distances).topk(count)[1]]
         book = moved
     return book
 

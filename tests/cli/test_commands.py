@@ -47,6 +47,15 @@ def test_dry_run_prints_the_plan_and_writes_nothing(bits: str, cli: Cli, tiny_fo
     assert not list(Path().iterdir())
 
 
+@pytest.mark.parametrize(("given", "told"), [((), True), (("--set", "rotate=always"), False)])
+def test_dry_run_tells_of_what_calibration_decides(
+    given: tuple[str, ...], told: bool, cli: Cli, tiny_folder: Path
+) -> None:
+    result = cli("calibrate", tiny_folder, "--bits", "w4a8", "--dry-run", *given)
+    assert result.code == 0, result.err
+    assert ("err less without their rotation" in result.out) == told
+
+
 def test_calibrate_writes_one_folder_and_says_where(cli: Cli, tiny_folder: Path) -> None:
     result = cli("calibrate", tiny_folder, "--bits", "w8a8", "-o", "deep/er/out")
     assert result.code == 0, result.err
