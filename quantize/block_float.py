@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.pack import pack_codes, unpack_codes
-from .format import ScalarFormat, TensorLayout, Tensors, group_count, group_of
+from .format import ScalarFormat, TensorLayout, Tensors, group_count
 from .integer import TINY
 from .minifloat import VALUES
 from .spec import FormatSpec
@@ -57,8 +57,8 @@ class BlockFloat(ScalarFormat):
         """float32: what the bits stand for."""
         raise NotImplementedError
 
-    def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
-        size = self._element_scale(scales, spec, columns)
+    def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec) -> Tensor:
+        size = self._element_scale(scales, spec)
         target = (weight / size.clamp_min(TINY)).clamp(-6, 6)
         magnitude = target.abs()
         # round to nearest, ties to the even code: the spacing is .5 below 2, 1 below 4, then 2
@@ -67,8 +67,8 @@ class BlockFloat(ScalarFormat):
         place = torch.bucketize(rounded, table_on(E2M1, weight.device))
         return torch.where(target < 0, place + 8, place).to(torch.int8)
 
-    def dequantize(self, codes: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
-        return table_on(LEVELS, codes.device)[self.index_of(codes)] * self._element_scale(scales, spec, columns)
+    def dequantize(self, codes: Tensor, scales: Tensors, spec: FormatSpec) -> Tensor:
+        return table_on(LEVELS, codes.device)[self.index_of(codes)] * self._element_scale(scales, spec)
 
     def levels(self, scales: Tensors, spec: FormatSpec) -> Tensor:
         size = self.block_scale(scales["weight_block_scale"]) * scales["weight_scale"][:, None]
@@ -88,11 +88,10 @@ class BlockFloat(ScalarFormat):
     def unpack(self, packed: Tensor, k: int) -> Tensor:
         return unpack_codes(packed, k, 4).to(torch.int8)
 
-    def _element_scale(self, scales: Tensors, spec: FormatSpec, columns: slice) -> Tensor:
-        """float32 [N, C]."""
+    def _element_scale(self, scales: Tensors, spec: FormatSpec) -> Tensor:
+        """float32 [N, K]."""
         size = self.block_scale(scales["weight_block_scale"]) * scales["weight_scale"][:, None]
-        k = size.shape[1] * (spec.group_size or 1)
-        return size[:, group_of(k, spec, columns, size.device)]
+        return size.repeat_interleave(spec.group_size or 1, 1)
 
 
 def e8m0_scale(bits: Tensor) -> Tensor:

@@ -124,12 +124,12 @@ class ScalarFormat(Format):
         """What `fit` clips by when not told: a number, or float32 [N, groups]; above 1 where scales are coarse."""
         return 1.0
 
-    def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
-        """weight: float [N, C], the given `columns` of the matrix -> codes int8 [N, C], nearest on the grid."""
+    def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec) -> Tensor:
+        """weight: float [N, K] -> codes int8 [N, K], nearest on the grid."""
         raise NotImplementedError
 
-    def dequantize(self, codes: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
-        """codes: int8 [N, C], the given `columns` -> float32 [N, C]."""
+    def dequantize(self, codes: Tensor, scales: Tensors, spec: FormatSpec) -> Tensor:
+        """codes: int8 [N, K] -> float32 [N, K]."""
         raise NotImplementedError
 
     def levels(self, scales: Tensors, spec: FormatSpec) -> Tensor:
@@ -172,10 +172,9 @@ def group_count(k: int, spec: FormatSpec) -> int:
     return 1 if spec.group_size is None else k // spec.group_size
 
 
-def group_of(k: int, spec: FormatSpec, columns: slice, device: torch.device) -> Tensor:
-    """int64 [C]: the group that each of the given columns of a row of `k` elements belongs to."""
-    index = torch.arange(k, device=device)[columns]
-    return index // (spec.group_size or k)
+def group_of(k: int, spec: FormatSpec, device: torch.device) -> Tensor:
+    """int64 [K]: the group that each element of a row belongs to."""
+    return torch.arange(k, device=device) // (spec.group_size or k)
 
 
 def quantize_activation(x: Tensor, spec: FormatSpec | None) -> Tensor:

@@ -65,7 +65,7 @@ def _gptq(weight: Tensor, gram: Tensor, scales: Tensors, spec: FormatSpec, damp:
     factor = inverse_factor(gram[order][:, order], damp)
     levels = fmt.levels(scales, spec).transpose(0, 1).contiguous()  # [groups, N, L]
     middles = (levels[..., 1:] + levels[..., :-1]) / 2
-    group = group_of(k, spec, slice(None), weight.device)[order]
+    group = group_of(k, spec, weight.device)[order]
     work = weight[:, order].clone()
     codes = torch.empty(n, k, dtype=torch.int64, device=weight.device)
     for start in range(0, k, BLOCK):
@@ -105,7 +105,7 @@ def _refine(codes: Tensor, weight: Tensor, gram: Tensor, scales: Tensors, spec: 
     levels = fmt.levels(scales, spec).transpose(0, 1).contiguous()  # [groups, N, L]
     middles = (levels[..., 1:] + levels[..., :-1]) / 2
     k = weight.shape[1]
-    group = group_of(k, spec, slice(None), weight.device).tolist()
+    group = group_of(k, spec, weight.device).tolist()
     h = gram / gram.diagonal().mean()
     diagonal = h.diagonal().clamp_min(1e-8)
     current = fmt.dequantize(codes, scales, spec)

@@ -29,7 +29,6 @@ from .format import (
     activation_codes,
     activation_ops,
     group_count,
-    group_of,
     quantize_activation,
 )
 from .spec import FormatSpec, LayerSpec
@@ -100,11 +99,11 @@ class GroupedInteger(ScalarFormat):
         keep = (covered <= clipped) | (squares.amax(-1) > LONE * squares.sum(-1))
         return torch.where(keep, 1.0, ratio)
 
-    def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
+    def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec) -> Tensor:
         target = weight / scales["weight_scale"].clamp_min(TINY)[:, None]
         if spec.group_size is None:
             return self._code(target).to(torch.int8)
-        relative = self._relative(scales, spec, columns)
+        relative = self._relative(scales, spec)
         nearest = self._code(target * self.one / relative.clamp_min(1))
         # the levels are rounded to integers, so a neighbour may be nearer than the rounded code
         best, error = nearest, (self._level(nearest, relative) - target).abs_()
@@ -115,11 +114,11 @@ class GroupedInteger(ScalarFormat):
             best, error = torch.where(closer, other, best), torch.where(closer, distance, error)
         return best.to(torch.int8)
 
-    def dequantize(self, codes: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
+    def dequantize(self, codes: Tensor, scales: Tensors, spec: FormatSpec) -> Tensor:
         if spec.group_size is None:
             level = self._value(codes.float())
         else:
-            level = self._level(codes.float(), self._relative(scales, spec, columns))
+            level = self._level(codes.float(), self._relative(scales, spec))
         return level * scales["weight_scale"][:, None]
 
     def levels(self, scales: Tensors, spec: FormatSpec) -> Tensor:
@@ -144,11 +143,9 @@ class GroupedInteger(ScalarFormat):
         ends = torch.maximum(groups.amax(-1) / self._value(self.high), groups.amin(-1) / self._value(self.low))
         return ends.clamp_min(TINY)
 
-    def _relative(self, scales: Tensors, spec: FormatSpec, columns: slice) -> Tensor:
-        """float32 [N, C]: the group scale of every element of the given columns."""
-        table = scales["weight_group_scale"]
-        k = table.shape[1] * (spec.group_size or 1)
-        return table.float()[:, group_of(k, spec, columns, table.device)]
+    def _relative(self, scales: Tensors, spec: FormatSpec) -> Tensor:
+        """float32 [N, K]: the group scale of every element."""
+        return scales["weight_group_scale"].float().repeat_interleave(spec.group_size or 1, 1)
 
     def _value(self, code: Codes) -> Codes:
         """What a code stands for, in steps."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..kernels.codebook_decode import GROUP_SHIFT, codebook_to_int8
 from ..kernels.pack import pack_codes, unpack_codes
 from ..kernels.quant_token_fp4 import quant_token_fp4
-from .format import ScalarFormat, TensorLayout, Tensors, activation_ops, group_count, group_of, row_gain
+from .format import ScalarFormat, TensorLayout, Tensors, activation_ops, group_count, row_gain
 from .integer import TINY, int8_form_linear
 from .spec import FormatSpec, LayerSpec
 
@@ -98,21 +98,16 @@ class Minifloat(ScalarFormat):
             for name, t in first.items()
         }
 
-    def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
+    def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec) -> Tensor:
         levels = self._levels(scales, spec)  # [N, G, 15], integers
         target = weight / scales["weight_scale"].clamp_min(TINY)[:, None]
-        index = torch.empty(target.shape, dtype=torch.int64, device=target.device)
-        group = group_of(self._width(scales, spec, columns, weight), spec, columns, weight.device)
         middles = (levels[..., 1:] + levels[..., :-1]) / 2
-        for number in group.unique().tolist() if target.device.type != "meta" else []:
-            own = group == number
-            index[:, own] = torch.searchsorted(middles[:, number].contiguous(), target[:, own].contiguous())
-        return self.codes_of(index)
+        index = torch.searchsorted(middles, target.reshape(*levels.shape[:2], -1))
+        return self.codes_of(index.view(target.shape))
 
-    def dequantize(self, codes: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
+    def dequantize(self, codes: Tensor, scales: Tensors, spec: FormatSpec) -> Tensor:
         levels = self._levels(scales, spec)
-        group = group_of(self._width(scales, spec, columns, codes), spec, columns, codes.device)
-        level = levels[:, group].gather(2, self.index_of(codes)[..., None])[..., 0]
+        level = levels.gather(2, self.index_of(codes).view(*levels.shape[:2], -1)).view(codes.shape)
         return level * scales["weight_scale"][:, None]
 
     def levels(self, scales: Tensors, spec: FormatSpec) -> Tensor:
@@ -191,12 +186,6 @@ class Minifloat(ScalarFormat):
             return table[:, None].float()
         relative = scales["weight_group_scale"].float()[..., None]
         return torch.floor((table[:, None] * relative + ONE // 2) / ONE)
-
-    def _width(self, scales: Tensors, spec: FormatSpec, columns: slice, part: Tensor) -> int:
-        """K, as far as the groups of the columns depend on it."""
-        if spec.group_size is not None:
-            return scales["weight_group_scale"].shape[1] * spec.group_size
-        return columns.stop or part.shape[1]
 
 
 class _Given(Minifloat):

@@ -33,11 +33,11 @@ class Fp8(ScalarFormat):
         amax = weight.float().abs().amax(1, keepdim=True) * clip
         return {"weight_scale": (amax / LIMIT).clamp_min(TINY)[:, 0]}
 
-    def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
+    def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec) -> Tensor:
         codes = (weight.float() / scales["weight_scale"][:, None]).clamp_(-LIMIT, LIMIT).to(E4M3).view(torch.int8)
         return codes.masked_fill_(codes == -128, 0)
 
-    def dequantize(self, codes: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
+    def dequantize(self, codes: Tensor, scales: Tensors, spec: FormatSpec) -> Tensor:
         return codes.contiguous().view(E4M3).float() * scales["weight_scale"][:, None]
 
     def levels(self, scales: Tensors, spec: FormatSpec) -> Tensor:

@@ -29,10 +29,10 @@ class Int8(ScalarFormat):
         amax = weight.float().abs().amax(1, keepdim=True) * clip
         return {"weight_scale": (amax / 127).clamp_min(TINY)[:, 0]}
 
-    def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
+    def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec) -> Tensor:
         return (weight / scales["weight_scale"][:, None]).round_().clamp_(-127, 127).to(torch.int8)
 
-    def dequantize(self, codes: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
+    def dequantize(self, codes: Tensor, scales: Tensors, spec: FormatSpec) -> Tensor:
         return codes.float() * scales["weight_scale"][:, None]
 
     def levels(self, scales: Tensors, spec: FormatSpec) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...kernels.pack import pack_codes, unpack_codes
-from ..format import ScalarFormat, TensorLayout, Tensors, group_of, quantize_activation
+from ..format import ScalarFormat, TensorLayout, Tensors, quantize_activation
 from ..integer import TINY
 from ..spec import FormatSpec, LayerSpec
 from ..table import table_on
@@ -46,13 +46,13 @@ class Nf4(ScalarFormat):
     def fit(self, weight: Tensor, spec: FormatSpec, clip: Tensor | float = 1.0) -> Tensors:
         return {"weight_absmax": weight.float().reshape(len(weight), -1, 64).abs().amax(-1) * clip}
 
-    def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
+    def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec) -> Tensor:
         levels = table_on(LEVELS, weight.device)
-        size = self._size(scales, spec, columns)
+        size = _element_scale(scales)
         return torch.bucketize(weight.float() / size.clamp_min(TINY), (levels[1:] + levels[:-1]) / 2).to(torch.int8)
 
-    def dequantize(self, codes: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
-        return table_on(LEVELS, codes.device)[codes.long()] * self._size(scales, spec, columns)
+    def dequantize(self, codes: Tensor, scales: Tensors, spec: FormatSpec) -> Tensor:
+        return table_on(LEVELS, codes.device)[codes.long()] * _element_scale(scales)
 
     def levels(self, scales: Tensors, spec: FormatSpec) -> Tensor:
         size = scales["weight_absmax"]
@@ -84,9 +84,10 @@ class Nf4(ScalarFormat):
         )  # fmt: skip
         return F.linear(x, library.dequantize_4bit(weight.view(-1, 1), state), bias)
 
-    def _size(self, scales: Tensors, spec: FormatSpec, columns: slice) -> Tensor:
-        size = scales["weight_absmax"]
-        return size[:, group_of(size.shape[1] * 64, spec, columns, size.device)]
+
+def _element_scale(scales: Tensors) -> Tensor:
+    """float32 [N, K]."""
+    return scales["weight_absmax"].repeat_interleave(64, 1)
 
 
 def _swap(packed: Tensor) -> Tensor:

@@ -47,12 +47,12 @@ class Ternary(ScalarFormat):
             scale = (size * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp_min(1)
         return {"weight_scale": (scale * clip)[:, 0]}
 
-    def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
+    def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec) -> Tensor:
         scale = scales["weight_scale"][:, None]
         usable = torch.where(scale.abs() > TINY, scale, float("inf"))  # a row whose scale is zero is zeros
         return (weight.float() / usable).round().clamp(-1, 1).to(torch.int8)
 
-    def dequantize(self, codes: Tensor, scales: Tensors, spec: FormatSpec, columns: slice = slice(None)) -> Tensor:
+    def dequantize(self, codes: Tensor, scales: Tensors, spec: FormatSpec) -> Tensor:
         return codes.float() * scales["weight_scale"][:, None]
 
     def levels(self, scales: Tensors, spec: FormatSpec) -> Tensor:

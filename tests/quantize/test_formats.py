@@ -181,21 +181,6 @@ def test_a_group_that_does_not_fit_says_what_would(fmt_spec: FormatSpec) -> None
 
 
 @every
-def test_column_slices_agree_with_the_whole(fmt_spec: FormatSpec) -> None:
-    fmt, weight = fmt_spec.resolve(), _weight(6, 128)
-    if not isinstance(fmt, ScalarFormat):
-        pytest.skip("not rounded element by element")
-    scales = fmt.fit(weight, fmt_spec)
-    whole = fmt.quantize(weight, scales, fmt_spec)
-    for columns in (slice(0, 1), slice(60, 70), slice(127, 128), slice(0, 128)):
-        part = fmt.quantize(weight[:, columns], scales, fmt_spec, columns)
-        assert torch.equal(part, whole[:, columns])
-        decoded = fmt.dequantize(part, scales, fmt_spec, columns)
-        assert torch.equal(decoded, fmt.dequantize(whole, scales, fmt_spec)[:, columns])
-    assert torch.equal(fmt.unpack(fmt.pack(whole), 128), whole)
-
-
-@every
 def test_rounding_goes_to_the_nearest_level(fmt_spec: FormatSpec) -> None:
     fmt, weight = fmt_spec.resolve(), _weight(6, 128)
     if not isinstance(fmt, ScalarFormat):

@@ -17,7 +17,7 @@ def _by_columns(weight: Tensor, gram: Tensor, scales: Tensors, spec: FormatSpec,
     assert isinstance(fmt, ScalarFormat)
     order = gram.diagonal().argsort(descending=True) if act_order else torch.arange(K)
     factor = inverse_factor(gram[order][:, order], 0.01).double()
-    levels, group = fmt.levels(scales, spec).double(), group_of(K, spec, slice(None), weight.device)
+    levels, group = fmt.levels(scales, spec).double(), group_of(K, spec, weight.device)
     work, index = weight.double(), torch.empty(N, K, dtype=torch.int64)
     for j, column in enumerate(order.tolist()):
         own = levels[:, group[column]]
