@@ -24,11 +24,10 @@ from vdit_quant.evaluate.metrics import sample_psnr
 from vdit_quant.evaluate.sampling import Sampler, Workload, make_sampler
 from vdit_quant.quantize.allocate import LayerCandidates
 from vdit_quant.quantize.format import Tensors
-from vdit_quant.quantize.layer import settled_spec
 from vdit_quant.quantize.method import FloatLayer, resolve_method
 from vdit_quant.quantize.spec import LayerSpec
 from vdit_quant.quantize.stats import LayerStats
-from vdit_quant.runtime.attach import attach, detach, linear_layers
+from vdit_quant.runtime.attach import attach_settled, detach, linear_layers
 from vdit_quant.runtime.demo import demo_path
 from vdit_quant.runtime.family import block_of
 from vdit_quant.runtime.load import linear_shapes, pick_device
@@ -162,10 +161,9 @@ class Worker(Model):
                 self.references[work.seed] = self.sampler.run(work).images
         full = [call.run(self.model) for call in self.calls]
         plans = {layer.name: layer for layer, _ in self.offered}
-        asked = {name: LayerSpec.parse(spec) for name, spec in layers.items()}
-        tensors = {name: self.tensors_of(plans[name], spec) for name, spec in asked.items()}
-        specs = {name: settled_spec(spec, tensors[name]) for name, spec in asked.items()}
-        originals = attach(self.model, specs, tensors)
+        specs = {name: LayerSpec.parse(spec) for name, spec in layers.items()}
+        tensors = {name: self.tensors_of(plans[name], spec) for name, spec in specs.items()}
+        originals = attach_settled(self.model, specs, tensors)
         try:
             rows = sum(map(len, full))
             error = sum(relative_error(c.run(self.model), r) * len(r) for c, r in zip(self.calls, full, strict=True))

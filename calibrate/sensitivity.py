@@ -25,9 +25,9 @@ from ..evaluate.sampling import Sampler, Workload
 from ..quantize.allocate import QUALITY, Candidate, LayerCandidates
 from ..quantize.errors import InputError
 from ..quantize.format import Tensors
-from ..quantize.layer import check_shape, layer_bytes, settled_spec
+from ..quantize.layer import check_shape, layer_bytes
 from ..quantize.spec import LayerSpec
-from ..runtime.attach import attach, detach
+from ..runtime.attach import attach_settled, detach
 from ..runtime.family import Family
 from .drift import Drift
 from .plan import LayerPlan
@@ -224,8 +224,7 @@ def measure_samples(
             group = scoring.group_of(layer.name)
             metric, row = scoring.metrics.get(group), Scores()
             for spec in specs:
-                tensors = compress(layer, spec)
-                originals = attach(model, {layer.name: settled_spec(spec, tensors)}, {layer.name: tensors})
+                originals = attach_settled(model, {layer.name: spec}, {layer.name: compress(layer, spec)})
                 try:
                     images = sampler.run(workload).images
                 finally:
@@ -246,7 +245,7 @@ def _error(
     replay: Replay, layer: LayerPlan, spec: LayerSpec, tensors: Tensors, scoring: Scoring
 ) -> tuple[float, Tensor | None]:
     group = scoring.group_of(layer.name)
-    originals = attach(replay.model, {layer.name: settled_spec(spec, tensors)}, {layer.name: tensors})
+    originals = attach_settled(replay.model, {layer.name: spec}, {layer.name: tensors})
     try:
         error, effect = scoring.score(group, list(replay.outputs()))
     finally:

@@ -12,8 +12,7 @@ from ..evaluate.sampling import Sampler, Workload
 from ..quantize.allocate import Budget, LayerCandidates, allocate
 from ..quantize.bit_plan import BitPlan
 from ..quantize.format import Tensors
-from ..quantize.layer import settled_spec
-from ..runtime.attach import attach, detach
+from ..runtime.attach import attach_settled, detach
 from .plan import LayerPlan
 from .progress import Progress
 from .sensitivity import Compress
@@ -62,8 +61,7 @@ def try_plans(
             if key not in held:
                 held[key] = compress(layer, plan.spec_of(layer.name))
         tensors = {name: held[name, spec] for name, spec in plan.layers.items()}
-        specs = {name: settled_spec(plan.spec_of(name), tensors[name]) for name in plan.layers}
-        originals = attach(sampler.denoiser, specs, tensors)
+        originals = attach_settled(sampler.denoiser, {name: plan.spec_of(name) for name in plan.layers}, tensors)
         try:
             scores.append(sample_psnr(sampler.run(workload).images, reference))
         finally:

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..quantize.errors import unknown
 from ..quantize.format import Tensors
-from ..quantize.layer import check_shape
+from ..quantize.layer import check_shape, settled_spec
 from ..quantize.spec import LayerSpec
 from .linear import CompressedLinear
 
@@ -47,6 +47,13 @@ def attach(
         model.set_submodule(name, new)
         originals[name] = old
     return originals
+
+
+def attach_settled(
+    model: nn.Module, specs: Mapping[str, LayerSpec], tensors: Mapping[str, Tensors]
+) -> dict[str, nn.Linear]:
+    """`attach` of what methods made of these specs, which may lack a rotation that a method has left out."""
+    return attach(model, {name: settled_spec(spec, tensors[name]) for name, spec in specs.items()}, tensors)
 
 
 def detach(model: nn.Module, originals: Mapping[str, nn.Linear]) -> None:

@@ -186,15 +186,16 @@ def device_of(leaves: list[Any]) -> torch.device:
 
 def capture_key(leaves: list[Any], tree: Any, state: bool = False) -> Any:
     """What a graph of a call with these arguments is captured for; None when it cannot be captured."""
-    devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor)}
-    if len(devices) != 1 or devices.pop().type != "cuda":
-        return None
     parts: list[Any] = []
+    device: torch.device | None = None
     for leaf in leaves:
         if isinstance(leaf, Tensor):
+            if leaf.device.type != "cuda" or device not in (None, leaf.device):
+                return None
+            device = leaf.device
             parts.append((tuple(leaf.shape), leaf.dtype, leaf.device))
         elif isinstance(leaf, PLAIN):
             parts.append((type(leaf), leaf))
         else:
             return None
-    return tree, tuple(parts), state
+    return None if device is None else (tree, tuple(parts), state)

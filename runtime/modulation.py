@@ -75,12 +75,11 @@ class Modulation:
 
     def _join(self, layers: list[CompressedLinear]) -> None:
         """Makes the parts; none where a layer quantises or scales the embedding, or rotations of a kind differ."""
-        kinds = list({layer.spec.hadamard: layer for layer in layers}.values())
-        first = {layer.spec.hadamard: number for number, layer in enumerate(kinds)}
-        numbers = [first[layer.spec.hadamard] for layer in layers]
-        alike = all(reads_alike(kinds[i], layer) for i, layer in zip(numbers, layers, strict=True))
+        kinds = list(dict.fromkeys(layer.spec.hadamard for layer in layers))
+        numbers = [kinds.index(layer.spec.hadamard) for layer in layers]
+        self.rotations, self.inputs = [layers[numbers.index(kind)] for kind in range(len(kinds))], []
+        alike = all(reads_alike(self.rotations[i], layer) for i, layer in zip(numbers, layers, strict=True))
         self.parts = merge(tuple(layers)) if alike and all(map(_is_weight_only, layers)) else []
-        self.rotations, self.inputs = kinds, []
         for part in self.parts:
             self.inputs.append(numbers[0])
             del numbers[: len(part.sizes)]

@@ -181,6 +181,15 @@ def test_a_group_that_does_not_fit_says_what_would(fmt_spec: FormatSpec) -> None
 
 
 @every
+def test_packing_is_undone_exactly(fmt_spec: FormatSpec) -> None:
+    fmt, weight = fmt_spec.resolve(), _weight(6, 128)
+    if not isinstance(fmt, ScalarFormat):
+        pytest.skip("not rounded element by element")
+    whole = fmt.quantize(weight, fmt.fit(weight, fmt_spec), fmt_spec)
+    assert torch.equal(fmt.unpack(fmt.pack(whole), 128), whole)
+
+
+@every
 def test_rounding_goes_to_the_nearest_level(fmt_spec: FormatSpec) -> None:
     fmt, weight = fmt_spec.resolve(), _weight(6, 128)
     if not isinstance(fmt, ScalarFormat):
