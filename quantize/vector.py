@@ -167,8 +167,9 @@ def fit_codebook(vectors: Tensor, importance: Tensor, entries: int, iterations: 
         for v, m in _chunks(vectors, importance):
             distance, index = _distance(v, m, book).min(1)
             distances.append(distance + (m * v * v).sum(1))
-            total.index_add_(0, index, m * v)
-            mass.index_add_(0, index, m)
+            # on a GPU index_add_ adds in another order every time
+            total.index_put_((index,), m * v, accumulate=True)
+            mass.index_put_((index,), m, accumulate=True)
         empty = mass.sum(1) <= 0
         moved = torch.where(mass > 0, total / mass.clamp_min(TINY), book)
         if empty.any():

@@ -10,6 +10,7 @@ logged once.
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import logging
 from collections import OrderedDict
@@ -148,6 +149,19 @@ def aside(device: torch.device) -> Iterator[None]:
         torch.cuda.current_stream().wait_stream(stream)
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Python's garbage collector waits: it may free another graph, which is not permitted while a stream is captured
+    and ends the capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def capture_call(
     call: Callable[[Any], Any], leaves: list[Any], tree: Any, warmup: int = 0, pool: Any = None
 ) -> Capture:
@@ -160,7 +174,7 @@ def capture_call(
             for _ in range(warmup):
                 call(batch)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=_side_stream(device)):
+    with torch.cuda.device(device), _uncollected(), torch.cuda.graph(graph, pool=pool, stream=_side_stream(device)):
         outputs = call(batch)
     return Capture(graph, [leaf for leaf in inputs if isinstance(leaf, Tensor)], outputs)
 

@@ -52,7 +52,7 @@ ADDED = (
 )
 """Tiles of `int8_linear_add`: their store buffers hold the residual of the whole tile."""
 
-GROUPS = (2, 4, 8)
+GROUPS = (2, 4, 8, 16)
 """Tile rows that share the second-level cache, worth measuring."""
 
 

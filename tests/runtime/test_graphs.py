@@ -1,5 +1,7 @@
 """CUDA-graph replay: the same numbers, one capture a shape, and never a stale one."""
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -117,6 +119,38 @@ def test_old_shapes_are_dropped_beyond_the_limit() -> None:
     for batch in (1, 2, 3):
         model(torch.ones(batch, 8, device="cuda"), t)
     assert len(graphed(model)._graphs) == 2
+
+
+class Dropping(Denoiser):
+    """Lets go of other models while it is captured, and gives Python's garbage collector cause to free them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others: list[nn.Module] = []
+
+    def forward(self, x: Tensor, timestep: Tensor, scale: float = 1.0, extra: object = None) -> tuple[Tensor, ...]:
+        if torch.cuda.is_current_stream_capturing():
+            self.others.clear()
+            extra = [[] for _ in range(100_000)]
+        return super().forward(x, timestep, scale, extra)
+
+
+@cuda
+@torch.no_grad()
+def test_a_graph_that_nobody_keeps_does_not_end_the_capture_of_another() -> None:
+    x, t = torch.randn(2, 8, device="cuda"), torch.zeros(1, device="cuda")
+    gc.collect()
+    gc.freeze()  # collections are rarer the more there is
+    try:
+        other, model = replay_graphs(Denoiser().cuda()), replay_graphs(Dropping().cuda())
+        other(x, t)
+        model.others.append(other)
+        del other  # from now on reachable from itself alone, once the list is cleared
+        model(x, t)
+    finally:
+        gc.unfreeze()
+    assert graphed(model).captures == 1
+    assert graphed(model).failure is None
 
 
 @cuda
