@@ -56,8 +56,10 @@ class LayerPlan:
     @property
     def is_open(self) -> bool:
         """Whether the method decides on a part of the spec when it sees the layer's statistics."""
-        rotated = self.spec is not None and self.spec.hadamard is not None
-        return rotated and self.full_params().get("rotate") == "search"
+        if self.spec is None:
+            return False
+        method, params = resolve_method(self.method, self.params)
+        return method.is_open(self.spec, params)
 
     def settled(self, stored: Container[str]) -> LayerPlan:
         """The plan with the spec that the layer's stored tensors have."""

@@ -43,6 +43,10 @@ class Method:
         """
         return spec
 
+    def is_open(self, spec: LayerSpec, params: dict[str, Any]) -> bool:
+        """Whether `compress` decides on a part of this completed spec, as `settled_spec` then reads it."""
+        return False
+
     def block_steps(self, params: dict[str, Any]) -> int:
         """Steps that a block is trained for once its layers are compressed; 0: it is not."""
         return 0

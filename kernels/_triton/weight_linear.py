@@ -19,9 +19,10 @@ from torch import Tensor
 from .. import launch_table
 from ..quant_token import FLOATS
 from .int4_decode import decode, group_of
+from .int4_floats import int4_floats
 from .int4_linear import matmul_decoding
 from .int8_linear import dot_dtype, matmul_weight_only
-from .tiles import await_inputs, overlap, rows_contiguous, store_scaled
+from .tiles import COMPILED, await_inputs, cuda_capability_geq, overlap, rows_contiguous, store_scaled
 
 TUNABLE = ("int8_weight_linear",)
 
@@ -68,12 +69,15 @@ def small_weight_kernel(
 def nibbles_dot(acc, packed, x, scale, GROUPED: tl.constexpr, FLOAT: tl.constexpr, DOT: tl.constexpr):
     """acc + w @ x for packed [BN, B] bytes of two codes and x [B, BM] words of two channels: the even channels and the
     odd ones are a product each, so that no code has to change its place."""
-    signed = packed.to(tl.int8, bitcast=True)
-    low = (signed << 4) >> 4
-    high = signed >> 4
-    if GROUPED:
-        low = ((low.to(tl.int16) * scale[:, None] + 8) >> 4).to(tl.int8)
-        high = ((high.to(tl.int16) * scale[:, None] + 8) >> 4).to(tl.int8)
+    if COMPILED and cuda_capability_geq(8, 0):
+        low, high = int4_floats(packed, scale, GROUPED, DOT == tl.bfloat16)  # noqa: SIM300
+    else:
+        signed = packed.to(tl.int8, bitcast=True)
+        low = (signed << 4) >> 4
+        high = signed >> 4
+        if GROUPED:
+            low = ((low * scale[:, None] + 8) >> 4).to(tl.int8)
+            high = ((high * scale[:, None] + 8) >> 4).to(tl.int8)
     even = x.to(tl.int16).to(FLOAT, bitcast=True)
     odd = (x >> 16).to(tl.int16).to(FLOAT, bitcast=True)
     acc = tl.dot(low.to(DOT), even.to(DOT), acc, input_precision="ieee")
@@ -101,9 +105,9 @@ def small_int4_kernel(
         for u in tl.static_range(UNROLL):
             packed = tl.load(w_at + u * (STEP // 2), eviction_policy="evict_first")
             x = tl.load(x_at + u * (STEP // 2), mask=inside, other=0, cache_modifier=".ca")
-            scale = rn.to(tl.int16)
+            scale = rn.to(tl.int32)
             if GROUP > 0:
-                scale = tl.load(group_at + u).to(tl.int16)
+                scale = tl.load(group_at + u).to(tl.int32)
             acc = nibbles_dot(acc, packed, x, scale, GROUP > 0, x_ptr.dtype.element_ty, DOT)
         x_at += STEP // 2 * UNROLL
         w_at += STEP // 2 * UNROLL
@@ -190,7 +194,7 @@ def small_int4_options(m: int, n: int, k: int, group: int) -> dict[str, int] | N
     step = group or 64
     if m > SMALL or step < 32 or k % step:
         return None
-    unroll = next(u for u in (4, 3, 2, 1) if k % (step * u) == 0)
+    unroll = next(u for u in (2, 3, 1) if k % (step * u) == 0)
     # a program decodes about as fast as the others let it, however wide: as many as fill the GPU
     wide, warps = (64, 4) if m > ALIKE else (64 if n > 1 << 16 else 32, 2)
     return {"STEP": step, "UNROLL": unroll, "BN": wide, "num_warps": warps, "num_stages": 3}

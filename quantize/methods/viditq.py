@@ -43,6 +43,9 @@ class ViditQ(Method):
         online = choices.smooth != "none" and not (choices.fold and foldable)
         return dataclasses.replace(spec, pre_scale=spec.pre_scale or online)
 
+    def is_open(self, spec: LayerSpec, params: dict[str, Any]) -> bool:
+        return spec.hadamard is not None and _choices(params).rotate == "search"
+
     def needs(self, params: dict[str, Any]) -> frozenset[str]:
         return _choices(params).needs()
 

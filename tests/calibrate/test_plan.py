@@ -42,6 +42,24 @@ def test_bytes_count_every_scale(tiny_dit: Dit) -> None:
     assert kept.bytes_after == kept.bytes_before
 
 
+@pytest.mark.parametrize(
+    ("written", "params", "is_open"),
+    [
+        ("w4g64-a8tok", {}, True),
+        ("w4g64-a8tok", {"rotate": "always"}, False),
+        ("w4g64-a8tok", {"hadamard": 0}, False),
+        ("w4g64-a8tok-h64", {"hadamard": 0}, False),
+    ],
+)
+def test_a_spec_is_open_where_the_rotation_is_searched_for(
+    written: str, params: dict[str, Any], is_open: bool, tiny_dit: Dit
+) -> None:
+    step = {"method": "viditq", "spec": written, "roles": ["attention"], "params": params}
+    plan = _plan(tiny_dit(), Recipe.from_dict({"step": [step]}, "mine"))
+    assert {layer.is_open for layer in plan.compressed} == {is_open}
+    assert not any(layer.is_open for layer in plan.layers if layer.spec is None)
+
+
 def test_keep_wins_over_the_recipe(tiny_dit: Dit) -> None:
     recipe = load_shipped("w4a8").with_keep(("transformer_blocks.0.*", "*.to_v"))
     plan = _plan(tiny_dit(), recipe)

@@ -84,13 +84,15 @@ def interpreter_equals_reference(m: int, k: int, n: int, group: int | None, make
         assert relative_rms(got, int4_weight_linear(*args)) < TOLERANCE[dtype]
 
 
+def _every_code_with_every_group_scale(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """A packed weight [256, 8192], a row for each pair of codes, and the scales of its groups, all 256 in each row."""
+    row = torch.arange(256, dtype=torch.int32, device=device).to(torch.uint8)
+    return row[:, None].expand(-1, 4096).contiguous(), row.expand(256, -1).contiguous()
+
+
 def interpreter_every_code_with_every_group_scale() -> None:
-    packed = torch.arange(256, dtype=torch.uint8).repeat_interleave(64).view(-1, 64).repeat(1, 4)
-    every = torch.arange(16384, dtype=torch.int32).remainder(256).to(torch.uint8)
-    group_scale = every.view(256, 64)[:, :4].contiguous()
-    for shift in range(0, 256, 64):
-        args = (packed, group_scale + shift, 512)
-        assert torch.equal(run_twin("int4_to_int8", *args), int4_to_int8(*args))
+    args = (*_every_code_with_every_group_scale(), 8192)
+    assert torch.equal(run_twin("int4_to_int8", *args), int4_to_int8(*args))
 
 
 def interpreter_empty_batches(make_layer) -> None:
@@ -120,6 +122,20 @@ def cuda_equals_reference(k: int, n: int, group: int | None, make_layer) -> None
             args = (x, a.packed, a.weight_scale, a.group_scale, a.bias)
             want = x.double() @ decoded.double().t() * a.weight_scale.double() + a.bias
             assert_as_good_as(module._weight_only_reference(*args), int4_weight_linear(*args), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grouped", [False, True])
+def cuda_few_tokens_meet_every_code_with_every_group_scale(grouped: bool, dtype: torch.dtype) -> None:
+    packed, every = _every_code_with_every_group_scale("cuda")
+    group_scale = every if grouped else None
+    decoded = module._decode_reference(packed, group_scale, 8192).to(dtype)
+    ones = torch.ones(256, device="cuda")
+    first_of_groups = torch.arange(0, 8192, 32, device="cuda")
+    for channels in (first_of_groups[:, None] + torch.arange(8, device="cuda")).view(-1, 16):  # every place in a word
+        x = torch.zeros(16, 8192, dtype=dtype, device="cuda")
+        x[torch.arange(16, device="cuda"), channels] = 1
+        assert torch.equal(int4_weight_linear(x, packed, ones, group_scale, None), decoded[:, channels].T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
