@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.pack import pack_codes, unpack_codes
+from ..kernels.quant_token_fp4 import round_to_e2m1
 from .format import ScalarFormat, TensorLayout, Tensors, group_count
 from .integer import TINY
 from .minifloat import VALUES
@@ -25,6 +26,7 @@ from .table import table_on
 
 E2M1 = tuple(VALUES["e2m1"])
 LEVELS = (*(-value for value in E2M1[:0:-1]), *E2M1)
+HALVES = tuple(2 * value for value in E2M1)
 E4M3_LARGEST = 448.0
 _BIAS = 127
 
@@ -58,21 +60,24 @@ class BlockFloat(ScalarFormat):
         raise NotImplementedError
 
     def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec) -> Tensor:
-        size = self._element_scale(scales, spec)
-        target = (weight / size.clamp_min(TINY)).clamp(-6, 6)
-        magnitude = target.abs()
-        # round to nearest, ties to the even code: the spacing is .5 below 2, 1 below 4, then 2
-        step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
-        rounded = (magnitude / step).round() * step
-        place = torch.bucketize(rounded, table_on(E2M1, weight.device))
-        return torch.where(target < 0, place + 8, place).to(torch.int8)
+        halves = self._halves(weight, scales).view(weight.shape)
+        place = torch.bucketize(halves.abs(), table_on(HALVES, weight.device))
+        return torch.where(weight < 0, place + 8, place).to(torch.int8)
 
     def dequantize(self, codes: Tensor, scales: Tensors, spec: FormatSpec) -> Tensor:
-        return table_on(LEVELS, codes.device)[self.index_of(codes)] * self._element_scale(scales, spec)
+        size = self._element_scale(scales)
+        levels = table_on(LEVELS, codes.device)[self.index_of(codes)]
+        return (levels.view(*size.shape[:2], -1) * size).view(codes.shape)
+
+    def round(self, x: Tensor, spec: FormatSpec) -> Tensor:
+        return self.round_with(x, self.fit(x, spec))
+
+    def round_with(self, weight: Tensor, scales: Tensors) -> Tensor:
+        """float32 [N, K]: `dequantize` of `quantize`, in fewer steps."""
+        return (self._halves(weight, scales) * (self._element_scale(scales) / 2)).view(weight.shape)
 
     def levels(self, scales: Tensors, spec: FormatSpec) -> Tensor:
-        size = self.block_scale(scales["weight_block_scale"]) * scales["weight_scale"][:, None]
-        return table_on(LEVELS, size.device) * size[..., None]
+        return table_on(LEVELS, scales["weight_scale"].device) * self._element_scale(scales)
 
     def codes_of(self, index: Tensor) -> Tensor:
         place = index - 7
@@ -88,10 +93,14 @@ class BlockFloat(ScalarFormat):
     def unpack(self, packed: Tensor, k: int) -> Tensor:
         return unpack_codes(packed, k, 4).to(torch.int8)
 
-    def _element_scale(self, scales: Tensors, spec: FormatSpec) -> Tensor:
-        """float32 [N, K]."""
-        size = self.block_scale(scales["weight_block_scale"]) * scales["weight_scale"][:, None]
-        return size.repeat_interleave(spec.group_size or 1, 1)
+    def _halves(self, weight: Tensor, scales: Tensors) -> Tensor:
+        """float32 [N, G, g]: the nearest elements, times 2."""
+        size = self._element_scale(scales)
+        return round_to_e2m1(weight.float().reshape(*size.shape[:2], -1) / size.clamp_min(TINY) * 2)
+
+    def _element_scale(self, scales: Tensors) -> Tensor:
+        """float32 [N, G, 1]."""
+        return (self.block_scale(scales["weight_block_scale"]) * scales["weight_scale"][:, None])[..., None]
 
 
 def e8m0_scale(bits: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ class Mxfp4(BlockFloat):
         errors = []
         for ratio in (1.0, 2.0):
             scales = self.fit(weight, spec, ratio)
-            error = self.dequantize(self.quantize(weight.float(), scales, spec), scales, spec) - weight
-            errors.append(error.double().square().reshape(len(weight), -1, spec.group_size or 32).sum(-1))
+            error = (self.round_with(weight, scales) - weight).reshape(*scales["weight_block_scale"].shape, -1)
+            errors.append(error.double().square().sum(-1))
         return torch.where(errors[1] < errors[0], 2.0, 1.0)
 
     def block_scale(self, bits: Tensor) -> Tensor:
