@@ -280,6 +280,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("spec", specs, ids=[spec.name for spec in specs])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what is marked `gpus(n)` on a machine with fewer."""
+    there = torch.cuda.device_count()
+    for item in items:
+        wanted = max((mark.args[0] for mark in item.iter_markers("gpus")), default=0)
+        if wanted > there:
+            item.add_marker(pytest.mark.skip(reason=f"GPUs: {wanted} needed, {there} visible to torch"))
+
+
 @pytest.fixture(scope="session")
 def random_layer() -> Callable[..., dict[str, torch.Tensor]]:
     """Random tensors of `layer_layout(n, k, spec)`, the weight through its format's encode."""

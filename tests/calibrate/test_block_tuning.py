@@ -191,7 +191,7 @@ def test_training_beside_folded_scales_is_refused(tiny_folder: Path, tmp_path: P
         vdit_quant.compress(tiny_folder, tmp_path / "out", recipe=recipe, steps=3, samples=2, device="cpu")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpus(1)
 def test_training_by_cuda_graphs_ends_where_plain_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
     from vdit_quant.calibrate import block_tuning
 

@@ -9,9 +9,6 @@ from torch import Tensor, nn
 from vdit_quant.calibrate import captured_step
 from vdit_quant.calibrate.captured_step import LIMIT, WARMUP, CapturedStep
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-
 
 class Trainer:
     """Least squares by Adam; counts the batches that its weights have seen."""
@@ -73,8 +70,8 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is_and_says_so_once(
     ]
 
 
-@cuda
-@pytest.mark.parametrize("device", ["cuda", pytest.param("cuda:1", marks=two)])
+@pytest.mark.gpus(1)
+@pytest.mark.parametrize("device", ["cuda", pytest.param("cuda:1", marks=pytest.mark.gpus(2))])
 def test_captured_steps_train_as_plain_ones_do(device: str) -> None:
     trainer, plain = Trainer(device), Trainer(device)
     run = CapturedStep(trainer.step)
@@ -86,7 +83,7 @@ def test_captured_steps_train_as_plain_ones_do(device: str) -> None:
     assert run.captures == 2
 
 
-@cuda
+@pytest.mark.gpus(1)
 def test_beyond_the_limit_no_more_graphs_are_kept() -> None:
     trainer = Trainer("cuda")
     run = CapturedStep(trainer.step)

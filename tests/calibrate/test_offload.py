@@ -143,7 +143,7 @@ def test_a_model_object_and_trained_blocks_are_refused(tiny_dit: Callable[..., A
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch")
+@pytest.mark.gpus(1)
 def test_the_gpu_holds_one_block_and_gives_the_same_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     common = {**FAST, "device": "cuda"}
     whole = vdit_quant.compress(None, tmp_path / "whole", **common)

@@ -7,7 +7,7 @@ from vdit_quant.calibrate.mixed import CANDIDATES
 from vdit_quant.calibrate.timing import MODULATION_ROWS, ROWS, gpu_timer
 from vdit_quant.quantize.spec import LayerSpec
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch")
+pytestmark = pytest.mark.gpus(1)
 
 
 @pytest.mark.parametrize("name", [f"{weight}-a8tok-h64" for weight in CANDIDATES])
@@ -17,7 +17,7 @@ def test_a_larger_layer_takes_longer(name: str) -> None:
     assert 0.0 < small < large < 100.0
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.gpus(2)
 def test_a_gpu_that_is_not_the_current_one_is_timed() -> None:
     spec = LayerSpec.parse("w4g64-a8tok-h64")
     first, second = (gpu_timer(torch.device("cuda", i), "1ms")(ROWS, 4608, 4608, spec) for i in (0, 1))

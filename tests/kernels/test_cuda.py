@@ -11,7 +11,7 @@ from vdit_quant.kernels.hadamard import hadamard
 from vdit_quant.kernels.int4_linear import int4_linear
 from vdit_quant.kernels.quant_token import quant_token
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch")
+pytestmark = pytest.mark.gpus(1)
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,6 @@ from vdit_quant.kernels.transform import FORMS, Transform
 pytest.importorskip("triton.experimental.gluon")
 from vdit_quant.kernels._triton import gluon_layout, gluon_moments, gluon_producers, gluon_rotation
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch")
 TILES = [(2, 1024, 1), (2, 128, 1), (1, 2048, 2), (2, 4096, 4), (1, 2048, 8)]
 FEW = (1152, 5120, 13824)
 MODELS = (1152, 1536, 2240, 3072, 4608, 5120, 12288, 13824, 15360)
@@ -327,7 +326,7 @@ def rotations_of(k: int) -> list[tuple[int, str]]:
     return [(0, ""), fits[-1], fits[k // 16 % len(fits)]]
 
 
-@on_gpu
+@pytest.mark.gpus(1)
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("k", [48, 192, *MODELS])
 def test_act_quant_equals_its_reference(k: int) -> None:
@@ -341,7 +340,7 @@ def test_act_quant_equals_its_reference(k: int) -> None:
         assert_agree(got, act_module._reference(x, act, transform), rounding(dtype, size))
 
 
-@on_gpu
+@pytest.mark.gpus(1)
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("size", [32, 64, 128])
 @pytest.mark.parametrize("k", [1152, 4608])
@@ -358,7 +357,7 @@ def test_what_is_rotated_in_bfloat16_is_nearly_as_exact_as_in_float32(k: int, si
     assert errors[0] < 1.033 * errors[1]
 
 
-@on_gpu
+@pytest.mark.gpus(1)
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("k", [1152, 3072])
 @pytest.mark.parametrize("mean", [0.0, 3.0, 30.0])
@@ -377,7 +376,7 @@ def test_a_mean_far_larger_than_the_deviation_costs_few_digits(k: int, mean: flo
     assert errors[0] < 1.05 * errors[1]
 
 
-@on_gpu
+@pytest.mark.gpus(1)
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("act", ACTS)
 def test_every_activation_equals_its_reference(act: str) -> None:
@@ -387,7 +386,7 @@ def test_every_activation_equals_its_reference(act: str) -> None:
     assert_agree(got, act_module._reference(x, act, transform), rounding(x.dtype, 128))
 
 
-@on_gpu
+@pytest.mark.gpus(1)
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize(("n", "p"), [(12288, 3072), (1152, 1152), (4608, 384), (1072, 208)])
 def test_a_prefix_comes_first_and_as_it_is(n: int, p: int) -> None:
@@ -402,7 +401,7 @@ def test_a_prefix_comes_first_and_as_it_is(n: int, p: int) -> None:
         )
 
 
-@on_gpu
+@pytest.mark.gpus(1)
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("k", [192, 1152, 3072, 5120])
@@ -418,7 +417,7 @@ def test_norm_quant_equals_its_reference(k: int, dtype: torch.dtype) -> None:
             assert_agree(got, norm_module._reference(x, norm, transform), rounding(dtype, size))
 
 
-@on_gpu
+@pytest.mark.gpus(1)
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("k", [1152, 5120])
@@ -436,7 +435,7 @@ def test_gate_norm_quant_equals_its_reference(k: int, dtype: torch.dtype) -> Non
             assert_agree(got, want, rounding(dtype, 64))
 
 
-@on_gpu
+@pytest.mark.gpus(1)
 @pytest.mark.usefixtures("strict")
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no float8 here")
 def test_fp8_codes() -> None:
@@ -447,7 +446,7 @@ def test_fp8_codes() -> None:
         assert_agree(got, norm_module._reference(x, Norm([], [], "rms", 1e-6), transform), rounding(x.dtype, size))
 
 
-@on_gpu
+@pytest.mark.gpus(1)
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("out", ["fp4", "fp4g16", "fp4g128"])
 @pytest.mark.parametrize("k", [1152, 3072, 5120, 15360])
@@ -469,7 +468,7 @@ def test_fp4_codes(k: int, out: str) -> None:
         assert (codes != want).float().mean() < (5e-2 if size else 1e-3)
 
 
-@on_gpu
+@pytest.mark.gpus(1)
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("size", [0, 64, 128])
 @pytest.mark.parametrize("k", [1152, 3072, 5120])
@@ -494,7 +493,7 @@ def test_a_row_does_not_depend_on_its_batch(k: int, size: int) -> None:
         assert torch.equal(got, want)
 
 
-@on_gpu
+@pytest.mark.gpus(1)
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("size", [0, 64])
 def test_rows_that_are_not_finite_or_zero(size: int) -> None:

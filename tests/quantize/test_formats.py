@@ -160,7 +160,7 @@ def test_decoding_follows_the_tensors_device(fmt_spec: FormatSpec) -> None:
     assert fmt.decode(tensors, 128, fmt_spec).device.type == "meta"
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.gpus(2)
 @every
 def test_a_gpu_that_is_not_the_current_one_decodes_the_same(fmt_spec: FormatSpec) -> None:
     fmt, found = fmt_spec.resolve(), []

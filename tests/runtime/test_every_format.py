@@ -22,7 +22,6 @@ from vdit_quant.runtime.linear import CompressedLinear
 from vdit_quant.runtime.load import linear_shapes
 from vdit_quant.runtime.source import find_source
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch")
 WIDTH = 128
 LOW = ("w4g64-a4g64", "wfp4-ae2m1tok", "wfp4-ae2m1g16", "wmxfp4g32-amxfp4g32", "wnvfp4g16-anvfp4g16", "wf8-af8tok")
 """Activations of other formats than int8, each beside weights that go with them."""
@@ -106,7 +105,7 @@ def test_an_artifact_runs_on_a_cpu_as_the_weights_it_stands_for(name: str, artif
     assert relative(found, _forward(dense, "cpu")) < {16: 1e-5, 8: 0.05, 4: 0.4}[bits]
 
 
-@on_gpu
+@pytest.mark.gpus(1)
 @pytest.mark.parametrize("name", _specs())
 def test_an_artifact_runs_on_a_gpu_by_kernels_alone(name: str, artifact: Callable[[str], Path]) -> None:
     folder = artifact(name)

@@ -9,9 +9,6 @@ from torch import Tensor, nn
 from vdit_quant.runtime import graphs
 from vdit_quant.runtime.graphs import GraphedForward, replay_graphs
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-
 
 class Denoiser(nn.Module):
     def __init__(self) -> None:
@@ -74,8 +71,8 @@ def test_a_call_that_is_wrong_in_itself_says_so_and_changes_nothing(monkeypatch:
     assert graphed(model).failure is None
 
 
-@cuda
-@pytest.mark.parametrize("device", ["cuda", pytest.param("cuda:1", marks=two)])
+@pytest.mark.gpus(1)
+@pytest.mark.parametrize("device", ["cuda", pytest.param("cuda:1", marks=pytest.mark.gpus(2))])
 @torch.no_grad()
 def test_replays_equal_the_model_and_follow_shapes_and_values(device: str) -> None:
     model = Denoiser().to(device)
@@ -89,7 +86,7 @@ def test_replays_equal_the_model_and_follow_shapes_and_values(device: str) -> No
     assert graphed(model).captures == 4
 
 
-@cuda
+@pytest.mark.gpus(1)
 @torch.no_grad()
 def test_a_result_outlives_the_next_call() -> None:
     model = replay_graphs(Denoiser().cuda())
@@ -100,7 +97,7 @@ def test_a_result_outlives_the_next_call() -> None:
     assert torch.equal(first, kept)
 
 
-@cuda
+@pytest.mark.gpus(1)
 @torch.no_grad()
 def test_moved_weights_are_captured_anew() -> None:
     model = replay_graphs(Denoiser().cuda())
@@ -111,7 +108,7 @@ def test_moved_weights_are_captured_anew() -> None:
     assert torch.equal(model(x, t)[0], model.layer.bias.expand(2, 8))
 
 
-@cuda
+@pytest.mark.gpus(1)
 @torch.no_grad()
 def test_old_shapes_are_dropped_beyond_the_limit() -> None:
     model = replay_graphs(Denoiser().cuda(), limit=2)
@@ -135,7 +132,7 @@ class Dropping(Denoiser):
         return super().forward(x, timestep, scale, extra)
 
 
-@cuda
+@pytest.mark.gpus(1)
 @torch.no_grad()
 def test_a_graph_that_nobody_keeps_does_not_end_the_capture_of_another() -> None:
     x, t = torch.randn(2, 8, device="cuda"), torch.zeros(1, device="cuda")
@@ -153,7 +150,7 @@ def test_a_graph_that_nobody_keeps_does_not_end_the_capture_of_another() -> None
     assert graphed(model).failure is None
 
 
-@cuda
+@pytest.mark.gpus(1)
 @torch.no_grad()
 def test_an_argument_that_is_no_tensor_or_value_runs_uncaptured() -> None:
     model = replay_graphs(Denoiser().cuda())
