@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from ..quantize.errors import InputError
 from ..runtime.family import Family
-from ..runtime.step import StepTracker
+from ..runtime.step import StepTracker, bind_call, signature_of
 
 _TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 
@@ -191,8 +190,7 @@ class _Apart(Exception):
 
 
 def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], branches: Tensor) -> Call:
-    named = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    named = {**named, **named.pop("kwargs", {})} if isinstance(named.get("kwargs"), dict) else named
+    named = bind_call(signature_of(model), args, kwargs)
     latents = next((v for v in named.values() if isinstance(v, Tensor)), None)
     rows = 1 if latents is None else len(latents)
     timestep = next((named[name] for name in _TIMESTEP_NAMES if named.get(name) is not None), None)

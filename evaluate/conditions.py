@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..quantize.errors import InputError, unknown
 from ..runtime.family import Family
-from ..runtime.step import TIMESTEP_NAMES
+from ..runtime.step import TIMESTEP_NAMES, signature_of
 
 UNGUIDED = "uncond."
 LATENTS_SHAPE = "latents_shape"
@@ -108,7 +108,7 @@ def _latent_shape(path: str | Path, given: Tensor | None, model: nn.Module, fami
 
 
 def _check_names(path: str | Path, guided: dict[str, Tensor], model: nn.Module, family: Family) -> None:
-    parameters = dict(list(inspect.signature(model.forward).parameters.items())[1:])  # the latents come first
+    parameters = dict(list(signature_of(model).parameters.items())[1:])  # the latents come first
     plain = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     accepted = set(plain) - set(TIMESTEP_NAMES)
     if len(plain) == len(parameters):  # no **kwargs

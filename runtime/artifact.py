@@ -25,6 +25,7 @@ from ..quantize.errors import InputError, unknown
 from ..quantize.layer import layer_layout
 from ..quantize.spec import LayerSpec
 from .checkpoint import Checkpoint, read_json
+from .schedule import check_plans
 
 QUANT_METHOD = "vdit_quant"
 VERSION = (1, 0)
@@ -82,9 +83,11 @@ class ArtifactConfig:
         for key in data:
             if key not in KEYS:
                 raise unknown("key", key, KEYS, where)
-        for key, kind in (("specs", dict), ("layers", list)):
+        data = {"plans": {}, "provenance": {}, **data}
+        for key, kind in (("specs", dict), ("layers", list), ("plans", dict), ("provenance", dict)):
             if not isinstance(data.get(key), kind):
                 raise InputError(f"{where}: expected '{key}' as a {kind.__name__}, found {data.get(key)!r}")
+        check_plans(data["plans"], f"{where}.plans")
         for rule in data["layers"]:
             if not isinstance(rule, (list, tuple)) or len(rule) != 2:
                 raise InputError(f"{where}: 'layers' expected [pattern, spec id] pairs, found {rule!r}")
@@ -93,7 +96,7 @@ class ArtifactConfig:
         for pattern, key in layers:
             if key not in specs:
                 raise unknown("spec id", key, specs, f"{where}, rule {pattern}")
-        return cls(specs, layers, dict(data.get("plans", {})), dict(data.get("provenance", {})))
+        return cls(specs, layers, dict(data["plans"]), dict(data["provenance"]))
 
 
 def check_version(version: str, where: str) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ..quantize import registry
 from . import fusions
 from .modulation import Modulation, are_others
-from .stage import Place, Stage
+from .stage import Place, Stage, layers_at
+from .watch import Watch
 
 
 class FusedBlock:
@@ -28,24 +29,29 @@ class FusedBlock:
     cpu  fuse on a CPU too, where it saves nothing: for tests
     """
 
+    loaded: Any  # handle of what runs after the block's tensors have been loaded
     stages: tuple[Stage, ...] = ()
     modulation: Modulation | None = None
+    watch: Watch | None = None
     index = 0
 
     def __init__(self, block: nn.Module, cpu: bool = False) -> None:
         self.block: Any = block
         self.cpu = cpu
+        self._own = type(block).forward  # found here: torch.compile does not trace the look-up
         self.shared: dict[Any, Any] = {}  # one for all blocks of a model
         self.siblings: tuple[FusedBlock, ...] = (self,)  # the fused blocks of its kind, in order
         self.place = 0  # among them
 
     def own(self, *args: Any, **kwargs: Any) -> Any:
         """The block's own, unfused forward."""
-        return type(self.block).forward(self.block, *args, **kwargs)
+        return self._own(self.block, *args, **kwargs)
 
     def accepts(self, hidden_states: Tensor) -> bool:
-        """Whether this call can be fused, as far as its main input tells."""
+        """Whether this call can be fused, as far as its main input and what was done to the block tell."""
         if self.block.training or (hidden_states.requires_grad and torch.is_grad_enabled()):
+            return False
+        if self.watch is not None and not torch.compiler.is_compiling() and self.watch.is_disturbed():
             return False
         return hidden_states.dim() == 3 and (self.cpu or hidden_states.device.type != "cpu")
 
@@ -66,8 +72,16 @@ class FusedBlock:
     def move(self, *args: Any, **kwargs: Any) -> Any:
         """The block's `_apply`: what was stored together is stored together again where it has moved to."""
         moved = type(self.block)._apply(self.block, *args, **kwargs)
-        self.join()
+        self.rejoin()
         return moved
+
+    def rejoin(self, *_: Any) -> None:
+        """As `join`, with nothing of what was stored together before: tensors were cast, or others were loaded."""
+        for stage in self.stages:
+            stage.parts = []
+        if self.modulation is not None:
+            self.modulation.parts = []
+        self.join()
 
     def join(self) -> None:
         """Stores the layers of every stage together, now: a compiled forward cannot."""
@@ -137,7 +151,9 @@ def fuse(model: nn.Module, cpu: bool = False) -> nn.Module:
             block.index, block.modulation = index, modulation if layers else None
             block.siblings = tuple(other for other, _ in members if type(other) is type(block))
             block.place = block.siblings.index(block)
+            block.watch = _watch(block, layers)
             block.block.forward, block.block._apply = block.forward, block.move
+            block.loaded = block.block.register_load_state_dict_post_hook(block.rejoin)
             block.join()
     return model
 
@@ -145,9 +161,19 @@ def fuse(model: nn.Module, cpu: bool = False) -> nn.Module:
 def unfuse(model: nn.Module) -> nn.Module:
     """Gives every fused block its own forward back; returns the model."""
     for module in model.modules():
-        if isinstance(getattr(module.__dict__.get("forward"), "__self__", None), FusedBlock):
+        fused = getattr(module.__dict__.get("forward"), "__self__", None)
+        if isinstance(fused, FusedBlock):
             del module.forward, module._apply
+            fused.loaded.remove()
     return model
+
+
+def _watch(fused: FusedBlock, modulators: list[Place]) -> Watch:
+    """Of all that the fused forward does not call: a layer is looked at by its stage, and a hook on the block itself
+    runs outside its forward."""
+    layers = layers_at([*(place for stage in fused.stages for place in stage.places), *modulators])
+    called = {fused.block, *(module for layer in layers for module in layer.modules())}
+    return Watch(module for module in fused.block.modules() if module not in called)
 
 
 def share_embedders(model: nn.Module) -> None:

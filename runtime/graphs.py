@@ -3,8 +3,8 @@
 `replay_graphs(model)` is the switch. Each combination of argument shapes, dtypes and plain values is captured at its
 first call and replayed after it; another combination is captured anew, and the least recently used one is dropped
 beyond `limit`. A call that cannot be captured (an argument that is neither a tensor nor a plain value, grad mode, a
-LoRA, hooks on blocks, a CPU) runs as it is; so does every call of a model of which a part cannot be captured, which is
-logged once.
+LoRA, hooks, another attention processor, a CPU) runs as it is; so does every call of a model of which a part cannot be
+captured, which is logged once.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..kernels import dispatch
 from ..quantize.errors import reason_of
 from .linear import CompressedLinear
+from .watch import Watch
 
 logger = logging.getLogger("vdit_quant")
 
@@ -56,7 +58,8 @@ class GraphedForward:
         self.failure: str | None = None
         self._graphs: OrderedDict[Any, Capture] = OrderedDict()
         self._pool: Any = None
-        self._watched = [(m, m.__dict__.get("forward")) for m in _outer_modules(model)]
+        # without the model itself, whose hooks run outside its forward
+        self._watch = Watch(module for module in model.modules() if module is not model)
         self._layer = next((m for m in model.modules() if _is_quantized(m)), None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -89,18 +92,16 @@ class GraphedForward:
 
     def _is_disturbed(self) -> bool:
         """Whether the model cannot be captured, or something acts inside it that a graph would not see: autograd, a
-        LoRA, which is switched and scaled by plain attributes, or a hook or another forward on a block (caching,
-        offloading)."""
+        LoRA, which is switched and scaled by plain attributes, or what `Watch` sees (caching, offloading, another
+        attention)."""
         if self.failure is not None or torch.is_grad_enabled() or getattr(self.model, "_hf_peft_config_loaded", False):
             return True
-        return any(
-            m.__dict__.get("forward") != forward or m._forward_hooks or m._forward_pre_hooks
-            for m, forward in self._watched
-        )
+        return self._watch.is_disturbed()
 
-    def _state(self) -> bool:
-        """What a step plan changes between calls of the same shape."""
-        return self._layer is not None and bool(self._layer.is_lifted)
+    def _state(self) -> Any:
+        """What changes the kernels that calls of the same shape run: a step plan, autocast, settings of `dispatch`."""
+        autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        return self._layer is not None and bool(self._layer.is_lifted), autocast, dispatch.settings()
 
     def _give_up(self, error: RuntimeError) -> None:
         self.reset()
@@ -167,7 +168,7 @@ def capture_call(
 ) -> Capture:
     """`call` on a copy of the tree with these leaves, which have a `capture_key`, captured after `warmup` runs."""
     device = device_of(leaves)
-    inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    inputs = [_ordinary(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     batch = pytree.tree_unflatten(inputs, tree)
     if warmup:
         with aside(device):
@@ -179,6 +180,12 @@ def capture_call(
     return Capture(graph, [leaf for leaf in inputs if isinstance(leaf, Tensor)], outputs)
 
 
+def _ordinary(tensor: Tensor) -> Tensor:
+    """A copy that can be written to in inference mode and out of it."""
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.empty_like(tensor).copy_(tensor)
+
+
 def _is_own(forward: Any, model: nn.Module) -> bool:
     return inspect.ismethod(forward) and forward.__func__ is type(model).forward
 
@@ -187,18 +194,12 @@ def _is_quantized(module: nn.Module) -> bool:
     return isinstance(module, CompressedLinear) and module.spec.activation is not None
 
 
-def _outer_modules(model: nn.Module) -> list[nn.Module]:
-    """The model's parts down to its blocks, without the model itself, whose hooks run outside its forward."""
-    children = list(model.children())
-    return children + [block for child in children if isinstance(child, nn.ModuleList) for block in child]
-
-
 def device_of(leaves: list[Any]) -> torch.device:
     """That of the first tensor."""
     return next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
 
 
-def capture_key(leaves: list[Any], tree: Any, state: bool = False) -> Any:
+def capture_key(leaves: list[Any], tree: Any, state: Any = None) -> Any:
     """What a graph of a call with these arguments is captured for; None when it cannot be captured."""
     parts: list[Any] = []
     device: torch.device | None = None

@@ -48,11 +48,12 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
-def pick_dtype(name: str | None, device: torch.device | str) -> torch.dtype:
-    """The compute dtype called `name`, the device's default for None. Raises InputError for another name."""
+def pick_dtype(name: torch.dtype | str | None, device: torch.device | str) -> torch.dtype:
+    """The compute dtype of that name, the device's default for None. Raises InputError for another one."""
     if name is None:
         return default_dtype(device)
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    name = str(name).removeprefix("torch.")
     if name not in known:
         raise unknown("dtype", name, known)
     return known[name]
@@ -61,7 +62,7 @@ def pick_dtype(name: str | None, device: torch.device | str) -> torch.dtype:
 def load(
     path: str | Path,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     cuda_graphs: bool | None = None,
 ) -> Any:
     """The model behind an artifact: a pipeline when the artifact is a pipeline folder, else the transformer.
@@ -75,7 +76,7 @@ def load(
     source = find_source(path)
     check_artifact(source)
     device = pick_device(device)
-    dtype = default_dtype(device) if dtype is None else dtype
+    dtype = pick_dtype(dtype, device)
     model: Any = load_pipeline(source, dtype, device) if source.is_pipeline else load_transformer(source, dtype, device)
     if device.type == "cuda" if cuda_graphs is None else cuda_graphs:
         replay_graphs(model.transformer if source.is_pipeline else model)
@@ -96,9 +97,13 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 def load_into(model: nn.Module, path: str | Path) -> nn.Module:
     """Fills `model`, any nn.Module of the artifact's architecture, from a transformer artifact; returns it.
 
-    For models that are not from diffusers. Raises InputError as `load` does.
+    For models that are not from diffusers. Raises InputError as `load` does, and for a model on the meta device.
     """
     folder = Path(path)
+    if name := next((n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta), None):
+        raise InputError(
+            f"{name} of the model is on the meta device; move it first, as by model.to_empty(device='cpu')"
+        )
     config, checkpoint = read_config(folder), Checkpoint(folder)
     check_tensors(config, linear_shapes(model), checkpoint)
     specs = config.resolve(linear_layers(model))

@@ -20,6 +20,9 @@ from ..quantize.errors import InputError, unknown
 from .linear import CompressedLinear
 from .step import timestep_of
 
+PLANS = ("steps", "bits")
+"""Kinds of plans in an artifact; "bits" says how the specs were found, and asks for nothing at run time."""
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -36,14 +39,24 @@ class StepPlan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "plans.steps") -> StepPlan:
         """Raises InputError for an unknown key or an interval that is not two rising numbers."""
+        if not isinstance(data, Mapping):
+            raise InputError(f"{where}: expected a dict, found {data!r}")
         for key in data:
             if key != "full_activation":
                 raise unknown("key", key, ["full_activation"], where)
         pairs = data.get("full_activation", [])
+        if not isinstance(pairs, Sequence):
+            raise InputError(f"{where}.full_activation: expected a list of [low, high] timesteps, found {pairs!r}")
         for pair in pairs:
-            if len(pair) != 2 or not pair[0] <= pair[1]:
+            if not _is_interval(pair):
                 raise InputError(f"{where}: expected [low, high] timesteps, found {pair}")
         return cls(tuple((float(low), float(high)) for low, high in pairs))
+
+
+def _is_interval(pair: Any) -> bool:
+    if not isinstance(pair, Sequence) or len(pair) != 2:
+        return False
+    return all(isinstance(end, (int, float)) for end in pair) and pair[0] <= pair[1]
 
 
 def plan_steps(timesteps: Sequence[float], first: int, last: int, scale: float = 1.0) -> StepPlan:
@@ -69,19 +82,34 @@ def plan_steps(timesteps: Sequence[float], first: int, last: int, scale: float =
 
 def apply_step_plan(model: nn.Module, plan: StepPlan) -> Any:
     """Makes `model` follow the plan from its next call on; returns a handle whose `remove` ends that."""
-    layers = [m for m in model.modules() if isinstance(m, CompressedLinear) and m.spec.activation is not None]
-    plain = {spec: dataclasses.replace(spec, activation=None) for spec in {m.spec for m in layers}}
+    return model.register_forward_pre_hook(_Follow(model, plan), with_kwargs=True)
 
-    def follow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+
+class _Follow:
+    """The hook. A class, so that a copy of the model, or one that was pickled, follows with its own layers."""
+
+    def __init__(self, model: nn.Module, plan: StepPlan) -> None:
+        self.plan = plan
+        self.layers = [m for m in model.modules() if isinstance(m, CompressedLinear) and m.spec.activation is not None]
+        self.plain = {m.spec: dataclasses.replace(m.spec, activation=None) for m in self.layers}
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = timestep_of(module, args, kwargs)
-        full = timestep is not None and plan.is_full(timestep)
-        for layer in layers:
-            layer.active_spec = plain[layer.spec] if full else layer.spec
-
-    return model.register_forward_pre_hook(follow, with_kwargs=True)
+        full = timestep is not None and self.plan.is_full(timestep)
+        for layer in self.layers:
+            layer.active_spec = self.plain[layer.spec] if full else layer.spec
 
 
 def apply_plans(model: nn.Module, plans: Mapping[str, Any]) -> None:
     """Puts into effect every plan of an artifact that acts at run time."""
     if "steps" in plans:
         apply_step_plan(model, StepPlan.from_dict(plans["steps"]))
+
+
+def check_plans(plans: Mapping[str, Any], where: str) -> None:
+    """Raises InputError for a plan that this version does not know, or one that cannot be followed."""
+    for name in plans:
+        if name not in PLANS:
+            raise unknown("plan", name, PLANS, where)
+    if "steps" in plans:
+        StepPlan.from_dict(plans["steps"], f"{where}.steps")

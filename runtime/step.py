@@ -28,7 +28,7 @@ class StepTracker:
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.model, self.family = model, family
         self.reset()
-        self._signature = inspect.signature(model.forward)
+        self._signature = signature_of(model)
         self._handle: Any = None
 
     def reset(self) -> None:
@@ -61,6 +61,11 @@ class StepTracker:
         self.branches = self.family.branches(call, batch, self.repeat)
 
 
+def signature_of(model: nn.Module) -> inspect.Signature:
+    """What the forward of the model's class takes; one that was put in its place may not say."""
+    return inspect.signature(type(model).forward.__get__(model))
+
+
 def bind_call(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """A denoiser's call arguments by name, those it takes as **kwargs included."""
     call = dict(signature.bind_partial(*args, **kwargs).arguments)
@@ -70,7 +75,7 @@ def bind_call(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[
 
 def timestep_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
     """The timestep that a denoiser is being called with: the first of the batch, None where there is none."""
-    call = bind_call(inspect.signature(module.forward), args, kwargs)
+    call = bind_call(signature_of(module), args, kwargs)
     return _first_value(next((call[name] for name in TIMESTEP_NAMES if name in call), None))
 
 

@@ -48,9 +48,12 @@ def staged(output: Path, overwrite: bool = False, is_ours: Callable[[Path], bool
 
 def check_output(output: Path, overwrite: bool, is_ours: Callable[[Path], bool] = is_artifact) -> None:
     """Raises InputError when something is at `output` that must not go: anything, or with `overwrite` anything that is
-    not of the kind being written (a checkpoint, a folder of other files). `is_ours` tells by a transformer folder."""
+    not of the kind being written (a checkpoint, a folder of other files), or what cannot be renamed over. `is_ours`
+    tells by a transformer folder."""
     if not output.exists():
         return
+    if output.is_mount() or Path.cwd().is_relative_to(output.resolve()):
+        raise InputError(f"{output}: the current folder, or a mounted one, cannot be replaced; name a folder inside it")
     if not overwrite:
         raise InputError(f"{output} exists; name another output, or pass --overwrite")
     empty = output.is_dir() and not any(output.iterdir())

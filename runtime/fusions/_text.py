@@ -24,6 +24,11 @@ class TextBlock(FusedBlock):
         if self.block.attn2 is not None:
             self.cross_kv = Stage((self.block.attn2, "to_k"), (self.block.attn2, "to_v"))
 
+    def rejoin(self, *_: Any) -> None:
+        if self.together is not None:
+            self.together.parts = []
+        super().rejoin()
+
     def join(self) -> None:
         super().join()
         group = self._group()

@@ -126,6 +126,13 @@ def test_a_newer_schema_asks_for_an_upgrade(
         (lambda q: q["specs"]["w8"].update(hadamard={"block_size": 64, "kind": "walsh"}), ("w8", "walsh")),
         (lambda q: q["specs"]["w4g64-a8tok"]["weight"].update(group_size="64"), ("group_size", "64")),
         (lambda q: q["specs"]["w4g64-a8tok"]["weight"].update(group_size=48), ("48",)),
+        (lambda q: q.update(plans=None), ("plans", "None")),
+        (lambda q: q.update(provenance=[1]), ("provenance", "[1]")),
+        (lambda q: q.update(plans={"stepz": {}}), ("stepz", "steps")),
+        (lambda q: q.update(plans={"steps": None}), ("plans.steps", "None")),
+        (lambda q: q.update(plans={"steps": {"full_activation": 5}}), ("full_activation", "5")),
+        (lambda q: q.update(plans={"steps": {"full_activation": [5]}}), ("[low, high]", "5")),
+        (lambda q: q.update(plans={"steps": {"full_activation": [[5, "x"]]}}), ("[low, high]", "x")),
     ],
 )
 def test_a_broken_quantization_config(
@@ -143,6 +150,17 @@ def test_a_broken_quantization_config(
         vdit_quant.load(folder)
     with pytest.raises(InputError):
         DiTTransformer2DModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_load_takes_a_dtype_by_name_too(dtype: Any, tiny_artifact: Path) -> None:
+    assert vdit_quant.load(tiny_artifact, dtype=dtype).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["bfloat", torch.float64])
+def test_load_refuses_other_dtypes(dtype: Any, tiny_artifact: Path) -> None:
+    with pytest.raises(InputError, match=r"dtype '(bfloat|float64)'.*bfloat16"):
+        vdit_quant.load(tiny_artifact, dtype=dtype)
 
 
 @pytest.mark.parametrize("command", ["inspect", "compare"])

@@ -111,6 +111,14 @@ def test_overwrite_replaces_an_artifact(cli: Cli, tiny_folder: Path) -> None:
     assert json.loads(cli("inspect", "out", "--json").out)["compressed_bytes"] > before
 
 
+@pytest.mark.parametrize("given", [(), ("--overwrite",)])
+def test_the_current_folder_is_refused_before_the_work(given: tuple[str, ...], cli: Cli, tiny_folder: Path) -> None:
+    result = cli("calibrate", tiny_folder, "-o", ".", "--bits", "w8a8", *given)
+    assert result.code == 2
+    assert "name a folder inside it" in result.err
+    assert not list(Path().iterdir())
+
+
 def test_inspect_json_adds_up(cli: Cli, demo_artifact: Callable[..., Path]) -> None:
     folder = demo_artifact("w4a8")
     result = cli("inspect", folder, "--json", "--device", "cpu")

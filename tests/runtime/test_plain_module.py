@@ -93,6 +93,12 @@ def test_a_method_without_statistics_needs_no_data(tmp_path: Path) -> None:
     assert vdit_quant.compress(_model(), tmp_path / "out", recipe=W8A8).is_dir()
 
 
+def test_a_model_without_storage_is_refused(tmp_path: Path) -> None:
+    folder = vdit_quant.compress(_model(), tmp_path / "out", recipe=W8A8)
+    with pytest.raises(InputError, match=r"x_embedder\.weight.*meta.*to_empty"):
+        vdit_quant.load_into(_model().to("meta"), folder)
+
+
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     folder = vdit_quant.compress(_model(), tmp_path / "out", recipe=W8A8)
     with pytest.raises(InputError, match="config and tensors disagree"):

@@ -1,0 +1,232 @@
+"""What is put on a loaded model takes effect, fused or captured: hooks, attention processors, tensors, settings."""
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+import vdit_quant
+from vdit_quant.kernels import dispatch
+from vdit_quant.quantize.recipe import Recipe
+from vdit_quant.runtime import graphs
+from vdit_quant.runtime.fusion import fuse, unfuse
+from vdit_quant.runtime.graphs import Capture, replay_graphs
+from vdit_quant.runtime.linear import CompressedLinear
+from vdit_quant.runtime.schedule import StepPlan, apply_step_plan
+
+RECIPE = Recipe.from_dict(
+    {
+        "step": [
+            {
+                "method": "viditq",
+                "spec": "w4g16-a8tok",
+                "roles": ["attention", "feed_forward"],
+                "params": {"smooth": "fixed", "fold": False, "rotate": "always", "hadamard": 16},
+            },
+            {"method": "rtn", "spec": "w8", "roles": ["modulation"]},
+        ]
+    },
+    "scaled and rotated",
+)
+Load = Callable[..., nn.Module]
+
+
+class Silent(AttnProcessor2_0):
+    """An attention that says nothing."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+@pytest.fixture(scope="module")
+def artifacts(tiny_dit: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    made: dict[int, Path] = {}
+
+    def make(seed: int) -> Path:
+        if seed not in made:
+            folder = tmp_path_factory.mktemp("interference")
+            tiny_dit(seed).save_pretrained(folder / "model")
+            made[seed] = vdit_quant.compress(folder / "model", folder / "artifact", recipe=RECIPE, steps=2, samples=2)
+        return made[seed]
+
+    return make
+
+
+@pytest.fixture
+def load(artifacts: Callable[[int], Path]) -> Load:
+    """The tiny DiT of a seed, compressed, fused even on this CPU."""
+    return lambda seed=0: fuse(vdit_quant.load(artifacts(seed), device="cpu"), cpu=True)
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def test_a_new_attention_processor_is_called(load: Load, dit_inputs: Callable[..., Any]) -> None:
+    model = load()
+    inputs = dit_inputs(model)
+    before = model(**inputs).sample
+    model.transformer_blocks[1].attn1.set_processor(Silent())
+    found = model(**inputs).sample
+    assert relative(found, before) > 0.01
+    assert relative(found, unfuse(model)(**inputs).sample) < 2e-3
+
+
+def test_a_chosen_attention_back_end_is_used(load: Load, dit_inputs: Callable[..., Any]) -> None:
+    model = load()
+    block = model.transformer_blocks[0]
+    fused = block.__dict__["forward"].__self__
+    assert fused.accepts(torch.zeros(1, 4, 64))
+    block.attn1.processor._attention_backend = "native"
+    assert not fused.accepts(torch.zeros(1, 4, 64))
+
+
+@pytest.mark.parametrize("inner", ["attn1", "norm3", "ff", "norm1", "ff.net.0"])
+def test_a_hook_inside_a_block_runs_at_every_call(inner: str, load: Load, dit_inputs: Callable[..., Any]) -> None:
+    model, seen = load(), []
+    handle = model.transformer_blocks[0].get_submodule(inner).register_forward_hook(lambda *_: seen.append(1))
+    inputs = dit_inputs(model)
+    model(**inputs)
+    model(**inputs)
+    assert len(seen) == 2
+    handle.remove()
+    assert model.transformer_blocks[0].__dict__["forward"].__self__.accepts(torch.zeros(1, 4, 64))
+
+
+@pytest.mark.parametrize("change", ["none", "copied", "cast and back"])
+def test_tensors_of_another_model_are_used_at_once(change: str, load: Load, dit_inputs: Callable[..., Any]) -> None:
+    model, other = load(0), load(1)
+    inputs = dit_inputs(model)
+    model(**inputs)
+    if change == "copied":
+        model = copy.deepcopy(model)
+    for block in model.transformer_blocks if change == "cast and back" else ():
+        block.to(torch.float64).to(torch.float32)
+    model.load_state_dict(other.state_dict())
+    assert relative(model(**inputs).sample, other(**inputs).sample) < 2e-3
+
+
+@pytest.mark.slow
+def test_a_block_that_runs_its_own_forward_compiles_too(
+    artifacts: Callable[[int], Path], dit_inputs: Callable[..., Any]
+) -> None:
+    torch._dynamo.reset()
+    model = vdit_quant.load(artifacts(0), device="cpu")
+    inputs = dit_inputs(model)
+    expected = model(**inputs).sample
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs).sample, expected)
+
+
+PLAN = StepPlan(((400.0, 1000.0),))
+
+
+def lifted(model: nn.Module) -> set[bool]:
+    return {bool(m.is_lifted) for m in model.modules() if isinstance(m, CompressedLinear) and m.spec.activation}
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copied", "pickled"])
+def test_a_copy_follows_its_step_plan_by_itself(
+    make: Callable[[nn.Module], nn.Module], load: Load, dit_inputs: Callable[..., Any]
+) -> None:
+    model = load()
+    apply_step_plan(model, PLAN)
+    other, inputs = make(model), dit_inputs(model)
+    other(**inputs)
+    assert (lifted(other), lifted(model)) == ({True}, {False})
+    other(**{**inputs, "timestep": torch.full((2,), 100)})
+    assert lifted(other) == {False}
+
+
+def test_a_step_plan_is_followed_behind_a_replaced_forward(load: Load, dit_inputs: Callable[..., Any]) -> None:
+    model = replay_graphs(load())
+    apply_step_plan(model, PLAN)
+    model(*dit_inputs(model).values())
+    assert lifted(model) == {True}
+
+
+class Doubler(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Identity())])
+        self.runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        doubled: Tensor = self.blocks[0](x) * 2
+        return doubled
+
+
+class Recording:
+    """Stands in for a captured graph."""
+
+    def replay(self) -> None:
+        pass
+
+
+@pytest.fixture
+def doubler(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Doubler, Tensor]]:
+    """A model that replays, on a GPU that is not there: `runs` counts what is not replayed."""
+
+    def capture(call: Callable[[Any], Any], leaves: list[Any], tree: Any, *_: Any) -> Capture:
+        return Capture(Recording(), [leaf.clone() for leaf in leaves], call(pytree.tree_unflatten(leaves, tree)))
+
+    monkeypatch.setattr(graphs, "capture_call", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
+    model = Doubler()
+    with FakeTensorMode():
+        x = torch.empty(2, 3, device="cuda")
+        replay_graphs(model)(x)
+        model(x)
+        assert model.runs == 1
+        yield model, x
+
+
+def test_settings_of_the_kernels_are_not_replayed_over(doubler: tuple[Doubler, Tensor]) -> None:
+    model, x = doubler
+    with dispatch.use(mode="reference"):
+        model(x)
+    assert model.runs == 2
+    model(x)
+    assert model.runs == 2
+
+
+def test_autocast_is_not_replayed_over(doubler: tuple[Doubler, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = doubler
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: True)
+    model(x)
+    assert model.runs == 2
+
+
+@pytest.mark.parametrize("what", ["hook", "forward"])
+def test_what_acts_inside_is_not_replayed_over(what: str, doubler: tuple[Doubler, Tensor]) -> None:
+    model, x = doubler
+    if what == "hook":
+        model.blocks[0][0].register_forward_hook(lambda *_: None)
+    else:
+        model.blocks[0][0].forward = lambda x: x
+    model(x)
+    assert model.runs == 2
+
+
+def test_static_inputs_can_be_written_in_every_mode() -> None:
+    with torch.inference_mode():
+        made = graphs._ordinary(torch.ones(2))
+    assert not made.is_inference()
+    assert not made.requires_grad
+    Capture(Recording(), [made], None).replay([torch.full((2,), 3.0)])
+    assert made.tolist() == [3.0, 3.0]
