@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import repeat
+from operator import contains
 from typing import Any
 
 from torch import nn
@@ -17,13 +19,19 @@ class Watch:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         watched = list(modules)
-        self._forwards = [(m, m.__dict__.get("forward")) for m in watched]
-        self._processors = [(m, p, _backend(p)) for m in watched if (p := getattr(m, "processor", None)) is not None]
+        self._hooks = [hooks for m in watched for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._plain = [m for m in watched if "forward" not in vars(m)]
+        self._replaced = [(m, vars(m)["forward"]) for m in watched if "forward" in vars(m)]
+        attentions = [m for m in watched if getattr(m, "processor", None) is not None]
+        self._processors = [(m, m.processor, _backend(m.processor)) for m in attentions]
 
     def is_disturbed(self) -> bool:
-        return any(
-            m._forward_hooks or m._forward_pre_hooks or m.__dict__.get("forward") != own for m, own in self._forwards
-        ) or any(m.processor is not p or _backend(p) != backend for m, p, backend in self._processors)
+        # asked at every call, of hundreds of modules: loops that Python does not interpret
+        if any(self._hooks) or any(map(contains, map(vars, self._plain), repeat("forward"))):
+            return True
+        if any(vars(m).get("forward") != forward for m, forward in self._replaced):
+            return True
+        return any(m.processor is not p or _backend(p) != backend for m, p, backend in self._processors)
 
 
 def _backend(processor: Any) -> Any:
