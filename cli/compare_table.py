@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from ..evaluate.compare import Comparison
-from .console import console, human_bytes, table
+from .console import bold, console, human_bytes, table
 
 
 def print_comparison(result: Comparison) -> None:
     w = result.workload
     guidance = "the pipeline's default" if w["guidance_scale"] is None else w["guidance_scale"]
     console.print(
-        f"[bold]{result.artifact}[/] against {result.baseline}: {w['samples']} samples a seed, {w['steps']} steps, "
-        f"{result.sampler}, guidance {guidance}, {result.dtype} on {result.device}"
+        bold(result.artifact),
+        f" against {result.baseline}: {w['samples']} samples a seed, {w['steps']} steps, "
+        f"{result.sampler}, guidance {guidance}, {result.dtype} on {result.device}",
+        sep="",
     )
     rows = table("seed", "PSNR dB", "SSIM", "relative error", right=("PSNR dB", "SSIM", "relative error"))
     for s in result.seeds:

@@ -12,14 +12,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from ..calibrate.progress import Progress
 
 # a pipe or a log file has no width of its own: give tables room there
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-error_console = Console(stderr=True, highlight=False)
+# without markup: names of folders and layers may hold brackets
+console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 140)
+error_console = Console(stderr=True, highlight=False, markup=False)
 
 _QUIET_SECONDS = 5.0
+
+
+def bold(text: object, color: str = "") -> Text:
+    return Text(str(text), style=f"bold {color}".strip())
 
 
 class Reporter(Progress):
@@ -68,12 +74,12 @@ def reporting() -> Iterator[Reporter]:
         yield Reporter(None)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", markup=False),
     )
     with Bars(*columns, console=console, transient=True) as bars:
         yield Reporter(bars)

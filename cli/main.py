@@ -39,18 +39,12 @@ def main() -> None:
     except Exception as error:
         if debug or not _is_input_error(error):
             raise
-        from .console import error_console
+        from .console import bold, error_console
 
-        error_console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        error_console.print(bold("error:", "red"), str(error), soft_wrap=True)
         sys.exit(2)
 
 
 def _is_input_error(error: Exception) -> bool:
     places = (("vdit_quant.quantize.errors", "InputError"), ("vdit_quant.kernels.dispatch", "SettingError"))
     return any(place in sys.modules and isinstance(error, getattr(sys.modules[place], name)) for place, name in places)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

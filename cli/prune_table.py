@@ -18,7 +18,7 @@ from ..runtime.family import find_family
 from ..runtime.lineage import is_pruned
 from ..runtime.load import pick_device
 from ..runtime.writer import check_output
-from .console import console, human_bytes, table
+from .console import bold, console, human_bytes, table
 
 
 def print_preview(model: str | None, output: Path | None, options: Options, data: Path | None) -> Path:
@@ -30,7 +30,7 @@ def print_preview(model: str | None, output: Path | None, options: Options, data
     keep = chosen_depths(options, stacks)
     target = output or default_output(source, keep)
     check_output(target, options.overwrite, is_pruned)
-    console.print(f"[bold]{source.label}[/], family {find_family(skeleton).name} -> {target}")
+    console.print(bold(source.label), f", family {find_family(skeleton).name} -> {target}", sep="")
     rows = table("stack", "blocks", "kept", "16-bit", "after", right=("blocks", "kept", "16-bit", "after"))
     for stack, count in zip(stacks, keep, strict=True):
         size = 2 * _elements(skeleton.get_submodule(stack.name))
@@ -59,7 +59,7 @@ def print_result(folder: Path) -> None:
             rows.add_row(label, f"{loss['diffusion']:.5f}", f"{loss['output']:.5f}")
     console.print(rows)
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in record["seconds"].items())
-    console.print(f"wrote [bold]{folder}[/] ({spent})")
+    console.print("wrote", bold(folder), f"({spent})")
     if not record["recovered"]:
         _print_initialisation()
 
@@ -88,7 +88,9 @@ def _lines(
 
 
 def _print_initialisation() -> None:
-    console.print("[bold yellow]not recovered:[/] this is an initialisation for training, not a model to sample with")
+    console.print(
+        bold("not recovered:", "yellow"), "this is an initialisation for training, not a model to sample with"
+    )
 
 
 def _elements(module: nn.Module) -> int:

@@ -60,7 +60,7 @@ def run(
 ) -> None:
     """Calibrate a Diffusion Transformer and write a compressed artifact."""
     from ...calibrate.pipeline import Options, compress, default_output, open_source, parse_full_steps, plan_source
-    from ..console import console, reporting
+    from ..console import bold, console, reporting
     from ..plan_table import print_bit_plan, print_plan
 
     options = Options(
@@ -90,12 +90,12 @@ def run(
     chosen = options.resolve_recipe()
     target = output or default_output(source.label, chosen)
     plan = plan_source(source, chosen)
-    console.print(f"[bold]{source.label}[/] as [bold]{chosen.name}[/], family {plan.family} -> {target}")
+    console.print(bold(source.label), " as ", bold(chosen.name), f", family {plan.family} -> {target}", sep="")
     print_plan(plan)
     if dry_run:
         return
     with reporting() as reporter:
         written = compress(model, target, progress=reporter, **vars(options))
     print_bit_plan(written, plan)
-    console.print(f"wrote [bold]{written}[/]")
+    console.print("wrote", bold(written))
     console.print(f"  vdit-quant inspect {written}\n  vdit-quant compare {written}")

@@ -19,10 +19,10 @@ def run(
     """Turn a ternary checkpoint into an artifact, for a model class of your own."""
     from ...quantize.spec import LayerSpec
     from ...runtime.terdit import import_terdit
-    from ..console import console
+    from ..console import bold, console
 
     spec = LayerSpec.parse(f"wt-{activations}" if activations else "wt")
     layers = import_terdit(checkpoint, output, spec.activation, overwrite)
     weights = sum(n * k for n, k in layers.values())
-    console.print(f"{len(layers)} ternary layers, {weights:,} weights, as {spec.name} -> [bold]{output}[/]")
+    console.print(f"{len(layers)} ternary layers, {weights:,} weights, as {spec.name} ->", bold(output))
     console.print(f"  vdit_quant.load_into(model, '{output}') fills a model of that architecture")

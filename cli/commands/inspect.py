@@ -16,13 +16,13 @@ def run(
 ) -> None:
     """Show per-layer formats, true bytes, and the kernel that will run here and why."""
     from ...runtime.describe import describe_artifact
-    from ..console import console, human_bytes, table
+    from ..console import bold, console, human_bytes, table
 
     found = describe_artifact(artifact, device)
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    console.print(f"[bold]{artifact}[/]: {found['class']}, schema {found['version']}")
+    console.print(bold(artifact), f": {found['class']}, schema {found['version']}", sep="")
     for key, value in found["provenance"].items():
         if not isinstance(value, dict):
             console.print(f"  {key}: {value}")

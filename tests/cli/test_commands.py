@@ -67,6 +67,15 @@ def test_calibrate_writes_one_folder_and_says_where(cli: Cli, tiny_folder: Path)
     ]
 
 
+def test_names_with_brackets_are_printed_as_they_are(cli: Cli, tiny_folder: Path) -> None:
+    result = cli("calibrate", tiny_folder, "--bits", "w8a8", "-o", "out[a]/b[/x]")
+    assert result.code == 0, result.err
+    assert "wrote out[a]/b[/x]" in result.out
+    assert "inspect out[a]/b[/x]" in result.out
+    assert "out[a]/b[/x]" in cli("inspect", "out[a]/b[/x]").out
+    assert "no[b]where" in cli("inspect", "no[b]where").err
+
+
 def test_calibrate_names_its_output_after_model_and_recipe(cli: Cli, tiny_folder: Path) -> None:
     assert cli("calibrate", tiny_folder, "--bits", "w8a16").code == 0
     assert [p.name for p in Path().iterdir()] == ["tiny-dit-w8a16"]
