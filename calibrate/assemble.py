@@ -23,6 +23,26 @@ def block_part(number: int) -> str:
     return f"block-{number:04d}"
 
 
+def kept_names(source: Source | ModelSource, plan: Plan) -> list[str]:
+    """Names of the source's tensors that the artifact holds under the same name: all but the weights of compressed
+    layers."""
+    replaced = {f"{layer.name}.weight" for layer in plan.compressed}
+    return [name for name in source.checkpoint.headers if name not in replaced]
+
+
+def check_kept(source: Source | ModelSource, plan: Plan) -> None:
+    """Reads every tensor that is kept. Raises InputError for NaN in one, or, in a parameter, infinity."""
+    parameters = {name for name, _ in source.skeleton().named_parameters(remove_duplicate=False)}
+    for name in kept_names(source, plan):
+        tensor = source.checkpoint.get(name)
+        if not tensor.is_floating_point():
+            continue
+        tensor = tensor.float()
+        bad = ~torch.isfinite(tensor) if name in parameters else tensor.isnan()  # infinity in a buffer: a mask
+        if bad.any():
+            raise InputError(f"{source.label}: {name}: {int(bad.sum())} of {bad.numel():,} values are NaN or infinite")
+
+
 def write_artifact(
     source: Source | ModelSource,
     plan: Plan,
@@ -62,10 +82,9 @@ def _entries(source: Source | ModelSource, plan: Plan) -> tuple[dict[str, Entry]
     entries: dict[str, Entry] = {}
     origin: dict[str, str] = {}
     fp32 = set(getattr(type(source.skeleton()), "_keep_in_fp32_modules", None) or ())
-    replaced = {f"{layer.name}.weight" for layer in plan.compressed}
-    for name, (shape, dtype) in source.checkpoint.headers.items():
-        if name not in replaced:
-            entries[name] = (shape, _kept_dtype(dtype, bool(fp32 & set(name.split(".")))))
+    for name in kept_names(source, plan):
+        shape, dtype = source.checkpoint.headers[name]
+        entries[name] = (shape, _kept_dtype(dtype, bool(fp32 & set(name.split(".")))))
     for number, (_, layers) in enumerate(plan.units()):
         part = block_part(number)
         names = {layer.name for layer in layers}
@@ -88,6 +107,4 @@ def _entries(source: Source | ModelSource, plan: Plan) -> tuple[dict[str, Entry]
 
 def _kept_dtype(stored: str, keep_fp32: bool) -> torch.dtype:
     """Tensors that are not compressed keep 16-bit types; float32 becomes bfloat16 unless the model needs it."""
-    if stored not in DTYPES:
-        raise InputError(f"the checkpoint holds a tensor of type {stored}; expected one of {', '.join(DTYPES)}")
     return torch.bfloat16 if stored == "F32" and not keep_fp32 else DTYPES[stored]

@@ -40,7 +40,8 @@ def compress_unit(
 ) -> Tensors:
     """The stored tensors of one block's layers by full name, on the CPU: scales folded first, then layer by layer.
 
-    Raises InputError for a weight that holds NaN or infinity, and RuntimeError when a method breaks its contract.
+    Raises InputError for a weight or bias that holds NaN or infinity, and RuntimeError when a method breaks its
+    contract.
     """
     names = [plan.name for plan in plans]
     producers = [fold.producer for fold in folds if fold.producer not in names]
@@ -63,13 +64,15 @@ def compress_unit(
 
 
 def read_layer(name: str, checkpoint: FloatTensors, device: torch.device | str) -> FloatLayer:
-    """The float32 weight and bias of a layer. Raises InputError when the weight holds NaN or infinity."""
-    weight = checkpoint.get(f"{name}.weight").to(device, torch.float32)
-    if not torch.isfinite(weight).all():
-        bad = int((~torch.isfinite(weight)).sum())
-        raise InputError(f"layer {name}: {bad} of {weight.numel():,} weights are NaN or infinite")
-    has_bias = f"{name}.bias" in checkpoint.headers
-    return FloatLayer(name, weight, checkpoint.get(f"{name}.bias").to(device, torch.float32) if has_bias else None)
+    """The float32 weight and bias of a layer. Raises InputError when one of them holds NaN or infinity."""
+    parts = {}
+    for part in ("weight", "bias"):
+        if part == "weight" or f"{name}.{part}" in checkpoint.headers:
+            tensor = parts[part] = checkpoint.get(f"{name}.{part}").to(device, torch.float32)
+            if not torch.isfinite(tensor).all():
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise InputError(f"layer {name}: {bad} of {tensor.numel():,} in its {part} are NaN or infinite")
+    return FloatLayer(name, parts["weight"], parts.get("bias"))
 
 
 def together(plans: Sequence[LayerPlan], stats: Mapping[str, LayerStats]) -> list[list[LayerPlan]]:

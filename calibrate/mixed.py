@@ -16,7 +16,7 @@ import torch
 from ..evaluate.sampling import Sampler, Workload
 from ..quantize.allocate import Budget, LayerCandidates, greedy
 from ..quantize.bit_plan import BitPlan
-from ..quantize.errors import InputError, unknown
+from ..quantize.errors import InputError
 from ..quantize.format import Tensors
 from ..quantize.recipe import CORE_ROLES
 from ..quantize.spec import HadamardSpec, LayerSpec
@@ -37,7 +37,6 @@ from .workspace import Workspace
 CANDIDATES = ("wvq2", "wvq3", "w4g64", "w6g64", "w8")
 """Codebooks below 4 bits: they lose a fifth to a half of what groups of integers of a little more bytes do."""
 ROTATION = 64  # block of the Hadamard rotation of modulation layers
-SENSITIVITIES = ("drift", "samples")
 PROBE_SAMPLES = 8
 
 
@@ -62,15 +61,27 @@ def prepare(
     Raises InputError for a budget that cannot be met, naming the smallest that can, or a time without a GPU.
     """
     parsed = Budget.parse(budget)
-    if sensitivity not in SENSITIVITIES:
-        raise unknown("sensitivity", sensitivity, SENSITIVITIES)
-    offered = [pair for layer in plan.compressed for pair in offers([layer], candidates(layer))]
-    costs = unmeasured(offered, Scoring(tie=tie_qkv))
+    offered, costs = _sizes(plan)
     if parsed.unit == "ms":
         timer = timer or gpu_timer(device, parsed.text)
         costs = timed(costs, {layer.name: layer for layer in plan.compressed}, timer)
     greedy(costs, parsed)
     return Sizing(parsed, sensitivity, offered, costs, offload)
+
+
+def check_budget(plan: Plan, budget: str, device: torch.device) -> None:
+    """Raises InputError for what `prepare` refuses, as far as no candidate has to be timed for it."""
+    parsed = Budget.parse(budget)
+    if parsed.unit == "ms":
+        gpu_timer(device, parsed.text)
+    else:
+        greedy(_sizes(plan)[1], parsed)
+
+
+def _sizes(plan: Plan) -> tuple[Offers, list[LayerCandidates]]:
+    """What every compressed layer is offered, and the bytes of that."""
+    offered = [pair for layer in plan.compressed for pair in offers([layer], candidates(layer))]
+    return offered, unmeasured(offered, Scoring(tie=tie_qkv))
 
 
 def allocate_bits(

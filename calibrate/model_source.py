@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..runtime.artifact import DTYPES
+
 Data = Callable[[nn.Module], Any] | Iterable[Any]
 
-_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class StateDict:
@@ -45,7 +47,8 @@ class ModelSource:
     def fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode())
         for name, tensor in self.checkpoint.tensors.items():
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            plain = tensor.detach().cpu().contiguous().flatten()
+            digest.update(name.encode() + plain.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:32]
 
     def run(self) -> None:
@@ -54,6 +57,8 @@ class ModelSource:
             if callable(self.data):
                 self.data(self.model)
                 return
+            if isinstance(self.data, Iterator):  # it can be gone through once, and there may be several runs
+                self.data = list(self.data)
             for item in self.data or ():
                 if isinstance(item, Mapping):
                     self.model(**item)

@@ -10,97 +10,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..evaluate.sampling import Workload, load_scheduler, make_sampler
-from ..quantize.allocate import Budget
+from ..evaluate.sampling import load_scheduler, make_sampler
+from ..evaluate.timesteps import latent_tokens, set_timesteps
 from ..quantize.errors import InputError, OutputError
-from ..quantize.recipe import Recipe, load_shipped
-from ..runtime.artifact import is_artifact
+from ..quantize.recipe import Recipe
+from ..runtime.artifact import DTYPES, is_artifact
 from ..runtime.demo import DEMO
 from ..runtime.family import find_family
 from ..runtime.lineage import short_record
-from ..runtime.load import pick_device
+from ..runtime.load import pick_device, pick_dtype
 from ..runtime.schedule import plan_steps
 from ..runtime.source import Source, find_source
 from ..runtime.writer import check_output
 from . import statistics
-from .assemble import block_part, write_artifact
+from .assemble import block_part, check_kept, kept_names, write_artifact
 from .block_tuning import BlockTuner, needs_tuning
 from .compress import compress_unit
-from .mixed import allocate_bits, prepare, require_disk_source, settled_bits
+from .mixed import allocate_bits, check_budget, prepare, require_disk_source, settled_bits
 from .model_source import Data, ModelSource
+from .options import Options
 from .plan import LayerPlan, Plan, check_formats, make_plan, settle
 from .progress import Progress
 from .workspace import Workspace
 
-# Calibration draws its noise and conditions from here on, so that no comparison's seed repeats them.
-CALIBRATION_SEEDS = 1_000_000
 TUNED_SAMPLES = 32
 """Samples whose calls blocks are trained on, at most: these calls are held in memory."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to calibrate.
-
-    bits        a shipped recipe: w8a8, w4a8, w4a4, w2a16, ...
-    recipe      a recipe file or object, in the place of `bits`
-    method      method for the attention and feed-forward layers, in the place of the recipe's
-    group_size  weight group size, in the place of the recipe's
-    params      "key=value" settings of that method
-    budget      mixed precision: 4.5bits, 2.5x, 120MB or 3.2ms for all compressed layers together
-    sensitivity how a layer's share of the error is measured for that: drift (cheap), or samples
-    full_steps  how many first and last sampling steps run with activations in the compute dtype
-    keep        globs of layers that keep their precision
-    steps, samples, seed, guidance   the sampling run that statistics are taken from
-    conditions  a conditions file for that run, for a bare transformer (see `evaluate/conditions.py`)
-    device, dtype   where, and in which compute dtype, the model runs
-    stats_gb    memory that statistics may take at a time; more blocks than fit mean more sampling runs.
-                Default: half of what the model's weights take, at least 0.5 GB
-    offload     one block of the model on the device at a time, for models that do not fit; slower, same artifact
-    resume      go on where an interrupted run of the same settings stopped
-    overwrite   replace an existing output
-    i_know      use formats that are known to destroy a model that was not trained with them
-    """
-
-    bits: str = "w4a8"
-    recipe: str | Path | Recipe | None = None
-    method: str | None = None
-    group_size: int | None = None
-    params: tuple[str, ...] = ()
-    full_steps: tuple[int, int] = (0, 0)
-    budget: str | None = None
-    sensitivity: str = "drift"
-    keep: tuple[str, ...] = ()
-    steps: int = 20
-    samples: int = 32
-    seed: int = 0
-    guidance: float | None = None
-    conditions: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    stats_gb: float | None = None
-    offload: bool = False
-    resume: bool = False
-    overwrite: bool = False
-    i_know: bool = False
-
-    def resolve_recipe(self) -> Recipe:
-        if isinstance(self.recipe, Recipe):
-            recipe = self.recipe
-        else:
-            recipe = load_shipped(self.bits) if self.recipe is None else Recipe.from_toml(self.recipe)
-        recipe = recipe if self.method is None else recipe.with_method(self.method)
-        recipe = recipe.with_params(self.params) if self.params else recipe
-        recipe = recipe if self.group_size is None else recipe.with_group_size(self.group_size)
-        if self.budget is not None:
-            Budget.parse(self.budget)
-            # a folded scale changes two layers at once, so a layer could not be measured alone
-            recipe = recipe.without_folds()
-        return recipe.with_keep(self.keep)
-
-    def workload(self) -> Workload:
-        seed = CALIBRATION_SEEDS + self.seed
-        return Workload(self.samples, self.steps, seed, self.guidance, conditions=self.conditions, dtype=self.dtype)
 
 
 def compress(
@@ -120,23 +54,55 @@ def compress(
 
     Raises InputError, with nothing left half written, for anything in the input that cannot be used.
     """
-    settings, progress = Options(**options), progress or Progress()
+    return run_job(plan_job(model, output, data, Options(**options)), progress or Progress())
+
+
+@dataclass(frozen=True)
+class Job:
+    """A calibration that is known to start. plans: decisions that act at run time, as the artifact will hold them"""
+
+    settings: Options
+    source: Source | ModelSource
+    recipe: Recipe
+    target: Path
+    plan: Plan
+    plans: dict[str, Any]
+    device: torch.device
+
+
+def plan_job(
+    model: str | Path | nn.Module | None, output: str | Path | None, data: Data | None, settings: Options
+) -> Job:
+    """What `compress` with these arguments will do. Reads names and shapes, no weights, and runs nothing.
+
+    Raises InputError for everything that can be refused so early.
+    """
     source = open_source(model, data)
     recipe = settings.resolve_recipe()
     target = Path(output) if output is not None else default_output(source.label, recipe)
-    check_output(target, settings.overwrite)
+    check_target(target, source, settings.overwrite)
     plan = plan_source(source, recipe)
     if not settings.i_know:
         check_formats(plan)
     if settings.offload and needs_tuning(plan):
         raise InputError("--offload: the method trains whole blocks of the model, which must fit; use its steps=0")
     plans, device = run_time_plans(source, settings), pick_device(settings.device)
-    sizing = bits = None
+    pick_dtype(settings.dtype, device)
     if settings.budget is not None:
         require_disk_source(source)
+        check_budget(plan, settings.budget, device)
+    return Job(settings, source, recipe, target, plan, plans, device)
+
+
+def run_job(job: Job, progress: Progress) -> Path:
+    """Records, compresses and writes; returns the artifact's folder. Raises InputError as `compress` does."""
+    settings, source, plan, device = job.settings, job.source, job.plan, job.device
+    check_kept(source, plan)
+    plans, sizing, bits = dict(job.plans), None, None
+    if settings.budget is not None:
         sizing = prepare(plan, settings.budget, settings.sensitivity, device, settings.offload)
-    workspace = Workspace(target)
-    provenance = describe(source, recipe, settings)
+    workspace = Workspace(job.target)
+    provenance = describe(source, job.recipe, settings)
     if workspace.open(provenance, settings.resume):
         progress.note("resuming: finished parts of the interrupted run are used")
     try:
@@ -156,9 +122,9 @@ def compress(
     except InputError:  # the input must change first, and then nothing finished here is of use
         workspace.remove()
         raise
-    write_artifact(source, plan, workspace, provenance, target, settings.overwrite, plans)
+    write_artifact(source, plan, workspace, provenance, job.target, settings.overwrite, plans)
     workspace.remove()
-    return target
+    return job.target
 
 
 def open_source(model: str | Path | nn.Module | None, data: Data | None = None) -> Source | ModelSource:
@@ -172,7 +138,23 @@ def open_source(model: str | Path | nn.Module | None, data: Data | None = None) 
 
 
 def default_output(label: str, recipe: Recipe) -> Path:
-    return Path(f"{label.rstrip('/').rsplit('/', 1)[-1]}-{recipe.name}")
+    """In the current folder, by the last part of the model's name; "." and ".." are the folders that they stand for."""
+    path = Path(label)
+    name = path.resolve().name if path.name in ("", "..") else path.name
+    return Path(f"{name}-{recipe.name}")
+
+
+def check_target(target: Path, source: Source | ModelSource, overwrite: bool) -> None:
+    """Raises InputError for an output that must not be replaced, or one inside the pipeline, which would hold it from
+    then on: every later artifact would get a copy."""
+    check_output(target, overwrite)
+    if isinstance(source, Source) and source.is_pipeline:
+        root = source.root.resolve()
+        if target.resolve().is_relative_to(root):
+            raise InputError(
+                f"output {target} lies inside the model folder {root}, whose files an artifact gets copies of; "
+                f"name one outside, such as -o {root.parent / target.name}"
+            )
 
 
 def plan_source(source: Source | ModelSource, recipe: Recipe) -> Plan:
@@ -188,15 +170,12 @@ def plan_source(source: Source | ModelSource, recipe: Recipe) -> Plan:
                 f"{source.label}: config and weights disagree: {layer.name}.weight: "
                 f"the config says [{layer.n}, {layer.k}], the file holds {held}"
             )
+    for name in kept_names(source, plan):
+        if headers[name][1] not in DTYPES:
+            raise InputError(
+                f"{source.label}: {name} is of type {headers[name][1]}; expected one of {', '.join(DTYPES)}"
+            )
     return plan
-
-
-def parse_full_steps(text: str) -> tuple[int, int]:
-    """ "FIRST,LAST" -> two counts. Raises InputError for anything else."""
-    parts = text.split(",")
-    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
-        raise InputError(f"--full-steps '{text}': expected FIRST,LAST, such as 2,1")
-    return int(parts[0]), int(parts[1])
 
 
 def run_time_plans(source: Source | ModelSource, settings: Options) -> dict[str, Any]:
@@ -206,8 +185,9 @@ def run_time_plans(source: Source | ModelSource, settings: Options) -> dict[str,
     if isinstance(source, ModelSource):
         raise InputError("full_steps needs the model's sampler; name a model folder instead of a model object")
     scheduler = load_scheduler(source)
-    scheduler.set_timesteps(settings.steps)
-    scale = find_family(source.skeleton()).timestep_scale
+    model = source.skeleton()
+    set_timesteps(scheduler, settings.steps, latent_tokens(model, settings.conditions))
+    scale = find_family(model).timestep_scale
     timesteps = [float(t) for t in scheduler.timesteps]
     return {"steps": plan_steps(timesteps, *settings.full_steps, scale=scale).to_dict()}
 

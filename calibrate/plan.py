@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Collection, Container
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -102,15 +103,14 @@ def settle(plan: Plan, stored: Callable[[int], Collection[str]]) -> Plan:
 def make_plan(model: nn.Module, family: Family, recipe: Recipe) -> Plan:
     """The plan of `recipe` on `model` (which may be on the meta device).
 
-    Raises InputError when a layer's shape cannot be held by its spec, when a `keep` pattern matches nothing, or when
-    the recipe selects no layer at all.
+    Raises InputError when a layer's shape cannot be held by its spec, when a pattern of `keep` or of a step's targets
+    matches nothing, or when the recipe selects no layer at all.
     """
     shapes, blocks = linear_shapes(model), family.block_names(model)
     roles = family.linears(model)
-    for pattern in recipe.keep:
-        if not any(fnmatchcase(name, pattern) for name in roles):
-            some = ", ".join(list(roles)[:4])
-            raise InputError(f"--keep '{pattern}' matches no layer; layers are named like {some}, ...")
+    _check_patterns("--keep", recipe.keep, list(roles))
+    for number, step in enumerate(recipe.steps, 1):
+        _check_patterns(f"recipe {recipe.name}, step {number}: target", step.targets, list(roles))
     folds = tuple(fold for fold in family.folds(model) if _folds(fold, roles, recipe))
     foldable = {name for fold in folds for name in fold.consumers}
     layers = tuple(
@@ -130,6 +130,15 @@ def check_formats(plan: Plan) -> None:
     for layer in plan.compressed:
         if layer.spec is not None and (reason := layer.spec.weight.resolve().refusal):
             raise InputError(f"layer {layer.name} as {layer.spec.name}: {reason}. --i-know does it all the same")
+
+
+def _check_patterns(where: str, patterns: Collection[str], names: list[str]) -> None:
+    """Raises InputError for a glob that matches none of the names: a misspelt one would leave layers unprotected."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.5)
+            some = ", ".join(dict.fromkeys([*near, *names[:4]]))
+            raise InputError(f"{where} '{pattern}' matches no layer; layers are named like {some}, ...")
 
 
 def _step(name: str, role: str, recipe: Recipe) -> Step | None:

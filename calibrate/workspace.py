@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..quantize.errors import InputError, OutputError
+from ..quantize.errors import InputError, OutputError, reason_of
 
 
 class Workspace:
@@ -30,7 +32,7 @@ class Workspace:
         note = self.folder / "job.json"
         text = json.dumps(job, indent=1, sort_keys=True)
         if resume and note.exists():
-            before = json.loads(note.read_text(encoding="utf-8"))
+            before = _read_note(note)
             changed = sorted(key for key in {*before, *job} if before.get(key) != json.loads(text).get(key))
             if changed:
                 raise InputError(
@@ -55,16 +57,18 @@ class Workspace:
         _replace(self._path(part), lambda path: save_file(plain, path, metadata=notes))
 
     def load(self, part: str) -> dict[str, Tensor]:
-        return load_file(self._path(part))
+        """The tensors of `part`. Raises OutputError, as the two below do, when its file is damaged."""
+        with readable(self._path(part)) as path:
+            return load_file(path)
 
     def names(self, part: str) -> set[str]:
         """Names of the tensors of `part`."""
-        with safe_open(self._path(part), "pt") as file:
+        with readable(self._path(part)) as path, safe_open(path, "pt") as file:
             return set(file.keys())
 
     def notes(self, part: str) -> dict[str, str]:
         """What was saved beside the tensors of `part`."""
-        with safe_open(self._path(part), "pt") as file:
+        with readable(self._path(part)) as path, safe_open(path, "pt") as file:
             return dict(file.metadata() or {})
 
     def remove(self) -> None:
@@ -72,6 +76,28 @@ class Workspace:
 
     def _path(self, part: str) -> Path:
         return self.folder / f"{part}.safetensors"
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[Path]:
+    """OutputError for a file that is not whole: an InputError would take the other parts along."""
+    try:
+        yield path
+    except (SafetensorError, OSError) as error:
+        raise OutputError(
+            f"{path}: expected a whole safetensors file of an earlier run ({reason_of(error)}); "
+            "delete it, and a run with --resume makes it anew"
+        ) from None
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        found = reason_of(error)
+    if not isinstance(found, dict):
+        raise InputError(f"--resume: {path}: expected the settings of an earlier run ({found}); start without --resume")
+    return found
 
 
 def _replace(path: Path, write: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ..evaluate.compare import Comparison
 from .console import bold, console, human_bytes, table
 
@@ -17,9 +19,9 @@ def print_comparison(result: Comparison) -> None:
     )
     rows = table("seed", "PSNR dB", "SSIM", "relative error", right=("PSNR dB", "SSIM", "relative error"))
     for s in result.seeds:
-        rows.add_row(str(s.seed), f"{s.psnr:.2f}", f"{s.ssim:.4f}", f"{s.latent_error:.4f}")
+        rows.add_row(str(s.seed), f"{s.psnr:.2f}", _ssim(s.ssim), f"{s.latent_error:.4f}")
     spread = f" +- {result.psnr_spread:.2f}" if len(result.seeds) > 1 else ""
-    rows.add_row("mean", f"{result.psnr:.2f}{spread}", f"{result.ssim:.4f}", "")
+    rows.add_row("mean", f"{result.psnr:.2f}{spread}", _ssim(result.ssim), "")
     console.print(rows)
     errors = [sum(step) / len(result.seeds) for step in zip(*(s.step_error for s in result.seeds), strict=True)]
     if errors:
@@ -31,3 +33,8 @@ def print_comparison(result: Comparison) -> None:
         f"sampling took {result.seconds_baseline:.1f} s and {result.seconds_artifact:.1f} s "
         "(not a benchmark: cold, one run)"
     )
+
+
+def _ssim(value: float) -> str:
+    """Latents have none."""
+    return "-" if math.isnan(value) else f"{value:.4f}"

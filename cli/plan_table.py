@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..calibrate.mixed import CANDIDATES
 from ..calibrate.plan import LayerPlan, Plan
 from ..evaluate.plan_plot import plot_plan
 from ..quantize.bit_plan import BitPlan
@@ -45,6 +46,14 @@ def print_plan(plan: Plan) -> None:
         console.print(
             "layers that turn out to err less without their rotation (h) lose it; --set rotate=always keeps it"
         )
+
+
+def print_budget(budget: str) -> None:
+    """Says that what `print_plan` shows is not final under a budget."""
+    console.print(
+        f"--budget {budget}: the table is the recipe's plan; the run measures every compressed layer and gives it "
+        f"weights as {', '.join(CANDIDATES)}, within the budget"
+    )
 
 
 def print_bit_plan(artifact: Path, plan: Plan) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..quantize.errors import InputError
+from ..quantize.errors import InputError, OutputError, reason_of
 from ..runtime.load import pick_device, pick_dtype
 from ..runtime.source import find_source
+from ..runtime.writer import write_json
 from .metrics import mean_psnr, relative_error, ssim
 from .pairing import check_pair, same_conditions
 from .picture import save_pairs
@@ -26,8 +30,8 @@ PICTURED = 8
 
 @dataclass(frozen=True)
 class SeedResult:
-    """Paired metrics of one seed's samples. psnr: mean over samples, dB; step_error: relative RMS error of the
-    denoiser's input latents at each step."""
+    """Paired metrics of one seed's samples. psnr: mean over samples, dB; ssim: NaN for latents; step_error: relative
+    RMS error of the denoiser's input latents at each step."""
 
     seed: int
     psnr: float
@@ -67,7 +71,10 @@ class Comparison:
         return statistics.fmean(s.ssim for s in self.seeds)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "psnr": self.psnr, "psnr_spread": self.psnr_spread, "ssim": self.ssim}
+        """Plain JSON; None for what is not a number."""
+        found = {**asdict(self), "psnr": self.psnr, "psnr_spread": self.psnr_spread, "ssim": self.ssim}
+        plain: dict[str, Any] = _without_nan(found)
+        return plain
 
 
 @dataclass(frozen=True)
@@ -93,17 +100,31 @@ def compare(
     device: str | None = None,
     picture: Path | None = None,
     progress: Progress | None = None,
+    record: Path | None = None,
 ) -> Comparison:
     """Samples both models on the same conditions and noise and measures how far apart they end up.
 
-    workload  what to sample, once for each of `seeds`
+    workload  what to sample, once for each of `seeds`, which must differ
     picture   where to save the side-by-side picture (PNG)
-    Raises InputError when either is unusable, or the two do not turn the same noise and conditions into samples.
+    record    where to save the result (JSON)
+    Raises InputError when either is unusable, or the two do not turn the same noise and conditions into samples;
+    OutputError, before anything is sampled where that can be told, when picture or record cannot be written.
     """
     workload = workload or Workload(samples=20)
+    _check_seeds(seeds)
     check_pair(artifact, baseline)
+    for path in filter(None, (record, picture)):
+        _check_writable(path)
     reference = sample_seeds(baseline, workload, seeds, device, "baseline", progress)
-    return compare_runs(sample_seeds(artifact, workload, seeds, device, "artifact", progress), reference, picture)
+    run = sample_seeds(artifact, workload, seeds, device, "artifact", progress, baseline)
+    result = replace(compare_runs(run, reference), picture=None if picture is None else str(picture))
+    if record is not None:
+        with _writing(record):
+            write_json(record, result.to_dict())
+    if picture is not None:
+        with _writing(picture):
+            save_pairs(picture, reference.samples[0].images[:PICTURED], run.samples[0].images[:PICTURED])
+    return result
 
 
 def sample_seeds(
@@ -113,18 +134,28 @@ def sample_seeds(
     device: str | None = None,
     role: str = "samples",
     progress: Progress | None = None,
+    substitute: str | Path | None = None,
 ) -> Run:
-    """Samples the workload once for each seed, keeping every step's latents. `role` names it to `progress`."""
+    """Samples the workload once for each seed, keeping every step's latents.
+
+    role        names it to `progress`
+    substitute  the model whose scheduler is used for a bare transformer without one
+    Raises InputError when the model is unusable, or its samples hold NaN or infinity.
+    """
     place = pick_device(device)
     dtype = pick_dtype(workload.dtype, place)
-    sampler = make_sampler(find_source(model), dtype, place)
+    other = None if substitute is None else find_source(substitute)
+    sampler = make_sampler(find_source(model), dtype, place, other)
     start = time.perf_counter()
-    samples = tuple(_run(sampler, workload, seed, role, progress) for seed in seeds)
+    samples = []
+    for seed in seeds:
+        samples.append(_run(sampler, workload, seed, role, progress))
+        _check_finite(f"{model} ({role}), seed {seed}", samples[-1])
     return Run(
         model=str(model),
         workload=workload,
         seeds=seeds,
-        samples=samples,
+        samples=tuple(samples),
         sampler=scheduler_name(sampler),
         device=str(place),
         dtype=str(dtype).removeprefix("torch."),
@@ -133,12 +164,10 @@ def sample_seeds(
     )
 
 
-def compare_runs(artifact: Run, baseline: Run, picture: Path | None = None) -> Comparison:
+def compare_runs(artifact: Run, baseline: Run) -> Comparison:
     """Paired metrics of two runs of the same workload and seeds."""
     pairs = zip(baseline.seeds, artifact.samples, baseline.samples, strict=True)
     results = tuple(measure(seed, got, want) for seed, got, want in pairs)
-    if picture is not None:
-        save_pairs(picture, baseline.samples[0].images[:PICTURED], artifact.samples[0].images[:PICTURED])
     return Comparison(
         artifact=artifact.model,
         baseline=baseline.model,
@@ -151,18 +180,13 @@ def compare_runs(artifact: Run, baseline: Run, picture: Path | None = None) -> C
         bytes_baseline=baseline.bytes,
         seconds_artifact=artifact.seconds,
         seconds_baseline=baseline.seconds,
-        picture=None if picture is None else str(picture),
     )
 
 
 def measure(seed: int, got: Samples, want: Samples) -> SeedResult:
-    """Paired metrics of one seed. Raises InputError when the smaller model produced NaN or infinity, or the two were
-    asked for different samples."""
+    """Paired metrics of one seed, of finite samples. Raises InputError when the two were asked for different ones."""
     if not same_conditions(got.conditions, want.conditions):
         raise InputError(f"seed {seed}: the two models drew different conditions; give both --conditions FILE")
-    if not torch.isfinite(got.images).all():
-        bad = int((~torch.isfinite(got.images)).flatten(1).any(1).sum())
-        raise InputError(f"seed {seed}: {bad} of {len(got.images)} samples of the smaller model hold NaN or infinity")
     steps = tuple(relative_error(a, b) for a, b in zip(got.trajectory, want.trajectory, strict=True))
     images = got.images.dim() >= 4 and bool((want.images.min() >= 0) & (want.images.max() <= 1))
     span = 1.0 if images else float(want.images.max() - want.images.min())
@@ -194,3 +218,43 @@ def _run(sampler: Sampler, workload: Workload, seed: int, role: str, progress: P
     label = f"{role}, seed {seed}"
     report = None if progress is None else lambda done, total: progress(label, done, total)
     return sampler.run(seeded, report, keep_trajectory=True)
+
+
+def _check_finite(where: str, samples: Samples) -> None:
+    broken = ~torch.isfinite(samples.images).flatten(1).all(1)
+    if broken.any():
+        raise InputError(f"{where}: {int(broken.sum())} of {len(broken)} samples hold NaN or infinity")
+
+
+def _check_seeds(seeds: tuple[int, ...]) -> None:
+    """A seed that counts twice would narrow the spread without telling anything new."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        found = ", ".join(map(str, seeds)) or "none"
+        raise InputError(f"--seed: expected one seed or more, each of them once, found {found}")
+
+
+def _check_writable(path: Path) -> None:
+    """Makes the folder of `path`. Raises OutputError when no file of that name can be written there."""
+    if path.is_dir():
+        raise OutputError(f"{path}: expected a file or nothing there, found a folder")
+    if file := next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None):
+        raise OutputError(f"{file}: expected a folder or nothing there, found a file")
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: could not be written ({reason_of(error)})") from error
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -25,6 +25,7 @@ from ..runtime.step import TIMESTEP_NAMES, signature_of
 
 UNGUIDED = "uncond."
 LATENTS_SHAPE = "latents_shape"
+LABELS = "class_labels"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def read_conditions(path: str | Path, model: nn.Module, family: Family, count: i
     _check_names(path, guided, model, family)
     held = _check_shapes(path, guided, family.condition_shapes(model))
     _check_unguided(path, free, guided)
+    check_labels(path, tensors, model)
     chosen = condition_order(held, count, seed)
     guided = {name: t[chosen] for name, t in guided.items()}
     if not free:
@@ -81,6 +83,15 @@ def fingerprint(path: str | Path) -> str:
         raise InputError(f"{path}: conditions cannot be read ({error.strerror})") from None
 
 
+def given_latent_shape(path: str | Path) -> tuple[int, ...] | None:
+    """The shape of one latent that a conditions file holds; None when it leaves it to the model's configuration.
+
+    Raises InputError when the file cannot be read, or does not hold a list of sizes.
+    """
+    given = _load(path).get(LATENTS_SHAPE)
+    return None if given is None else _sizes(path, given)
+
+
 def _load(path: str | Path) -> dict[str, Tensor]:
     fingerprint(path)  # its error is clearer than the loader's
     try:
@@ -102,6 +113,10 @@ def _latent_shape(path: str | Path, given: Tensor | None, model: nn.Module, fami
                 f"{path}: no {LATENTS_SHAPE} (int64, such as [channels, frames, height, width]), and the configuration "
                 f"of {type(model).__name__} does not say it"
             ) from None
+    return _sizes(path, given)
+
+
+def _sizes(path: str | Path, given: Tensor) -> tuple[int, ...]:
     if given.dim() != 1 or given.is_floating_point() or not len(given) or int(given.min()) < 1:
         raise InputError(f"{path}: {LATENTS_SHAPE}: expected a list of sizes, found {given.dtype} {given.tolist()}")
     return tuple(given.tolist())
@@ -152,6 +167,19 @@ def _check_unguided(path: str | Path, free: dict[str, Tensor], guided: dict[str,
             raise InputError(
                 f"{path}: {UNGUIDED}{name}: expected [1{rest}] or [{len(full)}{rest}], found {list(tensor.shape)}"
             )
+
+
+def check_labels(path: str | Path, tensors: dict[str, Tensor], model: nn.Module) -> None:
+    """Raises InputError for class labels that are no rows of the model's embedding table."""
+    classes = getattr(getattr(model, "config", None), "num_embeds_ada_norm", None)
+    for name, labels in tensors.items():
+        if name.removeprefix(UNGUIDED) != LABELS:
+            continue
+        whole = labels.dtype in (torch.int64, torch.int32)
+        if not whole or (classes is not None and (int(labels.min()) < 0 or int(labels.max()) > classes)):
+            known = "" if classes is None else f" from 0 to {classes} ({classes}: no class)"
+            span = f"{labels.min().item()} to {labels.max().item()}"
+            raise InputError(f"{path}: {name}: expected int64 labels{known}, found {labels.dtype} from {span}")
 
 
 def _unguided(model: nn.Module, family: Family, guided: dict[str, Tensor]) -> dict[str, Tensor] | None:

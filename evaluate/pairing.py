@@ -15,14 +15,17 @@ from ..runtime.lineage import is_pruned, short_record
 from ..runtime.load import check_artifact
 from ..runtime.source import Source, find_source
 from .conditions import Conditions
+from .sampling import load_scheduler
 
 
 def check_pair(model: str | Path, baseline: str | Path) -> None:
-    """Raises InputError unless `model` is a whole artifact or a pruned model, with inputs and outputs of `baseline`."""
+    """Raises InputError unless `model` is a whole artifact or a pruned model, with inputs, outputs and scheduler of
+    `baseline`."""
     ours, theirs = find_source(model), find_source(baseline)
     if is_artifact(ours.transformer) or not is_pruned(ours.transformer):
         check_artifact(ours)
     check_same(ours, theirs)
+    check_schedulers(ours, theirs)
 
 
 def check_same(model: Source, baseline: Source) -> None:
@@ -42,14 +45,36 @@ def check_same(model: Source, baseline: Source) -> None:
         )
 
 
+def check_schedulers(model: Source, baseline: Source) -> None:
+    """Raises InputError when the two have schedulers of another class or config: from the same noise these lead to
+    other samples, whatever the model. A model without a scheduler of its own is sampled with the baseline's."""
+    if model.scheduler is None:
+        return
+    ours, theirs = load_scheduler(model), load_scheduler(baseline)
+    kinds = [type(scheduler).__name__ for scheduler in (ours, theirs)]
+    different = [" and ".join(kinds)] if kinds[0] != kinds[1] else _unlike(_settings(ours), _settings(theirs))
+    if different:
+        raise InputError(
+            f"{model.scheduler} and {baseline.scheduler or f'{baseline.label} (no scheduler/: {kinds[1]})'} are not "
+            f"the same scheduler ({', '.join(different)}); expected both models to be sampled with one"
+        )
+
+
 def default_baseline(model: Path) -> str:
-    """The model that an artifact or a pruned model says it was made from. Raises InputError when it says nothing."""
+    """The model that an artifact or a pruned model says it was made from. Raises InputError when it says nothing, or
+    what lies there now is another checkpoint."""
     source = find_source(model)
     pruned = None if is_artifact(source.transformer) else short_record(source.transformer)
     record = read_config(source.transformer).provenance if pruned is None else pruned
     if not record.get("source"):
         raise InputError(f"{model}: does not say what it was made from; pass --baseline MODEL")
-    return str(record["source"])
+    name, recorded = str(record["source"]), record.get("source_fingerprint")
+    if recorded is not None and find_source(name).fingerprint() != recorded:
+        raise InputError(
+            f"{name}: not the checkpoint that {model} was made from: it has changed since, or is another one of that "
+            f"name; --baseline {name} compares with it all the same"
+        )
+    return name
 
 
 def same_conditions(ours: Any, theirs: Any) -> bool:
@@ -67,10 +92,19 @@ def _differences(model: Source, baseline: Source) -> list[str]:
     """Config entries in which the two differ; depths, of which a pruned model has less, are all right alone in one."""
     ours, theirs = ({k: v for k, v in s.config.items() if not k.startswith("_")} for s in (model, baseline))
     ours.pop("quantization_config", None)
-    names = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+    names = _unlike(ours, theirs)
     if names and _was_pruned(model) and set(names) <= set(find_family(model.skeleton()).depths):
         return []
     return names
+
+
+def _settings(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's config, without the keys that tell who wrote it."""
+    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+
+
+def _unlike(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    return sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
 
 
 def _was_pruned(source: Source) -> bool:

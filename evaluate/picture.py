@@ -32,8 +32,9 @@ def save_pairs(path: Path, baseline: Tensor, compressed: Tensor) -> None:
 
 
 def displayable(samples: Tensor) -> Tensor:
-    """float [n, 3, H, W] in 0..1 from images, videos (first frame) or latents (first three channels, squashed)."""
-    frames = samples[:, 0] if samples.dim() == 5 else samples
+    """float [n, 3, H, W] in 0..1 from images, videos (first frame) or latents (first three channels, squashed; packed
+    ones [n, tokens, channels] as they are, in grey)."""
+    frames = {3: samples[:, None], 5: samples[:, 0]}.get(samples.dim(), samples)
     frames = frames[:, :3] if frames.shape[1] >= 3 else frames[:, :1].expand(-1, 3, -1, -1)
     in_range = bool(frames.min() >= 0) and bool(frames.max() <= 1)
     return frames.float() if in_range else torch.sigmoid(frames.float())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from typing import Any
@@ -17,6 +18,7 @@ from ..runtime.family import Family, find_family
 from ..runtime.source import Source, load_pipeline, load_transformer
 from ..runtime.step import StepTracker
 from .conditions import Conditions, fingerprint, random_conditions, read_conditions
+from .timesteps import count_tokens, set_timesteps
 
 Progress = Callable[[int, int], None]
 
@@ -46,6 +48,10 @@ class Workload:
         """One CPU generator a sample, so that a sample's noise depends on nothing but its own number."""
         return [torch.Generator().manual_seed(self.seed * 1_000_003 + i) for i in range(start, stop)]
 
+    def batch_seed(self, start: int) -> int:
+        """Seed of what a batch draws from no generator of ours; below zero, where no sample's seed is."""
+        return -1 - abs(self.seed * 1_000_003 + start)
+
 
 @dataclass
 class Samples:
@@ -69,7 +75,15 @@ class Sampler:
         raise NotImplementedError
 
     def sample_batch(self, workload: Workload, conditions: Any, start: int, stop: int) -> Tensor:
-        """Samples start..stop of the workload: float [stop - start, ...]."""
+        """Samples start..stop of the workload: float [stop - start, ...]. Equal calls give equal samples, also where
+        pipeline or scheduler draw noise from torch's own generators, whose state is left as it was.
+
+        Raises InputError when the scheduler does not take the workload's steps.
+        """
+        with _seeded(workload.batch_seed(start)):
+            return self._sample(workload, conditions, start, stop)
+
+    def _sample(self, workload: Workload, conditions: Any, start: int, stop: int) -> Tensor:
         raise NotImplementedError
 
     def batches(self, workload: Workload) -> Iterator[tuple[int, int]]:
@@ -96,6 +110,17 @@ class Sampler:
                 trajectories.append(watch.latents)
         steps = [torch.cat(parts) for parts in zip(*trajectories, strict=True)] if keep_trajectory else []
         return Samples(torch.cat(images), steps, conditions)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """torch's own generators start from `seed` in the block, and go on after it as if it had not been."""
+    on_gpu = torch.cuda.is_initialized()
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if on_gpu else (), device_type="cuda"):
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            torch.cuda.manual_seed_all(seed)
+        yield
 
 
 def _step_progress(progress: Progress, number: int, batches: int, steps: int) -> Callable[[int], None]:
@@ -143,7 +168,8 @@ class PipelineSampler(Sampler):
             return {"prompt": [prompts[(workload.seed + i) % len(prompts)] for i in range(workload.samples)]}
         raise InputError(f"{type(self.pipe).__name__} takes neither class_labels nor prompt; give your own data")
 
-    def sample_batch(self, workload: Workload, conditions: Any, start: int, stop: int) -> Tensor:
+    def _sample(self, workload: Workload, conditions: Any, start: int, stop: int) -> Tensor:
+        set_timesteps(self.scheduler, workload.steps)  # the pipeline does it again; a wrong number is an error here
         options = {"guidance_scale": workload.guidance_scale} if workload.guidance_scale is not None else {}
         out = self.pipe(
             **{name: values[start:stop] for name, values in conditions.items()},
@@ -175,7 +201,7 @@ class DenoiserSampler(Sampler):
             )
         return found
 
-    def sample_batch(self, workload: Workload, conditions: Conditions, start: int, stop: int) -> Tensor:
+    def _sample(self, workload: Workload, conditions: Conditions, start: int, stop: int) -> Tensor:
         model: Any = self.denoiser
         device, dtype = model.device, model.dtype
         scale = self.default_guidance if workload.guidance_scale is None else workload.guidance_scale
@@ -186,9 +212,13 @@ class DenoiserSampler(Sampler):
             )
             for name, tensor in conditions.guided.items()
         }
-        noise = [torch.randn(conditions.latent_shape, generator=g) for g in workload.generators(start, stop)]
+        generators = workload.generators(start, stop)
+        noise = [torch.randn(conditions.latent_shape, generator=g) for g in generators]
+        # a sample's generator goes on after its first noise, so that later noise is the sample's own as well
+        drawn = {"generator": generators} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+        set_timesteps(self.scheduler, workload.steps, count_tokens(conditions.latent_shape, model))
         latents = torch.stack(noise).to(device)  # float32 between calls: sixteen bits would lose small steps
-        self.scheduler.set_timesteps(workload.steps)
+        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
         for t in self.scheduler.timesteps:
             batch = torch.cat([latents] * len(branches))
             batch = (
@@ -200,16 +230,19 @@ class DenoiserSampler(Sampler):
             # a model that predicts its variance as well gives twice the channels
             parts = out[:, : conditions.latent_shape[0]].float().chunk(len(branches))
             guided = parts[-1] if len(parts) == 1 else parts[0] + scale * (parts[1] - parts[0])
-            latents = self.scheduler.step(guided, t, latents, return_dict=False)[0]
+            latents = self.scheduler.step(guided, t, latents, **drawn, return_dict=False)[0]
         return latents
 
 
-def make_sampler(source: Source, dtype: torch.dtype, device: torch.device | str) -> Sampler:
+def make_sampler(
+    source: Source, dtype: torch.dtype, device: torch.device | str, substitute: Source | None = None
+) -> Sampler:
     """The sampler of a model on disk: its pipeline, or for a bare transformer its denoiser with the scheduler that lies
-    in or next to its folder (a linear-beta DDIM when there is none)."""
+    in or next to its folder. Where there is none it is that of `substitute`, or else a linear-beta DDIM."""
     if source.is_pipeline:
         return PipelineSampler(load_pipeline(source, dtype, device))
-    return DenoiserSampler(load_transformer(source, dtype, device), load_scheduler(source))
+    owner = source if source.scheduler is not None or substitute is None else substitute
+    return DenoiserSampler(load_transformer(source, dtype, device), load_scheduler(owner))
 
 
 def load_scheduler(source: Source) -> Any:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..calibrate.progress import Progress
+from ..calibrate.workspace import readable
 from ..evaluate.conditions import UNGUIDED
 from ..evaluate.sampling import DenoiserSampler, Workload
 from ..quantize.errors import InputError, OutputError
@@ -56,7 +57,8 @@ def generate_latents(
     """Fills `folder` with shards of `latents.py`, one a batch; shards that are there already are kept, so an
     interrupted run goes on. `source` is the teacher's fingerprint.
 
-    Raises InputError when the folder holds something else, or the family cannot draw conditions by itself.
+    Raises InputError when the folder holds something else or a damaged shard, or the family cannot draw conditions by
+    itself.
     """
     job = {"teacher": source, **{k: v for k, v in asdict(settings).items() if k != "conditions"}}
     job["conditions"] = settings.workload().to_dict()["conditions"]
@@ -66,7 +68,7 @@ def generate_latents(
     team.wait()
     sampler, workload = DenoiserSampler(teacher, scheduler), settings.workload()
     spans = list(sampler.batches(workload))
-    missing = [(i, span) for i, span in enumerate(spans) if not _shard(folder, i).exists()]
+    missing = [(i, span) for i, span in enumerate(spans) if not _is_there(_shard(folder, i))]
     if not missing:
         team.wait()
         return folder
@@ -118,6 +120,13 @@ def _open(folder: Path, job: dict[str, Any]) -> None:
 
 def _shard(folder: Path, number: int) -> Path:
     return folder / f"latents-{number:05d}.safetensors"
+
+
+def _is_there(shard: Path) -> bool:
+    if not shard.exists():
+        return False
+    with readable(shard) as path, safe_open(path, "pt"):  # looks at the header and the size
+        return True
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:

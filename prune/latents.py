@@ -9,6 +9,7 @@ A shard holds, for n samples,
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..evaluate.conditions import UNGUIDED
+from ..evaluate.conditions import UNGUIDED, check_labels
 from ..quantize.errors import InputError
 from ..runtime.family import Family
 
 LATENTS = "latents"
 _RESIDENT_BYTES = 16e9  # what may be kept on the accelerator
+_HASHED_END = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -81,16 +83,37 @@ def read_latents(folder: str | Path, model: nn.Module, family: Family) -> Latent
 
     Raises InputError, naming file and tensor, for whatever the model could not be trained on.
     """
-    paths = sorted(Path(folder).glob("*.safetensors"))
-    if not paths:
-        raise InputError(f"{folder}: expected a folder of safetensors shards with latents, found none")
-    parts = []
+    paths, parts = _shard_paths(folder), []
     for path in paths:
         try:
             parts.append(load_file(path))
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: expected latents as safetensors ({error})") from None
     return _checked(parts, [str(path) for path in paths], model, family)
+
+
+def fingerprint_shards(folder: str | Path) -> str:
+    """A name for what the shards of a folder hold, from the names, sizes, starts and ends of the files: tells data
+    apart in seconds, whatever its size. Raises InputError when there is no shard, or one cannot be read."""
+    digest = hashlib.sha256()
+    for path in _shard_paths(folder):
+        try:
+            size = path.stat().st_size
+            digest.update(f"{path.name}:{size}:".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(_HASHED_END))
+                file.seek(max(0, size - _HASHED_END))
+                digest.update(file.read(_HASHED_END))
+        except OSError as error:
+            raise InputError(f"{path}: latents cannot be read ({error.strerror})") from None
+    return digest.hexdigest()[:16]
+
+
+def _shard_paths(folder: str | Path) -> list[Path]:
+    paths = sorted(Path(folder).glob("*.safetensors"))
+    if not paths:
+        raise InputError(f"{folder}: expected a folder of safetensors shards with latents, found none")
+    return paths
 
 
 def collect_latents(data: Iterable[Mapping[str, Tensor]], model: nn.Module, family: Family) -> Latents:
@@ -112,6 +135,7 @@ def _checked(parts: list[dict[str, Tensor]], places: list[str], model: nn.Module
         unguided.update({n.removeprefix(UNGUIDED): t[:1] for n, t in part.items() if n.startswith(UNGUIDED)})
         rows.append({name: t for name, t in part.items() if not name.startswith(UNGUIDED)})
         _check_rows(rows[-1], rows[0], place)
+        check_labels(place, part, model)
     _check_model(rows[0], places[0], model, family)
     found = Latents(tuple(rows), unguided)
     return Latents(found.parts, unguided or _family_unguided(found, model, family))

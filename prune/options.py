@@ -15,9 +15,11 @@ from .budget import Duration
 from .criterion import criterion_names
 from .distill import Distillation
 from .generate import Generation
+from .latents import fingerprint_shards
 from .optimizer import check_optimizer
 from .trainer import Training
 
+LARGEST_SEED = 2**32 - 1  # of a CPU generator's seed only the low 32 bits count
 DISTILL = ("features", "output", "none")
 # set apart from what the numbers follow from: none of these changes a weight
 _ASIDE = ("resume", "overwrite", "grids", "save_steps", "device", "cache")
@@ -97,6 +99,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InputError(f"{name} {value}: expected a number above 0")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise InputError(f"--seed {self.seed}: expected 0 to {LARGEST_SEED}")
 
     def generation(self, device: torch.device) -> Generation:
         samples = self.samples or (256 if device.type == "cpu" else 16_384)
@@ -129,10 +133,16 @@ class Options:
         return self.lr if self.lr is not None else 2e-4 * math.sqrt(batch / 256) * math.sqrt(1152 / width)
 
     def job(self, data: Any) -> dict[str, Any]:
-        """The settings for a record: what the result follows from."""
+        """The settings for a record: what the result follows from, of files and folders their contents.
+
+        Raises InputError for a file or folder that cannot be read.
+        """
         named = {name: value for name, value in asdict(self).items() if name not in _ASIDE}
         named["conditions"] = self.conditions and fingerprint(self.conditions)
-        named["data"] = None if data is None else str(data) if isinstance(data, str | Path) else type(data).__name__
+        named["plan"] = self.plan and {"file": self.plan, "fingerprint": fingerprint(self.plan)}
+        named["data"] = None if data is None else type(data).__name__
+        if isinstance(data, str | Path):
+            named["data"] = {"folder": str(data), "fingerprint": fingerprint_shards(data)}
         return named
 
 

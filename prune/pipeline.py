@@ -29,6 +29,7 @@ from .generate import generate_latents
 from .latents import Latents, collect_latents, read_latents
 from .objective import Batch, objective_of
 from .options import Options
+from .patterns import cut
 from .plan import PrunePlan, Stack, find_stacks, parse_keep
 from .plot import can_plot, plot_run
 from .recover import measure, recover
@@ -56,7 +57,7 @@ def prune_model(
     options  the fields of `Options`; `keep` (or `plan`) is required
 
     Raises InputError, with nothing left half written, for anything in the input that cannot be used, and `Diverged`
-    when training meets NaN; what was learned until then is kept for `resume`.
+    when training meets NaN; what was sampled and learned until then is kept for `resume`.
     """
     settings, progress = Options(**options), progress or Progress()
     settings.check()
@@ -67,7 +68,9 @@ def prune_model(
     check_output(target, settings.overwrite, is_pruned)
     team, device = find_team(pick_device(settings.device))
     workspace, record = Workspace(target), describe(source, settings, data)
-    if team.is_main and workspace.open(record, settings.resume):
+    # flat, so that a refused resume names the option that is another
+    job = {name: value for name, value in record.items() if name != "settings"} | record["settings"]
+    if team.is_main and workspace.open(job, settings.resume):
         progress.note("resuming: finished parts of the interrupted run are used")
     team.wait()
     run = Run(source, settings, workspace, team, device, progress if team.is_main else Progress())
@@ -75,9 +78,11 @@ def prune_model(
         plan, student, found = train(run, keep, data)
     except OutputError:
         raise
-    except InputError:  # the input must change first; what has been trained is kept
-        if not workspace.has("search") and not workspace.has("recovery"):
+    except InputError as error:  # what has been sampled and trained is kept
+        if not any(workspace.folder.rglob("*.safetensors")):
             workspace.remove()
+        elif str(workspace.folder) not in str(error):
+            run.progress.note(f"what is finished is kept in {workspace.folder}, for the same command with --resume")
         raise
     if team.is_main:
         if can_plot():
@@ -92,6 +97,7 @@ def train(run: Run, keep: tuple[int, ...], data: Data | None) -> tuple[PrunePlan
     """The plan, the pruned model, and what is worth recording of how it came about."""
     teacher = load_teacher(run.source, run.device)
     stacks = find_stacks(teacher, find_family(teacher))
+    chosen_depths(run.settings, stacks)  # which blocks are pinned shows in the weights alone
     latents, gathering = timed(lambda: gather_latents(run, teacher, data))
     stream, held = make_stream(run, teacher, latents)
     (plan, search), searching = timed(lambda: choose_plan(run, teacher, stacks, keep, stream, data is not None))
@@ -130,7 +136,8 @@ def open_source(model: str | Path | None) -> Source:
 
 
 def chosen_depths(settings: Options, stacks: tuple[Stack, ...]) -> tuple[int, ...]:
-    """How many blocks stay in each stack. Raises InputError when `keep` and plan say nothing, or not the same."""
+    """How many blocks stay in each stack. Raises InputError when `keep` and plan say nothing, or not the same, and for
+    a plan or groups that these stacks cannot follow."""
     planned = () if settings.plan is None else tuple(len(s.kept) for s in read_plan(settings.plan, stacks).stacks)
     if not settings.keep and not planned:
         known = ", ".join(f"{stack.depth} {stack.name}" for stack in stacks)
@@ -138,6 +145,9 @@ def chosen_depths(settings: Options, stacks: tuple[Stack, ...]) -> tuple[int, ..
     keep = parse_keep(str(settings.keep), stacks) if settings.keep else planned
     if planned and keep != planned:
         raise InputError(f"--keep {settings.keep}: the plan {settings.plan} keeps {', '.join(map(str, planned))}")
+    if not planned and find_criterion(settings.criterion).trains:
+        for stack, count in zip(stacks, keep, strict=True):
+            cut(stack, count, settings.groups)
     return keep
 
 
@@ -145,7 +155,7 @@ def read_plan(path: str, stacks: tuple[Stack, ...]) -> PrunePlan:
     """The plan in a JSON file, by itself or in the sidecar of a pruned model. Raises InputError."""
     data = read_json(Path(path))
     plan = PrunePlan.from_dict(data.get("plan", data), path)
-    plan.check(stacks)
+    plan.check(stacks, path)
     return plan
 
 

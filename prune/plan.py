@@ -104,22 +104,27 @@ class PrunePlan:
             stacks = []
             for entry in data["stacks"]:
                 _known(entry, ("name", "depth_key", "depth", "kept", "scores"), where)
-                names = (str(entry["name"]), str(entry["depth_key"]), int(entry["depth"]))
-                stacks.append(StackPlan(*names, tuple(entry["kept"]), tuple(entry.get("scores", ()))))
+                depth = _whole(entry["depth"], "depth", where)
+                kept = tuple(_whole(i, "kept", where) for i in entry["kept"])
+                names = (str(entry["name"]), str(entry["depth_key"]))
+                stacks.append(StackPlan(*names, depth, kept, tuple(entry.get("scores", ()))))
             return cls(tuple(stacks), str(data.get("criterion", "")), dict(data.get("notes", {})))
-        except (KeyError, TypeError, AttributeError) as error:
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{where}: not a prune plan ({type(error).__name__}: {error})") from None
 
-    def check(self, stacks: Sequence[Stack]) -> None:
-        """Raises InputError unless the plan is for a model with these stacks."""
+    def check(self, stacks: Sequence[Stack], where: str = "prune plan") -> None:
+        """Raises InputError unless the plan, which is from `where`, is for a model with these stacks."""
         ours = {s.name: s.depth for s in self.stacks}
         theirs = {s.name: s.depth for s in stacks}
         if ours != theirs:
-            raise InputError(f"the prune plan is for a model of {_words(ours)}, this one has {_words(theirs)}")
+            raise InputError(f"{where}: the plan is for a model of {_words(ours)}, this one has {_words(theirs)}")
         for plan, stack in zip(self.stacks, stacks, strict=True):
             lost = sorted(set(stack.pinned) & set(plan.removed))
             if lost:
-                raise InputError(f"{stack.block(lost[0])} cannot be taken out: the rest of the model reads from it")
+                name = stack.block(lost[0])
+                raise InputError(f"{where}: {name} cannot be taken out: the rest of the model reads from it")
 
 
 def find_stacks(model: nn.Module, family: Family) -> tuple[Stack, ...]:
@@ -183,6 +188,12 @@ def _known(data: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
     for key in data:
         if key not in keys:
             raise unknown("key", str(key), keys, where)
+
+
+def _whole(value: Any, key: str, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InputError(f"{where}: {key}: expected a whole number, found {value!r}")
+    return value
 
 
 def _words(depths: Mapping[str, int]) -> str:

@@ -118,7 +118,8 @@ class Trainer:
     def run(self, listener: Listener) -> None:
         """Trains to the end, from the last checkpoint in the workspace where there is one.
 
-        Raises Diverged, with the state before that step saved, when a gradient is not finite.
+        Raises Diverged, with the state before that step saved, when a gradient is not finite, and InputError for a
+        checkpoint that cannot be read.
         """
         before = self._restore()
         start = saved = time.monotonic()

@@ -27,7 +27,8 @@ def write_pruned(
     output: Path,
     overwrite: bool,
 ) -> None:
-    """Writes `output`, shaped like the source: a pipeline folder for a pipeline, else a transformer folder.
+    """Writes `output`, shaped like the source: a pipeline folder for a pipeline, else a transformer folder
+    with the scheduler of the source, where there is one.
 
     Tensors keep the dtypes of the source. Pictures in `work` come along, beside the model.
     """
@@ -38,6 +39,8 @@ def write_pruned(
     with staged(output, overwrite, is_pruned) as folder:
         if source.is_pipeline:
             copy_pipeline(source.root, folder)
+        elif source.scheduler is not None:  # what the result is sampled with
+            copy_pipeline(source.scheduler, folder / "scheduler", skip="")
         target = folder / "transformer" if source.is_pipeline else folder
         target.mkdir(exist_ok=True)
         write_tensors(target, entries, lambda name: tensors[name].detach().to(dtypes[name]).cpu())

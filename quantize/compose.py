@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import InputError
+from ..kernels.hadamard import SEEDS
 from .format import ScalarFormat, Tensors, quantize_activation
 from .gptq import DAMP, gptq, output_gain, refine
 from .layer import LOW_RANK_DTYPE, dense_weight, rotate
@@ -21,19 +21,22 @@ from .method import FloatLayer
 from .minifloat import ELEMENTS, Minifloat, element_rule
 from .rotate import make_signs, rotate_gram, rotate_rows, unrotate_rows
 from .scale import search_clip
-from .smooth import aggregate_absmax, channel_scale, search_scale
+from .smooth import AGGREGATES, aggregate_absmax, channel_scale, search_scale
 from .spec import LayerSpec
 from .stats import LayerStats
 from .vector import VectorFormat, VectorRounding, round_to_vectors
 
 CHOICES = {
     "smooth": ("none", "fixed", "search"),
+    "aggregate": AGGREGATES,
     "rotate": ("always", "search"),
     "rounding": ("rtn", "gptq"),
     "clip": ("none", "weight", "output"),
     "element": ("search", "rule", *ELEMENTS),
     "branch": ("error", "weight"),
+    "kind": tuple(SEEDS),
 }
+"""The words that parameters of these names may be: what a method that is made of these steps gives as its `choices`."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +78,9 @@ class Choices:
 
     @classmethod
     def of(cls, params: dict[str, Any]) -> Choices:
-        """Picks the choices among a method's parameters. Raises InputError for a value that is not one of a kind."""
+        """Picks the choices among a method's parameters, as `resolve_method` gives them."""
         known = {f.name for f in fields(cls)}
-        chosen = cls(**{key: value for key, value in params.items() if key in known})
-        for key, options in CHOICES.items():
-            if getattr(chosen, key) not in options:
-                raise InputError(f"{key} is '{getattr(chosen, key)}', expected one of {', '.join(options)}")
-        return chosen
+        return cls(**{key: value for key, value in params.items() if key in known})
 
     def needs(self, rank: int = 0) -> frozenset[str]:
         """The statistics these choices are made from."""

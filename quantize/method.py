@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,9 +28,11 @@ class Method:
     """A new method is one file in `methods/` that exports `METHOD`.
 
     `defaults` lists its parameters; a recipe may set those and no others. In every call `params` holds them all.
+    `choices` lists, for a parameter that is one of a few words, these words; names that are no parameter are ignored.
     """
 
     defaults: ClassVar[dict[str, Any]] = {}
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     by_rows: ClassVar[bool] = False  # without a scale and a rank, no row depends on others but for a searched rotation
 
     def needs(self, params: dict[str, Any]) -> frozenset[str]:
@@ -59,7 +62,8 @@ class Method:
 def resolve_method(name: str, params: dict[str, Any], where: str = "") -> tuple[Method, dict[str, Any]]:
     """The method called `name` and its parameters with defaults filled in.
 
-    Raises InputError for an unknown method or parameter, or a value of another type than the default's.
+    Raises InputError for an unknown method or parameter, a value of another type than the default's, or a word that is
+    none of the parameter's choices.
     """
     method: Method = registry.find(methods, name, "METHOD")
     for key, value in params.items():
@@ -69,6 +73,8 @@ def resolve_method(name: str, params: dict[str, Any], where: str = "") -> tuple[
         if default is not None and not _same_type(value, default):
             expected, found = type(default).__name__, type(value).__name__
             raise InputError(f"{where or name}: parameter '{key}' expected {expected}, found {found} ({value!r})")
+        if value not in method.choices.get(key, (value,)):
+            raise unknown(f"value of {key}", value, method.choices[key], where or name)
     return method, {**method.defaults, **params}
 
 

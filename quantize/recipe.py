@@ -43,6 +43,11 @@ class Step:
     targets: tuple[str, ...] = ()
     params: dict[str, Any] = field(default_factory=dict, hash=False)
 
+    @property
+    def is_core(self) -> bool:
+        """Whether it selects attention or feed-forward layers by their role."""
+        return not set(CORE_ROLES).isdisjoint(self.roles)
+
     def selects(self, name: str, role: str) -> bool:
         return role in self.roles or any(fnmatchcase(name, pattern) for pattern in self.targets)
 
@@ -64,13 +69,16 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str) -> Recipe:
-        """Raises InputError for an unknown key, role, method or spec, with the nearest valid name."""
+        """Raises InputError for an unknown key, role, method or spec, with the nearest valid name, or a value of the
+        wrong type."""
         allowed = ("name", "description", "keep", "step")
         for key in data:
             if key not in allowed:
                 raise unknown("key", key, allowed, where)
         if not isinstance(data.get("step"), list) or not data["step"]:
             raise InputError(f"{where}: expected at least one [[step]]")
+        for key in ("name", "description"):
+            _check_text(data, key, where)
         if not _is_list_of_strings(data.get("keep", [])):
             raise InputError(f"{where}: 'keep' expected a list of strings, found {data['keep']!r}")
         steps = tuple(_step(s, f"{where}, step {i + 1}") for i, s in enumerate(data["step"]))
@@ -92,27 +100,40 @@ class Recipe:
         """The same recipe with another method for the attention and feed-forward layers; its parameters are reset.
 
         A method that needs no statistics replaces every step's, so that the whole run needs no data.
+        Raises InputError for an unknown method, or when no step is for these layers by their role.
         """
         found, params = resolve_method(method, {})
         everywhere = not found.needs(params)
+        if not everywhere:
+            self._check_core(f"--method {method}")
         steps = tuple(
-            dataclasses.replace(s, method=method, params={}) if everywhere or set(s.roles) & set(CORE_ROLES) else s
-            for s in self.steps
+            dataclasses.replace(s, method=method, params={}) if everywhere or s.is_core else s for s in self.steps
         )
         out = dataclasses.replace(self, steps=steps)
         return Recipe.from_dict(out.to_dict(), f"recipe {self.name} with method {method}")
 
     def with_params(self, settings: tuple[str, ...]) -> Recipe:
-        """The same recipe with `key=value` parameters set in the steps for attention and feed-forward layers."""
+        """The same recipe with `key=value` parameters set in the steps for attention and feed-forward layers.
+
+        Raises InputError for a parameter or value that a step's method does not have, or when there is no such step.
+        """
+        self._check_core(f"--set {' '.join(settings)}")
 
         def change(step: Step) -> Step:
             defaults = resolve_method(step.method, {})[0].defaults
             changed = dict(parse_setting(text, defaults, step.method) for text in settings)
             return dataclasses.replace(step, params={**step.params, **changed})
 
-        steps = tuple(change(s) if set(s.roles) & set(CORE_ROLES) else s for s in self.steps)
+        steps = tuple(change(s) if s.is_core else s for s in self.steps)
         out = dataclasses.replace(self, steps=steps)
         return Recipe.from_dict(out.to_dict(), f"recipe {self.name} with --set {' '.join(settings)}")
+
+    def _check_core(self, option: str) -> None:
+        if not any(step.is_core for step in self.steps):
+            raise InputError(
+                f"{option}: changes the steps whose roles hold {' or '.join(CORE_ROLES)}, and recipe {self.name} has "
+                "none; write it into the recipe's own steps"
+            )
 
     def without_folds(self) -> Recipe:
         """The same recipe with every step's input scale kept in its own layer."""
@@ -175,6 +196,11 @@ def _is_list_of_strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
+def _check_text(data: dict[str, Any], key: str, where: str) -> None:
+    if not isinstance(data.get(key, ""), str):
+        raise InputError(f"{where}: '{key}' expected a string, found {data[key]!r}")
+
+
 def _step(data: Any, where: str) -> Step:
     fields = [f.name for f in dataclasses.fields(Step)]
     if not isinstance(data, dict):
@@ -182,6 +208,7 @@ def _step(data: Any, where: str) -> Step:
     for key in data:
         if key not in fields:
             raise unknown("key", key, fields, where)
+    _check_text(data, "kind", where)
     for key in ("method", "spec"):
         if not isinstance(data.get(key), str):
             raise InputError(f"{where}: expected the key '{key}' with a string")

@@ -39,6 +39,8 @@ DTYPES = {
     "U8": torch.uint8,
     "I16": torch.int16,
     "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
 }
 
 

@@ -59,9 +59,10 @@ def run(
     ] = False,
 ) -> None:
     """Calibrate a Diffusion Transformer and write a compressed artifact."""
-    from ...calibrate.pipeline import Options, compress, default_output, open_source, parse_full_steps, plan_source
+    from ...calibrate.options import Options, parse_full_steps
+    from ...calibrate.pipeline import plan_job, run_job
     from ..console import bold, console, reporting
-    from ..plan_table import print_bit_plan, print_plan
+    from ..plan_table import print_bit_plan, print_budget, print_plan
 
     options = Options(
         bits=bits,
@@ -86,16 +87,16 @@ def run(
         overwrite=overwrite,
         i_know=i_know,
     )
-    source = open_source(model)
-    chosen = options.resolve_recipe()
-    target = output or default_output(source.label, chosen)
-    plan = plan_source(source, chosen)
-    console.print(bold(source.label), " as ", bold(chosen.name), f", family {plan.family} -> {target}", sep="")
+    job = plan_job(model, output, None, options)
+    plan, names = job.plan, (bold(job.source.label), " as ", bold(job.recipe.name))
+    console.print(*names, f", family {plan.family} -> {job.target}", sep="")
     print_plan(plan)
+    if budget is not None:
+        print_budget(budget)
     if dry_run:
         return
     with reporting() as reporter:
-        written = compress(model, target, progress=reporter, **vars(options))
+        written = run_job(job, reporter)
     print_bit_plan(written, plan)
     console.print("wrote", bold(written))
     console.print(f"  vdit-quant inspect {written}\n  vdit-quant compare {written}")

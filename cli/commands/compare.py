@@ -33,7 +33,6 @@ def run(
     from ...evaluate.pairing import default_baseline
     from ...evaluate.sampling import Workload
     from ...kernels import dispatch
-    from ...runtime.writer import write_json
     from ..compare_table import print_comparison
     from ..console import console, reporting
 
@@ -48,7 +47,7 @@ def run(
             device,
             folder / "samples.png",
             reporter.task,
+            folder / "comparison.json",
         )
-    write_json(folder / "comparison.json", result.to_dict())
     print_comparison(result)
     console.print(f"wrote {folder / 'comparison.json'} and {folder / 'samples.png'}")

@@ -8,26 +8,23 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from ..errors import InputError
+from ..compose import CHOICES
 from ..format import ScalarFormat, Tensors
 from ..method import FloatLayer, Method
 from ..scale import search_clip
 from ..spec import LayerSpec
 from ..stats import LayerStats
 
-CLIPS = ("none", "weight", "output")
-
 
 class RoundToNearest(Method):
     defaults: ClassVar[dict[str, Any]] = {"clip": "none"}
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"clip": CHOICES["clip"]}
 
     def needs(self, params: dict[str, Any]) -> frozenset[str]:
         return frozenset({"second_moment"}) if params["clip"] == "output" else frozenset()
 
     def compress(self, layer: FloatLayer, stats: LayerStats | None, spec: LayerSpec, **params: Any) -> Tensors:
         clip = params.get("clip", "none")
-        if clip not in CLIPS:
-            raise InputError(f"rtn: clip is '{clip}', expected one of {', '.join(CLIPS)}")
         fmt = spec.weight.resolve()
         if clip == "none" or not isinstance(fmt, ScalarFormat):
             return fmt.encode(layer.weight, spec.weight)

@@ -16,7 +16,6 @@ import dataclasses
 from typing import Any, ClassVar
 
 from ..compose import Choices, compress_linear
-from ..errors import InputError
 from ..format import Tensors
 from ..gptq import DAMP
 from ..method import FloatLayer, Method
@@ -24,8 +23,6 @@ from ..rotate import default_block
 from ..spec import HadamardSpec, LayerSpec
 from ..stats import LayerStats
 from ..vector import VectorRounding
-
-ROUNDINGS = ("nearest", "gptq")
 
 
 class Vq4Dit(Method):
@@ -56,6 +53,8 @@ class Vq4Dit(Method):
         "book_rate": 0.003,
     }
 
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"rounding": ("nearest", "gptq")}
+
     def complete(self, spec: LayerSpec, n: int, k: int, params: dict[str, Any], foldable: bool = False) -> LayerSpec:
         if params["hadamard"] and spec.hadamard is None:
             spec = dataclasses.replace(spec, hadamard=HadamardSpec(default_block(k, "sylvester", params["hadamard"])))
@@ -68,8 +67,6 @@ class Vq4Dit(Method):
         return int(params["steps"])
 
     def compress(self, layer: FloatLayer, stats: LayerStats | None, spec: LayerSpec, **params: Any) -> Tensors:
-        if params["rounding"] not in ROUNDINGS:
-            raise InputError(f"vq4dit: rounding is '{params['rounding']}', expected one of {', '.join(ROUNDINGS)}")
         feedback = params["rounding"] == "gptq"
         choices = Choices.of({**params, "rounding": "gptq" if feedback else "rtn"})
         shared = {name: params[name] for name in ("damp", "importance", "unbiased")}

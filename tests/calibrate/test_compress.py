@@ -10,8 +10,10 @@ import torch
 
 from vdit_quant.calibrate import compress as module
 from vdit_quant.calibrate.compress import compress_layer, compress_unit, read_layer
+from vdit_quant.calibrate.model_source import StateDict
 from vdit_quant.calibrate.pipeline import open_source, plan_source
 from vdit_quant.calibrate.record import Recorder
+from vdit_quant.quantize.errors import InputError
 from vdit_quant.quantize.recipe import Recipe
 from vdit_quant.quantize.spec import LayerSpec
 from vdit_quant.quantize.stats import LayerStats
@@ -67,3 +69,10 @@ def test_layers_of_one_input_but_of_several_specs_are_compressed_apart(
     groups = [[plan.name.rpartition(".")[2] for plan in group] for group in module.together(mixed, stats)]
     assert ["to_q", "to_v"] in groups
     assert ["to_k"] in groups
+
+
+def test_a_bias_that_is_not_finite_is_refused() -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(4, 6))
+    layer[0].bias.data[2] = torch.inf
+    with pytest.raises(InputError, match="layer 0: 1 of 6 in its bias are NaN or infinite"):
+        read_layer("0", StateDict(layer), "cpu")

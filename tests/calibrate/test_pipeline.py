@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import vdit_quant
-from vdit_quant.calibrate.pipeline import CALIBRATION_SEEDS
+from vdit_quant.calibrate.options import CALIBRATION_SEEDS, MAX_SEED
+from vdit_quant.calibrate.pipeline import default_output
 from vdit_quant.calibrate.progress import Progress
 from vdit_quant.quantize.errors import InputError
 from vdit_quant.quantize.layer import dense_weight
-from vdit_quant.quantize.recipe import Recipe, shipped
+from vdit_quant.quantize.recipe import Recipe, load_shipped, shipped
 from vdit_quant.runtime.artifact import read_config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -123,10 +124,34 @@ def test_a_model_with_nan_activations_names_the_layer(
     tiny_dit: Callable[..., Any], dit_inputs: Callable[..., Any], tmp_path: Path
 ) -> None:
     model = tiny_dit()
-    model.get_submodule("transformer_blocks.0.norm1.linear").bias.data[0] = float("nan")
+    model.get_submodule("pos_embed.proj").weight.data[:] = 1e38  # finite, but not what it gives
     with pytest.raises(InputError, match=r"transformer_blocks\.0\.attn1\.to_q.*NaN or infinity"):
         vdit_quant.compress(model, tmp_path / "out", data=[dit_inputs(model)], recipe=Recipe.from_dict(OUTPUT, "mine"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("label", "name"), [(".", "inner"), ("../inner/", "inner"), ("..", "outer"), ("owner/model", "model")]
+)
+def test_the_default_output_has_the_models_name(
+    label: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "outer" / "inner"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    assert default_output(label, load_shipped("w4a8")) == Path(f"{name}-w4a8")
+
+
+@pytest.mark.parametrize("wrong", [{"samples": 0}, {"steps": 0}, {"steps": -3}, {"seed": -1}, {"seed": 10**14}])
+def test_a_number_out_of_range_is_refused(wrong: dict[str, int], tmp_path: Path) -> None:
+    (name, value), *_ = wrong.items()
+    with pytest.raises(InputError, match=f"--{name} {value}: expected a whole number from"):
+        vdit_quant.compress(None, tmp_path / "out", **wrong)
+
+
+def test_the_largest_seed_can_be_used(tiny_folder: Path, tmp_path: Path) -> None:
+    recipe = Recipe.from_dict(OUTPUT, "mine")
+    vdit_quant.compress(tiny_folder, tmp_path / "out", recipe=recipe, steps=1, samples=1, seed=MAX_SEED)
 
 
 def test_an_unknown_option_is_an_error(tmp_path: Path) -> None:

@@ -77,6 +77,17 @@ def test_a_keep_that_matches_nothing_is_an_error(pattern: str, tiny_dit: Dit) ->
     assert "transformer_blocks.0" in str(caught.value)
 
 
+def test_a_target_that_matches_nothing_is_an_error_that_names_the_nearest_layer(tiny_dit: Dit) -> None:
+    steps = [
+        {**W8, "targets": ["*.to_q", "transformer_block.[01].ff.*"]},
+        {**W8, "targets": [], "roles": ["attention"]},
+    ]
+    with pytest.raises(
+        InputError, match=r"recipe mine, step 1.*\[01\]\.ff.*matches no layer.*like \S*blocks\.\d\.ff\."
+    ):
+        _plan(tiny_dit(), Recipe.from_dict({"step": steps}, "mine"))
+
+
 def test_the_first_step_that_selects_a_layer_decides(tiny_dit: Dit) -> None:
     steps = [W8, {"method": "rtn", "spec": "w4g64-a8tok", "roles": ["feed_forward"]}]
     plan = _plan(tiny_dit(), Recipe.from_dict({"step": steps}, "mine"))
@@ -90,7 +101,7 @@ def test_the_first_step_that_selects_a_layer_decides(tiny_dit: Dit) -> None:
 
 def test_a_recipe_that_selects_nothing_says_what_there_is(tiny_dit: Dit) -> None:
     with pytest.raises(InputError, match=r"selects none of the 20.*attention.*feed_forward"):
-        _plan(tiny_dit(), Recipe.from_dict({"step": [{**W8, "targets": ["nothing.*"]}]}, "mine"))
+        _plan(tiny_dit(), Recipe.from_dict({"step": [{**W8, "targets": [], "roles": ["other"]}]}, "mine"))
 
 
 def test_work_is_cut_by_block_in_order(tiny_dit: Dit) -> None:

@@ -140,6 +140,41 @@ def test_without_resume_a_killed_run_starts_anew(
     assert not Path(".out.partial").exists()
 
 
+@pytest.mark.parametrize("part", ["stats-0001.safetensors", "block-0001.safetensors"])
+def test_a_damaged_part_is_named_and_made_anew_once_it_is_deleted(
+    part: str, tiny_folder: Path, recipe: Path, undisturbed: Path, cli: Callable[..., Any], monkeypatch: Any
+) -> None:
+    arguments, folder = _arguments(tiny_folder, recipe), Path(".out.partial")
+    with monkeypatch.context() as patch:
+        patch.setattr("vdit_quant.calibrate.pipeline.write_artifact", _interrupt)
+        assert cli(*arguments).code == 130
+    whole = (folder / part).read_bytes()
+    (folder / "block-0001.safetensors").unlink()  # its statistics are read for nothing else
+    (folder / part).write_bytes(whole[: len(whole) // 2])
+    result = cli(*arguments, "--resume")
+    assert result.code == 2
+    assert str(folder / part) in result.err
+    assert "delete it" in result.err
+    (folder / part).unlink()
+    assert cli(*arguments, "--resume").code == 0
+    _assert_same_files(Path("out"), undisturbed)
+
+
+def test_damaged_settings_of_an_interrupted_run_are_named(
+    tiny_folder: Path, recipe: Path, cli: Callable[..., Any]
+) -> None:
+    Path(".out.partial").mkdir()
+    Path(".out.partial/job.json").write_text("{", encoding="utf-8")
+    result = cli(*_arguments(tiny_folder, recipe), "--resume")
+    assert result.code == 2
+    assert "job.json" in result.err
+    assert "start without --resume" in result.err
+
+
+def _interrupt(*arguments: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_resume_with_nothing_to_resume_just_runs(
     tiny_folder: Path, recipe: Path, undisturbed: Path, cli: Callable[..., Any]
 ) -> None:

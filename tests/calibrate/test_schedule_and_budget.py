@@ -13,7 +13,8 @@ import torch
 import vdit_quant
 from vdit_quant.calibrate import statistics
 from vdit_quant.calibrate.mixed import CANDIDATES, allocate_bits, candidates, prepare
-from vdit_quant.calibrate.pipeline import Options, open_source, plan_source
+from vdit_quant.calibrate.options import Options
+from vdit_quant.calibrate.pipeline import open_source, plan_source
 from vdit_quant.calibrate.plan import LayerPlan, Plan
 from vdit_quant.calibrate.progress import Progress
 from vdit_quant.calibrate.timing import MODULATION_ROWS, ROWS

@@ -120,6 +120,15 @@ def test_a_weight_that_is_not_finite(
     refused("calibrate", folder, "-o", "out", words=(layer, "1 of", "NaN or infinite"))
 
 
+@pytest.mark.parametrize("name", ["transformer_blocks.1.ff.net.2.bias", "proj_out_1.weight"])
+def test_a_kept_tensor_that_is_not_finite(
+    name: str, refused: Refused, copy_of: Copy, tiny_folder: Path, edit_tensors: Callable[..., None]
+) -> None:
+    folder = copy_of(tiny_folder)
+    edit_tensors(folder, lambda tensors: tensors[name].view(-1)[:2].fill_(float("nan")))
+    refused("calibrate", folder, "-o", "out", "--method", "rtn", words=(name, "2 of", "NaN or infinite"))
+
+
 def test_a_pipeline_without_a_transformer(refused: Refused, demo: Path, tmp_path: Path) -> None:
     folder = tmp_path / "unet-pipeline"
     (folder / "unet").mkdir(parents=True)
@@ -144,6 +153,12 @@ def test_overwrite_never_replaces_the_checkpoint(refused: Refused, copy_of: Copy
     before = (folder / WEIGHTS).read_bytes()
     refused("calibrate", folder, "-o", folder, "--overwrite", words=(str(folder), "no artifact"))
     assert (folder / WEIGHTS).read_bytes() == before
+
+
+def test_an_output_inside_the_pipeline(refused: Refused, copy_of: Copy, demo: Path) -> None:
+    folder = copy_of(demo)
+    words = ("lies inside the model folder", str(folder), str(folder.parent / "out"))
+    refused("calibrate", folder, "-o", folder / "out", words=words)
 
 
 def test_an_output_below_a_file(refused: Refused, tiny_folder: Path) -> None:

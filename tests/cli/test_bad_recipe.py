@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,13 @@ def test_a_wrong_option(options: tuple[str, ...], words: tuple[str, ...], refuse
         (("w4g64-a8tok", "w4g64-a8tok-q3"), ("q3",)),
         (('["attention", "feed_forward"]', '"attention"'), ("roles", "list")),
         (('["attention", "feed_forward"]', "[]"), ("selects nothing",)),
-        (('roles = ["attention", "feed_forward"]', 'targets = ["no.such.*"]'), ("selects none", "attention")),
+        (
+            ('roles = ["attention", "feed_forward"]', 'targets = ["no.such.*"]'),
+            ("no.such.*", "matches no layer", "attn1.to_q"),
+        ),
+        (('kind = "quantize"', "kind = 3"), ("mine.toml, step 1", "kind", "string")),
+        (("[[step]]", "name = 4\n[[step]]"), ("mine.toml", "name", "string")),
+        (("[[step]]", "description = 4\n[[step]]"), ("mine.toml", "description", "string")),
         (('kind = "quantize"', 'kind = "quantize"\nparams = {clyp = "none"}'), ("clyp", "did you mean 'clip'")),
         (('kind = "quantize"', 'kind = "quantize"\nparams = {clip = 3}'), ("clip", "str", "int")),
         (('kind = "quantize"', 'kind = "quantize"\nparams = {clip = "nine"}'), ("clip", "nine", "output")),
@@ -77,6 +84,42 @@ def test_a_wrong_recipe(
     recipe = tmp_path / "mine.toml"
     recipe.write_text(text, encoding="utf-8")
     refused("calibrate", tiny_folder, "-o", "out", "--recipe", recipe, words=words)
+
+
+@pytest.mark.parametrize("options", [("--set", "clyp=none"), ("--method", "gptq")])
+def test_an_option_that_changes_no_step(
+    options: tuple[str, ...], refused: Refused, tiny_folder: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(GOOD.replace('roles = ["attention", "feed_forward"]', 'targets = ["*"]'), encoding="utf-8")
+    refused(
+        "calibrate", tiny_folder, "--recipe", recipe, *options, words=(" ".join(options), "recipe mine", "attention")
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--bits", "w2a8", "--set", "rounding=nearst"), ("rounding", "did you mean 'nearest'")),
+        (("--budget", "1bits"), ("1bits", "cannot be met")),
+        (("--full-steps", "9,9", "--steps", "4"), ("--full-steps 9,9", "4 steps")),
+        (("--sensitivity", "dift"), ("--sensitivity", "did you mean 'drift'")),
+        (("--seed", "99999999999999"), ("--seed", "from 0 to")),
+        (("--dtype", "float"), ("dtype", "float16")),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(
+    options: tuple[str, ...], words: tuple[str, ...], refused: Refused, tiny_folder: Path
+) -> None:
+    refused("calibrate", tiny_folder, "--dry-run", *options, words=words)
+
+
+def test_a_dry_run_under_a_budget_says_that_its_plan_is_not_the_last_word(
+    cli: Callable[..., Any], tiny_folder: Path
+) -> None:
+    result = cli("calibrate", tiny_folder, "--dry-run", "--budget", "4.5bits")
+    assert result.code == 0, result.err
+    assert "--budget 4.5bits: the table is the recipe's plan; the run" in result.out
 
 
 def test_a_recipe_that_is_not_text(refused: Refused, tiny_folder: Path, tmp_path: Path) -> None:

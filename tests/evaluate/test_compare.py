@@ -3,15 +3,18 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import vdit_quant
 from vdit_quant.evaluate.compare import Comparison, measure
 from vdit_quant.evaluate.pairing import check_pair, check_same
 from vdit_quant.evaluate.sampling import Samples, Workload, make_sampler
-from vdit_quant.quantize.errors import InputError
+from vdit_quant.quantize.errors import InputError, OutputError
 from vdit_quant.runtime.source import find_source
 
 WORKLOAD = Workload(samples=4, steps=8, guidance_scale=1.5)
@@ -137,3 +140,93 @@ def test_models_that_draw_other_conditions_are_not_paired() -> None:
 def test_a_plain_checkpoint_is_no_artifact(demo: Path) -> None:
     with pytest.raises(InputError, match="not a vdit-quant artifact"):
         vdit_quant.compare(demo, demo, WORKLOAD)
+
+
+FEW = ("--steps", "2", "--samples", "2", "--device", "cpu")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def _alter(folder: Path, value: float) -> None:
+    """Gives a model other weights of the same shapes."""
+    tensors = load_file(folder / WEIGHTS)
+    save_file({**tensors, "proj_out_2.bias": torch.full_like(tensors["proj_out_2.bias"], value)}, folder / WEIGHTS)
+
+
+@pytest.fixture
+def own_pair(tiny_folder: Path, copy_of: Callable[[Path], Path], plain_recipe: Callable[[str], Any]) -> tuple[str, str]:
+    """(artifact, its source) to change at will, as folders beside each other."""
+    source = copy_of(tiny_folder)
+    artifact = vdit_quant.compress(source, source.parent / "out", recipe=plain_recipe("w8-a8tok"))
+    return str(artifact), str(source)
+
+
+def test_the_default_baseline_must_still_be_the_source(own_pair: tuple[str, str], cli: Callable[..., Any]) -> None:
+    artifact, source = own_pair
+    done = cli("compare", artifact, *FEW, "-o", "before")
+    assert done.code == 0, done.err
+    _alter(Path(source), 3.0)
+    done = cli("compare", artifact, *FEW, "-o", "after")
+    assert done.code == 2
+    assert f"{source}: not the checkpoint that {artifact} was made from" in done.err
+    assert f"--baseline {source}" in done.err
+    assert cli("compare", artifact, *FEW, "--baseline", source, "-o", "after").code == 0
+
+
+def test_one_scheduler_samples_both(own_pair: tuple[str, str]) -> None:
+    artifact, source = map(Path, own_pair)
+    workload = Workload(samples=2, steps=2)
+    diffusers.EulerDiscreteScheduler().save_pretrained(source / "scheduler")
+    borrowed = vdit_quant.compare(artifact, source, workload, seeds=(1,), device="cpu")
+    assert borrowed.seeds[0].step_error[0] == 0
+    assert borrowed.psnr > 30, "the artifact, which has no scheduler, was sampled with another"
+    diffusers.EulerDiscreteScheduler(timestep_spacing="trailing").save_pretrained(artifact / "scheduler")
+    with pytest.raises(InputError, match=r"out/scheduler and .*tiny-dit/scheduler .*\(timestep_spacing\)"):
+        check_pair(artifact, source)
+    diffusers.DDIMScheduler().save_pretrained(artifact / "scheduler")
+    with pytest.raises(InputError, match="DDIMScheduler and EulerDiscreteScheduler"):
+        check_pair(artifact, source)
+
+
+@pytest.mark.parametrize("output", ["afile", "afile/x"])
+def test_an_output_that_is_no_folder_is_told_before_sampling(
+    output: str, tiny_artifact: Path, tiny_folder: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("afile").write_text("mine")
+    monkeypatch.setattr("vdit_quant.evaluate.compare.sample_seeds", lambda *_: pytest.fail("sampled before the check"))
+    done = cli("compare", tiny_artifact, "--baseline", tiny_folder, *FEW, "-o", output)
+    assert done.code == 2
+    assert "afile: expected a folder or nothing there, found a file" in done.err
+    assert Path("afile").read_text() == "mine"
+
+
+def test_the_record_is_kept_when_the_picture_cannot_be_written(
+    tiny_artifact: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vdit_quant.evaluate.compare.save_pairs", full)
+    record, picture = tmp_path / "made" / "comparison.json", tmp_path / "made" / "samples.png"
+    with pytest.raises(OutputError, match=r"samples\.png: could not be written .*No space left"):
+        vdit_quant.compare(
+            tiny_artifact, tiny_folder, Workload(samples=2, steps=2), (1,), "cpu", picture=picture, record=record
+        )
+    found = json.loads(record.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found["psnr"] > 10
+    assert found["ssim"] is None
+    assert found["seeds"][0]["ssim"] is None
+
+
+def test_a_seed_is_given_once(tiny_artifact: Path, tiny_folder: Path) -> None:
+    for seeds, words in (((1, 2, 1), "found 1, 2, 1"), ((), "found none")):
+        with pytest.raises(InputError, match=f"--seed: .*each of them once, {words}"):
+            vdit_quant.compare(tiny_artifact, tiny_folder, WORKLOAD, seeds=seeds)
+
+
+def test_a_broken_model_is_named(own_pair: tuple[str, str]) -> None:
+    artifact, source = map(Path, own_pair)
+    workload = Workload(samples=2, steps=2)
+    for broken, role in ((artifact, "artifact"), (source, "baseline")):  # the baseline comes first where both are
+        _alter(broken, float("nan"))
+        with pytest.raises(InputError, match=rf"{broken} \({role}\), seed 1: 2 of 2 samples hold NaN or infinity"):
+            vdit_quant.compare(artifact, source, workload, seeds=(1,), device="cpu")

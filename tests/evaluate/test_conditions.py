@@ -115,6 +115,30 @@ def test_a_wrong_file_is_one_clear_error(
     assert str(caught.value).startswith(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "labels", "found"),
+    [
+        ("class_labels", torch.tensor([1, 5000, 3]), "torch.int64 from 1 to 5000"),
+        ("class_labels", torch.tensor([-1, 2, 3]), "torch.int64 from -1 to 3"),
+        ("class_labels", torch.tensor([1.0, 2.0, 3.0]), "torch.float32 from 1.0 to 3.0"),
+        ("uncond.class_labels", torch.tensor([1001]), "torch.int64 from 1001 to 1001"),
+    ],
+)
+def test_a_label_is_one_of_the_models(
+    name: str, labels: Tensor, found: str, tiny_dit: Callable[..., Any], tmp_path: Path
+) -> None:
+    sampler = DenoiserSampler(tiny_dit(), diffusers.DDIMScheduler())
+    good = {"class_labels": torch.tensor([0, 2, 1000]), "uncond.class_labels": torch.tensor([1000])}
+    workload = Workload(samples=3, steps=1, conditions=str(tmp_path / "labels.safetensors"))
+    save_file(good, tmp_path / "labels.safetensors")
+    assert sampler.run(workload).images.isfinite().all()
+    save_file({**good, name: labels}, tmp_path / "labels.safetensors")
+    with pytest.raises(
+        InputError, match=rf"labels\.safetensors: {name}: expected int64 labels from 0 to 1000 .*{found}"
+    ):
+        sampler.run(workload)
+
+
 def test_a_file_that_is_none(video: Path, tmp_path: Path) -> None:
     text = tmp_path / "prompts.txt"
     text.write_text("a cat")

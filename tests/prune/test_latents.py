@@ -58,6 +58,7 @@ def test_a_held_out_part_is_not_trained_on(dit: Any) -> None:
 def test_unguided_conditions_can_be_given(dit: Any, tmp_path: Path) -> None:
     shards = _shards()
     shards[0]["uncond.class_labels"] = torch.tensor([7])
+    shards[1]["class_labels"][0] = 1000  # no class
     assert read_latents(_write(tmp_path / "data", shards), dit, FAMILY).unguided["class_labels"].tolist() == [7]
 
 
@@ -80,6 +81,11 @@ BROKEN: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda s: [x.update(class_labels=x["class_labels"][:, None]) for x in s],
         "class_labels: expected",
     ),
+    "a label of no class": (
+        lambda s: s[1].update(class_labels=torch.full((5,), 5000)),
+        r"shard-1\.safetensors: class_labels: expected int64 labels from 0 to 1000 .* 5000",
+    ),
+    "labels of no number": (lambda s: s[0].update(class_labels=torch.zeros(3)), "class_labels: expected int64"),
     "no labels at all": (lambda s: [x.pop("class_labels") for x in s], "needs 'class_labels'"),
 }
 

@@ -184,6 +184,16 @@ def test_a_bare_transformer_gives_a_bare_transformer(tiny_folder: Path, tmp_path
     assert len(load_transformer(find_source(target), torch.float32).transformer_blocks) == 1
 
 
+def test_the_scheduler_beside_a_bare_transformer_comes_along(
+    tiny_folder: Path, demo: Path, copy_of: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    scheduler = copy_of(demo / "scheduler")
+    target = prune_model(copy_of(tiny_folder), tmp_path / "one", keep=1, criterion="even", **{**FEW, "recover": "0"})
+    found = find_source(target).scheduler
+    assert found == target / "scheduler"
+    assert {p.name: p.read_bytes() for p in found.iterdir()} == {p.name: p.read_bytes() for p in scheduler.iterdir()}
+
+
 def test_data_of_the_users_own_is_what_is_learned_from(tiny_folder: Path, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = {"latents": torch.randn(12, 4, 8, 8, generator=generator), "class_labels": torch.arange(12) % 10}
@@ -242,6 +252,7 @@ REFUSED = {
     "no such data": (("--keep", "4", "--data", "nowhere"), ("nowhere", "found none")),
     "groups that do not add up": (("--keep", "4", "--group", "1:4"), ("keep 2 of 8",)),
     "an optimiser that is not here": (("--keep", "4", "--optimizer", "adamw4bit"), ("adamw8bit",)),
+    "a seed without end": (("--keep", "4", "--seed", "99999999999999"), ("--seed", "expected 0 to 4294967295")),
     "no such plan": (("--plan", "plan.json"), ("plan.json", "no such file")),
 }
 

@@ -92,6 +92,13 @@ def test_other_words_for_keep_are_refused(text: str, stacks: tuple[Stack, ...], 
         parse_keep(text, stacks)
 
 
+@pytest.mark.parametrize(("key", "value"), [("depth", "four"), ("depth", 4.5), ("kept", [0, "two"]), ("kept", [True])])
+def test_blocks_of_a_plan_are_whole_numbers(key: str, value: Any) -> None:
+    entry = {"name": "blocks", "depth_key": "num_layers", "depth": 4, "kept": [0, 2], key: value}
+    with pytest.raises(InputError, match=rf"plan\.json: {key}: expected a whole number, found "):
+        PrunePlan.from_dict({"stacks": [entry]}, "plan.json")
+
+
 def test_a_plan_is_for_one_kind_of_model() -> None:
     plan = PrunePlan((StackPlan("transformer_blocks", "num_layers", 12, (1, 2)),))
     plan.check(ONE)

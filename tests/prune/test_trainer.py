@@ -77,6 +77,17 @@ def test_a_run_in_pieces_gives_the_bits_of_a_run_in_one(recovery: Callable[..., 
     assert [entry["step"] for entry in trainer.history] == list(range(1, 13))
 
 
+def test_a_damaged_checkpoint_is_refused_by_name(recovery: Callable[..., Any]) -> None:
+    _, trainer, loss = recovery()
+    with loss, pytest.raises(Killed):
+        trainer.run(_kill_at(5))
+    checkpoint = trainer.workspace.folder / "recovery.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-9])
+    _, trainer, loss = recovery()
+    with loss, pytest.raises(InputError, match=r"recovery\.safetensors: .* delete it"):
+        trainer.run(NEVER)
+
+
 def test_the_loss_is_what_the_paper_says(recovery: Callable[..., Any], stream: Stream) -> None:
     student, _, loss = recovery(distillation=Distillation(output=0.75, features=0.3, mask=2.0))
     batch = stream.batch("recovery", 0)

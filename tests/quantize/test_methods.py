@@ -137,6 +137,13 @@ def test_an_unknown_parameter_is_refused(name: str) -> None:
         resolve_method(name, {"no_such_parameter": 1})
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_word_that_is_no_choice_is_refused_before_anything_is_compressed(name: str) -> None:
+    for key in [key for key, default in resolve_method(name, {})[1].items() if isinstance(default, str)]:
+        with pytest.raises(InputError, match=f"value of {key} 'no_such_word'"):
+            resolve_method(name, {key: "no_such_word"})
+
+
 def test_an_unknown_method_suggests_the_nearest() -> None:
     with pytest.raises(InputError, match=r"'rtm'.*did you mean 'rtn'"):
         resolve_method("rtm", {})

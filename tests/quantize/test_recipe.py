@@ -43,6 +43,9 @@ def test_the_four_promised_recipes_ship() -> None:
         ({"step": [{**STEP, "kind": "quantise"}]}, ("quantise", "did you mean 'quantize'")),
         ({"step": [{**STEP, "spec": "x4"}]}, ("x4", "w4g64")),
         ({"step": [{**STEP, "params": {"clop": 1}}]}, ("clop", "did you mean 'clip'")),
+        ({"step": [{**STEP, "kind": 3}]}, ("step 1", "kind", "string", "3")),
+        ({"step": [{**STEP, "params": {"clip": "outptu"}}]}, ("step 1", "clip", "did you mean 'output'")),
+        ({"step": [STEP], "name": 3}, ("mine.toml", "name", "string", "3")),
         ({"steps": [STEP]}, ("steps", "did you mean 'step'")),
         ({"step": []}, ("[[step]]",)),
         ({"step": ["rtn"]}, ("step 1", "str")),
@@ -81,6 +84,18 @@ def test_another_method_keeps_every_spec(method: str) -> None:
             assert new == old
         else:  # a run without data stays one
             assert new.method == method
+
+
+def test_a_change_that_no_step_takes_is_refused() -> None:
+    plain = {"method": "viditq", "spec": "w4g64-a8tok", "targets": ["blocks.*"]}
+    recipe = Recipe.from_dict({"step": [plain]}, "mine")
+    for option, change in (
+        ("--set rotate=always", lambda: recipe.with_params(("rotate=always",))),
+        ("--method gptq", lambda: recipe.with_method("gptq")),
+    ):
+        with pytest.raises(InputError, match=f"{option}.*attention or feed_forward.*mine"):
+            change()
+    assert recipe.with_method("rtn").steps[0].method == "rtn", "it is used for every step"
 
 
 def test_an_unknown_method_is_refused() -> None:

@@ -1,0 +1,101 @@
+"""How to calibrate: every setting of a run, checked as far as it needs no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..evaluate.sampling import Workload
+from ..quantize.allocate import Budget
+from ..quantize.errors import InputError, unknown
+from ..quantize.recipe import Recipe, load_shipped
+
+# Calibration draws its noise and conditions from here on, so that no comparison's seed repeats them.
+CALIBRATION_SEEDS = 1_000_000
+# The seed of a sample is a million times this one (see `Workload.generators`), and a signed number of 64 bits.
+MAX_SEED = 10**12
+SENSITIVITIES = ("drift", "samples")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to calibrate.
+
+    bits        a shipped recipe: w8a8, w4a8, w4a4, w2a16, ...
+    recipe      a recipe file or object, in the place of `bits`
+    method      method for the attention and feed-forward layers, in the place of the recipe's
+    group_size  weight group size, in the place of the recipe's
+    params      "key=value" settings of that method
+    budget      mixed precision: 4.5bits, 2.5x, 120MB or 3.2ms for all compressed layers together
+    sensitivity how a layer's share of the error is measured for that: drift (cheap), or samples
+    full_steps  how many first and last sampling steps run with activations in the compute dtype
+    keep        globs of layers that keep their precision
+    steps, samples, seed, guidance   the sampling run that statistics are taken from
+    conditions  a conditions file for that run, for a bare transformer (see `evaluate/conditions.py`)
+    device, dtype   where, and in which compute dtype, the model runs
+    stats_gb    memory that statistics may take at a time; more blocks than fit mean more sampling runs.
+                Default: half of what the model's weights take, at least 0.5 GB
+    offload     one block of the model on the device at a time, for models that do not fit; slower, same artifact
+    resume      go on where an interrupted run of the same settings stopped
+    overwrite   replace an existing output
+    i_know      use formats that are known to destroy a model that was not trained with them
+
+    Raises InputError for fewer steps or samples than 1, a seed out of range, or an unknown sensitivity.
+    """
+
+    bits: str = "w4a8"
+    recipe: str | Path | Recipe | None = None
+    method: str | None = None
+    group_size: int | None = None
+    params: tuple[str, ...] = ()
+    full_steps: tuple[int, int] = (0, 0)
+    budget: str | None = None
+    sensitivity: str = "drift"
+    keep: tuple[str, ...] = ()
+    steps: int = 20
+    samples: int = 32
+    seed: int = 0
+    guidance: float | None = None
+    conditions: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    stats_gb: float | None = None
+    offload: bool = False
+    resume: bool = False
+    overwrite: bool = False
+    i_know: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("steps", 1, None), ("samples", 1, None), ("seed", 0, MAX_SEED)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least or (most is not None and value > most):
+                bounds = f"from {least}" if most is None else f"from {least} to {most}"
+                raise InputError(f"--{name} {value}: expected a whole number {bounds}")
+        if self.sensitivity not in SENSITIVITIES:
+            raise unknown("--sensitivity", self.sensitivity, SENSITIVITIES)
+
+    def resolve_recipe(self) -> Recipe:
+        if isinstance(self.recipe, Recipe):
+            recipe = self.recipe
+        else:
+            recipe = load_shipped(self.bits) if self.recipe is None else Recipe.from_toml(self.recipe)
+        recipe = recipe if self.method is None else recipe.with_method(self.method)
+        recipe = recipe.with_params(self.params) if self.params else recipe
+        recipe = recipe if self.group_size is None else recipe.with_group_size(self.group_size)
+        if self.budget is not None:
+            Budget.parse(self.budget)
+            # a folded scale changes two layers at once, so a layer could not be measured alone
+            recipe = recipe.without_folds()
+        return recipe.with_keep(self.keep)
+
+    def workload(self) -> Workload:
+        seed = CALIBRATION_SEEDS + self.seed
+        return Workload(self.samples, self.steps, seed, self.guidance, conditions=self.conditions, dtype=self.dtype)
+
+
+def parse_full_steps(text: str) -> tuple[int, int]:
+    """ "FIRST,LAST" -> two counts. Raises InputError for anything else."""
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+        raise InputError(f"--full-steps '{text}': expected FIRST,LAST, such as 2,1")
+    return int(parts[0]), int(parts[1])

@@ -1,0 +1,125 @@
+"""Sampling with any scheduler: noise along the way, dynamic shifting, another variance of the first noise."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import vdit_quant
+from vdit_quant.evaluate.sampling import DenoiserSampler, PipelineSampler, Workload, make_sampler
+from vdit_quant.evaluate.timesteps import count_tokens, latent_tokens, set_timesteps
+from vdit_quant.quantize.errors import InputError
+from vdit_quant.runtime.source import find_source
+
+WORKLOAD = Workload(samples=3, steps=3, seed=4, batch_size=3)
+DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15}
+
+
+@pytest.mark.parametrize("scheduler", ["DDPMScheduler", "EulerAncestralDiscreteScheduler"])
+def test_noise_along_the_way_is_the_samples_own(scheduler: str, tiny_dit: Callable[..., Any]) -> None:
+    sampler = DenoiserSampler(tiny_dit(), getattr(diffusers, scheduler)())
+    first = sampler.run(WORKLOAD).images
+    torch.rand(7)
+    assert torch.equal(sampler.run(WORKLOAD).images, first)
+    alone = sampler.run(replace(WORKLOAD, batch_size=1)).images
+    torch.testing.assert_close(alone, first, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(sampler.run(replace(WORKLOAD, seed=5)).images, first)
+
+
+def test_a_pipeline_with_noise_along_the_way_repeats_itself(demo: Path) -> None:
+    sampler = make_sampler(find_source(demo), torch.float32, "cpu")
+    assert isinstance(sampler, PipelineSampler)
+    sampler.pipe.scheduler = sampler.scheduler = diffusers.DDPMScheduler(beta_schedule="linear")
+    state = torch.get_rng_state()
+    first = sampler.run(WORKLOAD).images
+    assert torch.equal(torch.get_rng_state(), state), "the caller's own draws depend on what was sampled"
+    torch.rand(7)
+    assert torch.equal(sampler.run(WORKLOAD).images, first)
+    assert not torch.equal(sampler.run(replace(WORKLOAD, seed=5)).images, first)
+
+
+def test_the_first_noise_has_the_schedulers_variance(tiny_dit: Callable[..., Any]) -> None:
+    sampler = DenoiserSampler(tiny_dit(), diffusers.EulerDiscreteScheduler())
+    start = sampler.run(WORKLOAD, keep_trajectory=True).trajectory[0]
+    # what the model sees is scaled back to about one
+    assert 0.9 < float(start.std()) < 1.1
+
+
+@pytest.mark.parametrize("tokens", [16, 256, 1000, 4096])
+def test_dynamic_shifting_is_that_of_the_pipeline(tokens: int) -> None:
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    ours, theirs = (diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC) for _ in range(2))
+    set_timesteps(ours, 5, tokens)
+    theirs.set_timesteps(5, mu=calculate_shift(tokens))
+    torch.testing.assert_close(ours.timesteps, theirs.timesteps)
+
+
+def test_a_latent_without_a_known_size_counts_as_the_longest() -> None:
+    ours, theirs = (diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC) for _ in range(2))
+    set_timesteps(ours, 5)
+    set_timesteps(theirs, 5, 4096)
+    assert torch.equal(ours.timesteps, theirs.timesteps)
+
+
+def test_tokens_of_a_latent(tiny_dit: Callable[..., Any]) -> None:
+    dit = tiny_dit()
+    video = diffusers.WanTransformer3DModel(
+        num_attention_heads=1, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=8, freq_dim=16,
+        ffn_dim=16, num_layers=1, rope_max_seq_len=16,
+    )  # fmt: skip
+    assert latent_tokens(dit) == 16
+    assert count_tokens((4, 3, 8, 6), video) == 3 * 4 * 3
+    assert count_tokens((96, 64), dit) == 96
+    assert latent_tokens(video) is None
+
+
+@pytest.fixture
+def flux(tmp_path: Path) -> Path:
+    """A random FLUX.1 with its dynamically shifting scheduler next to it, and conditions for 4 x 4 tokens."""
+    torch.manual_seed(0)
+    model = diffusers.FluxTransformer2DModel(
+        in_channels=8, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    model.save_pretrained(tmp_path / "flux" / "transformer")
+    diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC).save_pretrained(tmp_path / "flux" / "scheduler")
+    tensors = {
+        "encoder_hidden_states": torch.randn(2, 3, 24),
+        "pooled_projections": torch.randn(2, 16),
+        "img_ids": torch.zeros(2, 16, 3),
+        "txt_ids": torch.zeros(2, 3, 3),
+        "latents_shape": torch.tensor([16, 8]),
+    }
+    save_file(tensors, tmp_path / "flux" / "conditions.safetensors")
+    return tmp_path / "flux"
+
+
+def test_a_bare_flux_goes_from_checkpoint_to_comparison(flux: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"samples": 2, "steps": 3, "conditions": str(flux / "conditions.safetensors")}
+    artifact = vdit_quant.compress(flux / "transformer", tmp_path / "out", bits="w8a8", full_steps=(1, 0), **settings)
+    picture = tmp_path / "samples.png"
+    result = vdit_quant.compare(
+        artifact, flux / "transformer", Workload(**settings), seeds=(1,), device="cpu", picture=picture
+    )
+    assert result.psnr > 25
+    assert picture.exists()
+    sampler = make_sampler(find_source(artifact), torch.float32, "cpu")
+    sampler.run(Workload(**settings))
+    expected = diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC)
+    set_timesteps(expected, 3, 16)
+    assert torch.equal(sampler.scheduler.timesteps, expected.timesteps)
+
+
+def test_more_steps_than_the_scheduler_has_are_one_clear_error(demo: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    for model in (demo, tiny_folder):
+        sampler = make_sampler(find_source(model), torch.float32, "cpu")
+        with pytest.raises(InputError, match=r"--steps 2000: DDIMScheduler .*1000"):
+            sampler.run(replace(WORKLOAD, steps=2000))
+    with pytest.raises(InputError, match="--steps 2000: DDIMScheduler"):
+        vdit_quant.compress(tiny_folder, tmp_path / "out", method="rtn", full_steps=(1, 1), steps=2000)
