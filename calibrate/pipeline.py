@@ -186,10 +186,10 @@ def run_time_plans(source: Source | ModelSource, settings: Options) -> dict[str,
         raise InputError("full_steps needs the model's sampler; name a model folder instead of a model object")
     scheduler = load_scheduler(source)
     model = source.skeleton()
-    set_timesteps(scheduler, settings.steps, latent_tokens(model, settings.conditions))
-    scale = find_family(model).timestep_scale
+    family, tokens = find_family(model), latent_tokens(model, settings.conditions)
+    set_timesteps(scheduler, settings.steps, tokens, family.sigmas(settings.steps))
     timesteps = [float(t) for t in scheduler.timesteps]
-    return {"steps": plan_steps(timesteps, *settings.full_steps, scale=scale).to_dict()}
+    return {"steps": plan_steps(timesteps, *settings.full_steps, scale=family.timestep_scale).to_dict()}
 
 
 def describe(source: Source | ModelSource, recipe: Recipe, settings: Options) -> dict[str, Any]:

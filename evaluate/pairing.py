@@ -69,7 +69,11 @@ def default_baseline(model: Path) -> str:
     if not record.get("source"):
         raise InputError(f"{model}: does not say what it was made from; pass --baseline MODEL")
     name, recorded = str(record["source"]), record.get("source_fingerprint")
-    if recorded is not None and find_source(name).fingerprint() != recorded:
+    try:
+        found = find_source(name).fingerprint()
+    except InputError as error:
+        raise InputError(f"{error}; {model} was made from it; --baseline MODEL compares with another") from None
+    if recorded is not None and found != recorded:
         raise InputError(
             f"{name}: not the checkpoint that {model} was made from: it has changed since, or is another one of that "
             f"name; --baseline {name} compares with it all the same"

@@ -216,7 +216,8 @@ class DenoiserSampler(Sampler):
         noise = [torch.randn(conditions.latent_shape, generator=g) for g in generators]
         # a sample's generator goes on after its first noise, so that later noise is the sample's own as well
         drawn = {"generator": generators} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
-        set_timesteps(self.scheduler, workload.steps, count_tokens(conditions.latent_shape, model))
+        tokens = count_tokens(conditions.latent_shape, model)
+        set_timesteps(self.scheduler, workload.steps, tokens, self.family.sigmas(workload.steps))
         latents = torch.stack(noise).to(device)  # float32 between calls: sixteen bits would lose small steps
         latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
         for t in self.scheduler.timesteps:

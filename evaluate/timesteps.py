@@ -14,14 +14,20 @@ from ..runtime.family import find_family
 from .conditions import given_latent_shape
 
 
-def set_timesteps(scheduler: Any, steps: int, tokens: int | None = None) -> None:
+def set_timesteps(scheduler: Any, steps: int, tokens: int | None = None, sigmas: Sequence[float] | None = None) -> None:
     """Prepares a diffusers scheduler for a run of `steps` steps.
 
     tokens  length of the image sequence of one latent, which a scheduler with dynamic shifting shifts its timesteps by;
             None: unknown, and then the longest sequence that its config names (for FLUX.1 that of 1024 x 1024 pixels)
+    sigmas  noise levels, as `Family.sigmas` names them, for a scheduler that takes them
     Raises InputError when the scheduler does not take that many steps.
     """
-    options = {"mu": dynamic_shift(scheduler.config, tokens)} if _shifts_by_length(scheduler) else {}
+    takes, config = inspect.signature(scheduler.set_timesteps).parameters, scheduler.config
+    options: dict[str, Any] = {}
+    if "mu" in takes and config.get("use_dynamic_shifting"):
+        options["mu"] = dynamic_shift(config, tokens)
+    if "sigmas" in takes and sigmas is not None and not config.get("use_flow_sigmas"):
+        options["sigmas"] = list(sigmas)
     try:
         scheduler.set_timesteps(steps, **options)
     except ValueError as error:
@@ -59,8 +65,3 @@ def count_tokens(shape: Sequence[int], model: nn.Module) -> int:
     config: Any = model.config
     patch = config.get("patch_size") or 1
     return math.prod(shape[1:]) // (math.prod(patch) if isinstance(patch, Sequence) else patch**2)
-
-
-def _shifts_by_length(scheduler: Any) -> bool:
-    takes = inspect.signature(scheduler.set_timesteps).parameters
-    return "mu" in takes and bool(scheduler.config.get("use_dynamic_shifting"))

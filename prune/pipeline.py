@@ -70,6 +70,7 @@ def prune_model(
     workspace, record = Workspace(target), describe(source, settings, data)
     # flat, so that a refused resume names the option that is another
     job = {name: value for name, value in record.items() if name != "settings"} | record["settings"]
+    del job["lr"]  # a run that diverged goes on with a lower one
     if team.is_main and workspace.open(job, settings.resume):
         progress.note("resuming: finished parts of the interrupted run are used")
     team.wait()

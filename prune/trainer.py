@@ -258,7 +258,7 @@ class Trainer:
         kept = f"the state before it is kept in {self.workspace.folder}"
         raise Diverged(
             f"{self.stage} stopped at step {moment.step + 1} of {self.total}: {where}; {kept}. "
-            "Lower --lr, or look at the data, and run again with --resume"
+            "Run again with --resume and a lower --lr, or look at the data and begin anew"
         )
 
     def _is_due(self, saved: float) -> bool:

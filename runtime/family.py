@@ -69,6 +69,10 @@ class Family:
     def matches(self, model: nn.Module) -> bool:
         return any(base.__name__ in self.classes for base in type(model).__mro__)
 
+    def sigmas(self, steps: int) -> list[float] | None:
+        """Noise levels of a run of `steps` steps, where the family's pipeline names them; None: the scheduler's own."""
+        return None
+
     def block_lists(self, model: nn.Module) -> tuple[str, ...]:
         return self.blocks
 

@@ -29,6 +29,9 @@ class Flux(Family):
                 found.append(modulation_fold(producer, (f"{name}.{mlp}.net.0.proj",), width, shift=3, scale=4))
         return found
 
+    def sigmas(self, steps: int) -> list[float] | None:
+        return [1 - i / steps for i in range(steps)]
+
     def condition_shapes(self, model: nn.Module) -> dict[str, tuple[int | None, ...]]:
         config: Any = model.config
         return {

@@ -215,6 +215,6 @@ def test_compare_refuses_an_artifact_whose_source_is_gone(
 ) -> None:
     folder = copy_of(tiny_artifact)
     edit_json(folder / "config.json", lambda d: d["quantization_config"]["provenance"].update(source="gone"))
-    refused("compare", folder, words=("gone",))
+    refused("compare", folder, words=("gone", "--baseline"))
     edit_json(folder / "config.json", lambda d: d["quantization_config"]["provenance"].pop("source"))
     refused("compare", folder, words=("--baseline",))

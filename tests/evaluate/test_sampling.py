@@ -14,6 +14,8 @@ import vdit_quant
 from vdit_quant.evaluate.sampling import DenoiserSampler, PipelineSampler, Workload, make_sampler
 from vdit_quant.evaluate.timesteps import count_tokens, latent_tokens, set_timesteps
 from vdit_quant.quantize.errors import InputError
+from vdit_quant.runtime.artifact import read_config
+from vdit_quant.runtime.schedule import StepPlan
 from vdit_quant.runtime.source import find_source
 
 WORKLOAD = Workload(samples=3, steps=3, seed=4, batch_size=3)
@@ -101,8 +103,10 @@ def flux(tmp_path: Path) -> Path:
 
 
 def test_a_bare_flux_goes_from_checkpoint_to_comparison(flux: Path, tmp_path: Path) -> None:
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
     settings: dict[str, Any] = {"samples": 2, "steps": 3, "conditions": str(flux / "conditions.safetensors")}
-    artifact = vdit_quant.compress(flux / "transformer", tmp_path / "out", bits="w8a8", full_steps=(1, 0), **settings)
+    artifact = vdit_quant.compress(flux / "transformer", tmp_path / "out", bits="w8a8", full_steps=(1, 1), **settings)
     picture = tmp_path / "samples.png"
     result = vdit_quant.compare(
         artifact, flux / "transformer", Workload(**settings), seeds=(1,), device="cpu", picture=picture
@@ -111,9 +115,11 @@ def test_a_bare_flux_goes_from_checkpoint_to_comparison(flux: Path, tmp_path: Pa
     assert picture.exists()
     sampler = make_sampler(find_source(artifact), torch.float32, "cpu")
     sampler.run(Workload(**settings))
-    expected = diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC)
-    set_timesteps(expected, 3, 16)
-    assert torch.equal(sampler.scheduler.timesteps, expected.timesteps)
+    pipelines = diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC)
+    pipelines.set_timesteps(sigmas=[1, 2 / 3, 1 / 3], mu=calculate_shift(16))
+    torch.testing.assert_close(sampler.scheduler.timesteps, pipelines.timesteps)
+    plan = StepPlan.from_dict(read_config(artifact).plans["steps"])
+    assert [plan.is_full(0.001 * float(t)) for t in pipelines.timesteps] == [True, False, True]
 
 
 def test_more_steps_than_the_scheduler_has_are_one_clear_error(demo: Path, tiny_folder: Path, tmp_path: Path) -> None:
