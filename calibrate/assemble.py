@@ -31,14 +31,14 @@ def kept_names(source: Source | ModelSource, plan: Plan) -> list[str]:
 
 
 def check_kept(source: Source | ModelSource, plan: Plan) -> None:
-    """Reads every tensor that is kept. Raises InputError for NaN in one, or, in a parameter, infinity."""
-    parameters = {name for name, _ in source.skeleton().named_parameters(remove_duplicate=False)}
+    """Reads every tensor that is kept. Raises InputError for NaN in one, or infinity in one of a linear layer."""
+    linear = {f"{layer.name}.{part}" for layer in plan.layers for part in ("weight", "bias")}
     for name in kept_names(source, plan):
         tensor = source.checkpoint.get(name)
         if not tensor.is_floating_point():
             continue
         tensor = tensor.float()
-        bad = ~torch.isfinite(tensor) if name in parameters else tensor.isnan()  # infinity in a buffer: a mask
+        bad = ~torch.isfinite(tensor) if name in linear else tensor.isnan()  # infinity elsewhere: a mask
         if bad.any():
             raise InputError(f"{source.label}: {name}: {int(bad.sum())} of {bad.numel():,} values are NaN or infinite")
 

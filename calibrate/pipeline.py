@@ -21,7 +21,7 @@ from ..runtime.lineage import short_record
 from ..runtime.load import pick_device, pick_dtype
 from ..runtime.schedule import plan_steps
 from ..runtime.source import Source, find_source
-from ..runtime.writer import check_output
+from ..runtime.writer import check_target, name_output
 from . import statistics
 from .assemble import block_part, check_kept, kept_names, write_artifact
 from .block_tuning import BlockTuner, needs_tuning
@@ -80,7 +80,7 @@ def plan_job(
     source = open_source(model, data)
     recipe = settings.resolve_recipe()
     target = Path(output) if output is not None else default_output(source.label, recipe)
-    check_target(target, source, settings.overwrite)
+    check_target(target, source if isinstance(source, Source) else None, settings.overwrite)
     plan = plan_source(source, recipe)
     if not settings.i_know:
         check_formats(plan)
@@ -138,23 +138,7 @@ def open_source(model: str | Path | nn.Module | None, data: Data | None = None) 
 
 
 def default_output(label: str, recipe: Recipe) -> Path:
-    """In the current folder, by the last part of the model's name; "." and ".." are the folders that they stand for."""
-    path = Path(label)
-    name = path.resolve().name if path.name in ("", "..") else path.name
-    return Path(f"{name}-{recipe.name}")
-
-
-def check_target(target: Path, source: Source | ModelSource, overwrite: bool) -> None:
-    """Raises InputError for an output that must not be replaced, or one inside the pipeline, which would hold it from
-    then on: every later artifact would get a copy."""
-    check_output(target, overwrite)
-    if isinstance(source, Source) and source.is_pipeline:
-        root = source.root.resolve()
-        if target.resolve().is_relative_to(root):
-            raise InputError(
-                f"output {target} lies inside the model folder {root}, whose files an artifact gets copies of; "
-                f"name one outside, such as -o {root.parent / target.name}"
-            )
+    return name_output(label, recipe.name)
 
 
 def plan_source(source: Source | ModelSource, recipe: Recipe) -> Plan:

@@ -17,7 +17,7 @@ from ..prune.writer import read_record
 from ..runtime.family import find_family
 from ..runtime.lineage import is_pruned
 from ..runtime.load import pick_device
-from ..runtime.writer import check_output
+from ..runtime.writer import check_target
 from .console import bold, console, human_bytes, table
 
 
@@ -29,7 +29,7 @@ def print_preview(model: str | None, output: Path | None, options: Options, data
     stacks = find_stacks(skeleton, find_family(skeleton))
     keep = chosen_depths(options, stacks)
     target = output or default_output(source, keep)
-    check_output(target, options.overwrite, is_pruned)
+    check_target(target, source, options.overwrite, is_pruned)
     console.print(bold(source.label), f", family {find_family(skeleton).name} -> {target}", sep="")
     rows = table("stack", "blocks", "kept", "16-bit", "after", right=("blocks", "kept", "16-bit", "after"))
     for stack, count in zip(stacks, keep, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,9 @@ def _differences(model: Source, baseline: Source) -> list[str]:
 
 
 def _settings(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's config, without the keys that tell who wrote it."""
-    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    """A scheduler's config, without the keys that its class does not know: who wrote it, settings of other versions."""
+    known = inspect.signature(type(scheduler).__init__).parameters
+    return {name: value for name, value in scheduler.config.items() if name in known}
 
 
 def _unlike(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:

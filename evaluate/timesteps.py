@@ -26,7 +26,8 @@ def set_timesteps(scheduler: Any, steps: int, tokens: int | None = None, sigmas:
     options: dict[str, Any] = {}
     if "mu" in takes and config.get("use_dynamic_shifting"):
         options["mu"] = dynamic_shift(config, tokens)
-    if "sigmas" in takes and sigmas is not None and not config.get("use_flow_sigmas"):
+    flow = type(scheduler).__name__.startswith("FlowMatch")  # others take noise levels in the place of a number alone
+    if flow and "sigmas" in takes and sigmas is not None:
         options["sigmas"] = list(sigmas)
     try:
         scheduler.set_timesteps(steps, **options)
@@ -40,6 +41,8 @@ def dynamic_shift(config: Any, tokens: int | None) -> float:
     shortest, longest = config.get("base_image_seq_len") or 256, config.get("max_image_seq_len") or 4096
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     length = longest if tokens is None else tokens
+    if longest == shortest:
+        return float(low)
     return float(low + (high - low) * (length - shortest) / (longest - shortest))
 
 

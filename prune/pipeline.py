@@ -23,7 +23,7 @@ from ..runtime.family import Family, find_family
 from ..runtime.lineage import is_pruned
 from ..runtime.load import default_dtype, pick_device
 from ..runtime.source import Source, find_source, load_transformer
-from ..runtime.writer import check_output
+from ..runtime.writer import check_target, name_output
 from .criterion import Study, find_criterion
 from .generate import generate_latents
 from .latents import Latents, collect_latents, read_latents
@@ -65,12 +65,14 @@ def prune_model(
     stacks = find_stacks(skeleton := source.skeleton(), find_family(skeleton))
     keep = chosen_depths(settings, stacks)
     target = Path(output) if output is not None else default_output(source, keep)
-    check_output(target, settings.overwrite, is_pruned)
+    check_target(target, source, settings.overwrite, is_pruned)
     team, device = find_team(pick_device(settings.device))
     workspace, record = Workspace(target), describe(source, settings, data)
     # flat, so that a refused resume names the option that is another
     job = {name: value for name, value in record.items() if name != "settings"} | record["settings"]
     del job["lr"]  # a run that diverged goes on with a lower one
+    for name in ("plan", "data"):  # wherever they lie
+        job[name] = job[name]["fingerprint"] if isinstance(job[name], dict) else job[name]
     if team.is_main and workspace.open(job, settings.resume):
         progress.note("resuming: finished parts of the interrupted run are used")
     team.wait()
@@ -161,7 +163,7 @@ def read_plan(path: str, stacks: tuple[Stack, ...]) -> PrunePlan:
 
 
 def default_output(source: Source, keep: tuple[int, ...]) -> Path:
-    return Path(f"{source.label.rstrip('/').rsplit('/', 1)[-1]}-d{'-'.join(map(str, keep))}")
+    return name_output(source.label, f"d{'-'.join(map(str, keep))}")
 
 
 def describe(source: Source, settings: Options, data: Data | None) -> dict[str, Any]:

@@ -167,9 +167,8 @@ def fit_codebook(vectors: Tensor, importance: Tensor, entries: int, iterations: 
         for v, m in _chunks(vectors, importance):
             distance, index = _distance(v, m, book).min(1)
             distances.append(distance + (m * v * v).sum(1))
-            # on a GPU index_add_ adds in another order every time
-            total.index_put_((index,), m * v, accumulate=True)
-            mass.index_put_((index,), m, accumulate=True)
+            _add_rows(total, index, m * v)
+            _add_rows(mass, index, m)
         empty = mass.sum(1) <= 0
         moved = torch.where(mass > 0, total / mass.clamp_min(TINY), book)
         if empty.any():
@@ -177,6 +176,14 @@ def fit_codebook(vectors: Tensor, importance: Tensor, entries: int, iterations: 
             moved[empty.nonzero()[:count, 0]] = vectors[torch.cat(distances).topk(count)[1]]
         book = moved
     return book
+
+
+def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
+    """`total[index] += rows` in the same order every time: index_add_ has that on a CPU alone, index_put_ on a GPU."""
+    if total.is_cuda:
+        total.index_put_((index,), rows, accumulate=True)
+    else:
+        total.index_add_(0, index, rows)
 
 
 def round_vectors(

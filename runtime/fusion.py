@@ -72,11 +72,11 @@ class FusedBlock:
     def move(self, *args: Any, **kwargs: Any) -> Any:
         """The block's `_apply`: what was stored together is stored together again where it has moved to."""
         moved = type(self.block)._apply(self.block, *args, **kwargs)
-        self.rejoin()
+        self.join()
         return moved
 
     def rejoin(self, *_: Any) -> None:
-        """As `join`, with nothing of what was stored together before: tensors were cast, or others were loaded."""
+        """As `join`, with nothing of what was stored together or made of it before: other tensors were loaded."""
         for stage in self.stages:
             stage.parts = []
         if self.modulation is not None:

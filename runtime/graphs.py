@@ -61,6 +61,8 @@ class GraphedForward:
         # without the model itself, whose hooks run outside its forward
         self._watch = Watch(module for module in model.modules() if module is not model)
         self._layer = next((m for m in model.modules() if _is_quantized(m)), None)
+        # fused blocks store loaded tensors together anew, elsewhere
+        self.loaded = [m.register_load_state_dict_post_hook(self.reset) for m in model.modules()]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves, tree = pytree.tree_flatten((args, kwargs))
@@ -80,7 +82,7 @@ class GraphedForward:
         capture.replay(leaves)
         return pytree.tree_map_only(Tensor, Tensor.clone, capture.outputs)
 
-    def reset(self) -> None:
+    def reset(self, *_: Any) -> None:
         """Drops every graph: needed after moving or replacing a submodule by hand."""
         self._graphs.clear()
         self._pool = None
@@ -124,6 +126,8 @@ def replay_graphs(model: nn.Module, enabled: bool = True, limit: int = 8) -> nn.
     current = getattr(model.__dict__.get("forward"), "__self__", None)
     if isinstance(current, GraphedForward):
         del model.forward, model._apply
+        for handle in current.loaded:
+            handle.remove()
         if not _is_own(current.own, model):
             model.forward = current.own
     if enabled:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +35,14 @@ def is_stale(layers: tuple[nn.Module, ...], parts: list[Part]) -> bool:
     owners = [part for part in parts for _ in part.sizes]
     if len(owners) != len(layers):
         return True
-    return any(_place(a._buffers) != _place(b.tensors) for a, b in zip(layers, owners, strict=True))
+    return any(
+        _place(a._buffers["weight"]) != _place(b.tensors["weight"]) or _place(a.bias) != _place(b.bias)
+        for a, b in zip(layers, owners, strict=True)
+    )
 
 
-def _place(tensors: Mapping[str, Tensor | None]) -> int | None:
-    weight = tensors["weight"]
-    return None if weight is None else weight.untyped_storage().data_ptr()
+def _place(tensor: Any) -> int | None:
+    return None if tensor is None else tensor.untyped_storage().data_ptr()
 
 
 def merge(layers: tuple[nn.Module, ...]) -> list[Part]:

@@ -63,7 +63,9 @@ class StepTracker:
 
 def signature_of(model: nn.Module) -> inspect.Signature:
     """What the forward of the model's class takes; one that was put in its place may not say."""
-    return inspect.signature(type(model).forward.__get__(model))
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    own: Any = type(model).forward
+    return inspect.signature(model.forward if own is nn.Module.forward else own.__get__(model))
 
 
 def bind_call(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

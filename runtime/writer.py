@@ -17,6 +17,7 @@ from torch import Tensor
 from ..quantize.errors import InputError
 from .artifact import is_artifact
 from .checkpoint import INDEX, WEIGHTS
+from .source import Source
 
 SHARD_BYTES = 5_000_000_000
 # never copied from a source pipeline: weights in formats that can run code, and hub bookkeeping
@@ -50,6 +51,8 @@ def check_output(output: Path, overwrite: bool, is_ours: Callable[[Path], bool] 
     """Raises InputError when something is at `output` that must not go: anything, or with `overwrite` anything that is
     not of the kind being written (a checkpoint, a folder of other files), or what cannot be renamed over. `is_ours`
     tells by a transformer folder."""
+    if output.is_symlink():
+        raise InputError(f"{output}: a link cannot be replaced; name the folder that it leads to, or another one")
     if not output.exists():
         return
     if output.is_mount() or Path.cwd().is_relative_to(output.resolve()):
@@ -60,6 +63,28 @@ def check_output(output: Path, overwrite: bool, is_ours: Callable[[Path], bool] 
     if not empty and not is_ours(output) and not is_ours(output / "transformer"):
         kind = "is no artifact" if is_ours is is_artifact else "was not written by this command"
         raise InputError(f"{output} exists and {kind}, and --overwrite replaces nothing else; name another output")
+
+
+def check_target(
+    target: Path, source: Source | None, overwrite: bool, is_ours: Callable[[Path], bool] = is_artifact
+) -> None:
+    """As `check_output`; raises InputError also for an output inside the pipeline it is made from, which would hold it
+    from then on: everything written later would get a copy."""
+    check_output(target, overwrite, is_ours)
+    if source is not None and source.is_pipeline:
+        root = source.root.resolve()
+        if target.resolve().is_relative_to(root):
+            raise InputError(
+                f"output {target} lies inside the model folder {root}, whose files an output gets copies of; "
+                f"name one outside, such as -o {root.parent / target.name}"
+            )
+
+
+def name_output(label: str, suffix: str) -> Path:
+    """In the current folder, by the last part of a model's name; "." and ".." are the folders that they stand for."""
+    path = Path(label)
+    name = path.resolve().name if path.name in ("", "..") else path.name
+    return Path(f"{name}-{suffix}")
 
 
 def write_tensors(folder: Path, entries: Mapping[str, Entry], get: Callable[[str], Tensor]) -> int:

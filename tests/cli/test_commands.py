@@ -128,6 +128,14 @@ def test_the_current_folder_is_refused_before_the_work(given: tuple[str, ...], c
     assert not list(Path().iterdir())
 
 
+def test_a_link_is_refused_before_the_work(cli: Cli, tiny_folder: Path) -> None:
+    Path("to").mkdir()
+    Path("link").symlink_to("to")
+    result = cli("calibrate", tiny_folder, "-o", "link", "--bits", "w8a8", "--overwrite")
+    assert result.code == 2
+    assert "name the folder that it leads to" in result.err
+
+
 def test_inspect_json_adds_up(cli: Cli, demo_artifact: Callable[..., Path]) -> None:
     folder = demo_artifact("w4a8")
     result = cli("inspect", folder, "--json", "--device", "cpu")

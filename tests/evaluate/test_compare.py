@@ -179,6 +179,10 @@ def test_one_scheduler_samples_both(own_pair: tuple[str, str]) -> None:
     borrowed = vdit_quant.compare(artifact, source, workload, seeds=(1,), device="cpu")
     assert borrowed.seeds[0].step_error[0] == 0
     assert borrowed.psnr > 30, "the artifact, which has no scheduler, was sampled with another"
+    diffusers.EulerDiscreteScheduler().save_pretrained(artifact / "scheduler")
+    config = artifact / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("{", '{"of_another_version": 1,', 1))
+    check_pair(artifact, source)
     diffusers.EulerDiscreteScheduler(timestep_spacing="trailing").save_pretrained(artifact / "scheduler")
     with pytest.raises(InputError, match=r"out/scheduler and .*tiny-dit/scheduler .*\(timestep_spacing\)"):
         check_pair(artifact, source)

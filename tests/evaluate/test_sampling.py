@@ -52,14 +52,21 @@ def test_the_first_noise_has_the_schedulers_variance(tiny_dit: Callable[..., Any
     assert 0.9 < float(start.std()) < 1.1
 
 
-@pytest.mark.parametrize("tokens", [16, 256, 1000, 4096])
-def test_dynamic_shifting_is_that_of_the_pipeline(tokens: int) -> None:
-    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
+@pytest.mark.parametrize(("tokens", "mu"), [(16, 0.459375), (256, 0.5), (1024, 0.63), (4096, 1.15)])
+def test_dynamic_shifting_is_that_of_the_pipeline(tokens: int, mu: float) -> None:
     ours, theirs = (diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC) for _ in range(2))
     set_timesteps(ours, 5, tokens)
-    theirs.set_timesteps(5, mu=calculate_shift(tokens))
+    theirs.set_timesteps(5, mu=mu)
     torch.testing.assert_close(ours.timesteps, theirs.timesteps)
+
+
+def test_noise_levels_are_for_schedulers_that_take_them() -> None:
+    plain, given = diffusers.EulerDiscreteScheduler(), diffusers.EulerDiscreteScheduler()
+    set_timesteps(plain, 4)
+    set_timesteps(given, 4, None, [1, 0.75, 0.5, 0.25])
+    assert torch.equal(plain.timesteps, given.timesteps)
+    one = diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC, base_image_seq_len=64, max_image_seq_len=64)
+    set_timesteps(one, 4, 64)
 
 
 def test_a_latent_without_a_known_size_counts_as_the_longest() -> None:
@@ -103,8 +110,6 @@ def flux(tmp_path: Path) -> Path:
 
 
 def test_a_bare_flux_goes_from_checkpoint_to_comparison(flux: Path, tmp_path: Path) -> None:
-    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
     settings: dict[str, Any] = {"samples": 2, "steps": 3, "conditions": str(flux / "conditions.safetensors")}
     artifact = vdit_quant.compress(flux / "transformer", tmp_path / "out", bits="w8a8", full_steps=(1, 1), **settings)
     picture = tmp_path / "samples.png"
@@ -116,7 +121,7 @@ def test_a_bare_flux_goes_from_checkpoint_to_comparison(flux: Path, tmp_path: Pa
     sampler = make_sampler(find_source(artifact), torch.float32, "cpu")
     sampler.run(Workload(**settings))
     pipelines = diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC)
-    pipelines.set_timesteps(sigmas=[1, 2 / 3, 1 / 3], mu=calculate_shift(16))
+    pipelines.set_timesteps(sigmas=[1, 2 / 3, 1 / 3], mu=0.459375)
     torch.testing.assert_close(sampler.scheduler.timesteps, pipelines.timesteps)
     plan = StepPlan.from_dict(read_config(artifact).plans["steps"])
     assert [plan.is_full(0.001 * float(t)) for t in pipelines.timesteps] == [True, False, True]

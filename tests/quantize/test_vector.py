@@ -45,6 +45,17 @@ def output_error(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:
     return float(((error @ gram) * error).sum() / ((weight @ gram) * weight).sum())
 
 
+def test_several_threads_find_one_codebook() -> None:
+    vectors = torch.randn(60_000, 4, generator=torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        books = [fit_codebook(vectors, torch.ones_like(vectors), 16, iterations=3) for _ in range(5)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(book, books[0]) for book in books)
+
+
 @pytest.mark.parametrize("name", ["wvq2", "wvq3"])
 def test_uncorrelated_inputs_get_the_nearest_entries(weight: Tensor, name: str) -> None:
     vectors = format_of(name).split(weight)

@@ -223,6 +223,21 @@ def test_what_acts_inside_is_not_replayed_over(what: str, doubler: tuple[Doubler
     assert model.runs == 2
 
 
+@pytest.mark.parametrize("part", ["", "blocks.0"])
+def test_a_graph_does_not_outlive_loaded_tensors(part: str, doubler: tuple[Doubler, Tensor]) -> None:
+    model, x = doubler
+    model.get_submodule(part).load_state_dict({}, strict=False)
+    model(x)
+    assert model.runs == 2
+
+
+def test_moving_a_block_to_where_it_is_moves_nothing(load: Load) -> None:
+    block = load().transformer_blocks[0]
+    before = block.attn1.to_q._buffers["weight"].data_ptr()
+    block.to("cpu")
+    assert block.attn1.to_q._buffers["weight"].data_ptr() == before
+
+
 def test_static_inputs_can_be_written_in_every_mode() -> None:
     with torch.inference_mode():
         made = graphs._ordinary(torch.ones(2))

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+from torch import nn
 
 from vdit_quant.runtime.family import find_family
-from vdit_quant.runtime.step import StepTracker
+from vdit_quant.runtime.step import StepTracker, bind_call, signature_of
 
 
 @torch.no_grad()
@@ -37,3 +39,20 @@ def test_positional_arguments_are_understood(tiny_dit: Callable[..., Any], dit_i
         model(inputs["hidden_states"], inputs["timestep"], inputs["class_labels"])
         assert (tracker.index, tracker.timestep) == (0, 500)
         assert tracker.branches.tolist() == [0, 1]
+
+
+class OnInstance(nn.Module):
+    """Its forward is not its class's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = lambda hidden_states, timestep: hidden_states
+
+
+@pytest.mark.parametrize("make", [lambda m: torch.compile(m, backend="eager"), lambda _: OnInstance()])
+def test_a_forward_that_the_class_does_not_say_is_understood(
+    make: Callable[[Any], Any], tiny_dit: Callable[..., Any]
+) -> None:
+    named = bind_call(signature_of(make(tiny_dit())), (torch.zeros(1),), {"timestep": 7})
+    assert named["timestep"] == 7
+    assert torch.equal(named["hidden_states"], torch.zeros(1))
