@@ -61,7 +61,8 @@ def prepare(
     Raises InputError for a budget that cannot be met, naming the smallest that can, or a time without a GPU.
     """
     parsed = Budget.parse(budget)
-    offered, costs = _sizes(plan)
+    offered = [pair for layer in plan.compressed for pair in offers([layer], candidates(layer))]
+    costs = unmeasured(offered, Scoring(tie=tie_qkv))
     if parsed.unit == "ms":
         timer = timer or gpu_timer(device, parsed.text)
         costs = timed(costs, {layer.name: layer for layer in plan.compressed}, timer)
@@ -69,19 +70,15 @@ def prepare(
     return Sizing(parsed, sensitivity, offered, costs, offload)
 
 
-def check_budget(plan: Plan, budget: str, device: torch.device) -> None:
-    """Raises InputError for what `prepare` refuses, as far as no candidate has to be timed for it."""
+def prepare_untimed(
+    plan: Plan, budget: str, sensitivity: str, device: torch.device, offload: bool = False
+) -> Sizing | None:
+    """`prepare` without running anything. None for a budget in milliseconds, of which only the GPU is looked for."""
     parsed = Budget.parse(budget)
-    if parsed.unit == "ms":
-        gpu_timer(device, parsed.text)
-    else:
-        greedy(_sizes(plan)[1], parsed)
-
-
-def _sizes(plan: Plan) -> tuple[Offers, list[LayerCandidates]]:
-    """What every compressed layer is offered, and the bytes of that."""
-    offered = [pair for layer in plan.compressed for pair in offers([layer], candidates(layer))]
-    return offered, unmeasured(offered, Scoring(tie=tie_qkv))
+    if parsed.unit != "ms":
+        return prepare(plan, budget, sensitivity, device, offload)
+    gpu_timer(device, parsed.text)
+    return None
 
 
 def allocate_bits(

@@ -26,7 +26,7 @@ from . import statistics
 from .assemble import block_part, check_kept, kept_names, write_artifact
 from .block_tuning import BlockTuner, needs_tuning
 from .compress import compress_unit
-from .mixed import allocate_bits, check_budget, prepare, require_disk_source, settled_bits
+from .mixed import Sizing, allocate_bits, prepare, prepare_untimed, require_disk_source, settled_bits
 from .model_source import Data, ModelSource
 from .options import Options
 from .plan import LayerPlan, Plan, check_formats, make_plan, settle
@@ -59,7 +59,11 @@ def compress(
 
 @dataclass(frozen=True)
 class Job:
-    """A calibration that is known to start. plans: decisions that act at run time, as the artifact will hold them"""
+    """A calibration that is known to start.
+
+    plans   decisions that act at run time, as the artifact will hold them
+    sizing  of a budget that no candidate has to be timed for
+    """
 
     settings: Options
     source: Source | ModelSource
@@ -68,6 +72,7 @@ class Job:
     plan: Plan
     plans: dict[str, Any]
     device: torch.device
+    sizing: Sizing | None
 
 
 def plan_job(
@@ -88,18 +93,19 @@ def plan_job(
         raise InputError("--offload: the method trains whole blocks of the model, which must fit; use its steps=0")
     plans, device = run_time_plans(source, settings), pick_device(settings.device)
     pick_dtype(settings.dtype, device)
+    sizing = None
     if settings.budget is not None:
         require_disk_source(source)
-        check_budget(plan, settings.budget, device)
-    return Job(settings, source, recipe, target, plan, plans, device)
+        sizing = prepare_untimed(plan, settings.budget, settings.sensitivity, device, settings.offload)
+    return Job(settings, source, recipe, target, plan, plans, device, sizing)
 
 
 def run_job(job: Job, progress: Progress) -> Path:
     """Records, compresses and writes; returns the artifact's folder. Raises InputError as `compress` does."""
     settings, source, plan, device = job.settings, job.source, job.plan, job.device
     check_kept(source, plan)
-    plans, sizing, bits = dict(job.plans), None, None
-    if settings.budget is not None:
+    plans, sizing, bits = dict(job.plans), job.sizing, None
+    if settings.budget is not None and sizing is None:
         sizing = prepare(plan, settings.budget, settings.sensitivity, device, settings.offload)
     workspace = Workspace(job.target)
     provenance = describe(source, job.recipe, settings)

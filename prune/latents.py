@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from ..evaluate.conditions import UNGUIDED, check_labels
 from ..quantize.errors import InputError
+from ..runtime.checkpoint import file_traits
 from ..runtime.family import Family
 
 LATENTS = "latents"
 _RESIDENT_BYTES = 16e9  # what may be kept on the accelerator
-_HASHED_END = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,7 @@ def fingerprint_shards(folder: str | Path) -> str:
     digest = hashlib.sha256()
     for path in _shard_paths(folder):
         try:
-            size = path.stat().st_size
-            digest.update(f"{path.name}:{size}:".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(_HASHED_END))
-                file.seek(max(0, size - _HASHED_END))
-                digest.update(file.read(_HASHED_END))
+            digest.update(file_traits(path))
         except OSError as error:
             raise InputError(f"{path}: latents cannot be read ({error.strerror})") from None
     return digest.hexdigest()[:16]

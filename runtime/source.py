@@ -15,12 +15,11 @@ import torch
 from torch import nn
 
 from ..quantize.errors import InputError
-from .checkpoint import Checkpoint, read_json
+from .checkpoint import Checkpoint, file_traits, read_json
 from .demo import DEMO, demo_path
 
 COMPONENTS = ("transformer", "transformer_2")
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
-_HASHED_TAIL = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,7 @@ class Source:
         """Hash of the config and of each weight file's size, start and end: tells checkpoints apart in seconds."""
         digest = hashlib.sha256((self.transformer / "config.json").read_bytes())
         for path in sorted(set(self.checkpoint.files.values())):
-            size = path.stat().st_size
-            digest.update(f"{path.name}:{size}".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(_HASHED_TAIL))
-                file.seek(max(0, size - _HASHED_TAIL))
-                digest.update(file.read(_HASHED_TAIL))
+            digest.update(file_traits(path))
         return digest.hexdigest()[:32]
 
     def skeleton(self) -> nn.Module:
