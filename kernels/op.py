@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 NAMESPACE = "vdit_quant"
+FAKES: dict[Any, Callable[..., Any]] = {}
+"""Op -> what makes its results without their values: on real tensors, empty ones."""
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
@@ -33,6 +35,7 @@ class Op:
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """Shapes and dtypes of the results without the data: for torch.compile and meta tensors."""
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=_library)
+        FAKES[self.overload] = fake
         return fake
 
     def register_cuda(self, kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from ..kernels import dispatch
 from ..quantize.errors import reason_of
+from .compile_ahead import compile_ahead
 from .linear import CompressedLinear
 from .watch import Watch
 
@@ -112,6 +113,10 @@ class GraphedForward:
 
     def _capture(self, leaves: list[Any], tree: Any) -> Capture:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
+        if not self.captures:
+            args, kwargs = pytree.tree_unflatten(leaves, tree)
+            with aside(device_of(leaves)):
+                compile_ahead(lambda: self.own(*args, **kwargs))
         found = capture_call(lambda call: self.own(*call[0], **call[1]), leaves, tree, WARMUP, self._pool)
         self.captures += 1
         return found

@@ -1,0 +1,74 @@
+"""Compiling the kernels of a call side by side, before the call itself would compile them one after another.
+
+The first call after a load compiles ten to twenty kernels, each of which waits for an assembler and a C compiler. Here
+the call runs once with ops that only make outputs of the right shapes; what they would have launched is launched from
+threads, one for each op, so that no kernel is compiled twice. The result is thrown away.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..kernels import dispatch
+from ..kernels.op import FAKES
+
+
+def compile_ahead(call: Callable[[], object]) -> int:
+    """Compiles what `call` launches on the current GPU and stream; returns how many launches differed.
+
+    The call must not depend on the values that ops return, nor keep anything made of them. What fails to compile, or
+    finds no memory, is left for the call itself to meet.
+    """
+    if dispatch.available().backend != "triton":
+        return 0
+    ahead = _Ahead()
+    try:
+        with ahead, suppress(torch.OutOfMemoryError):
+            call()
+    finally:
+        ahead.finish()
+    return len(ahead.seen)
+
+
+class _Ahead(TorchDispatchMode):
+    """Sends the ops of the package to threads and answers with empty tensors; all else runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._threads: dict[Any, ThreadPoolExecutor] = {}
+        self.seen: set[Any] = set()
+        self._stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func not in FAKES:
+            return func(*args, **(kwargs or {}))
+        key = func, *map(_traits, pytree.tree_leaves((args, kwargs)))
+        if key not in self.seen:
+            self.seen.add(key)
+            threads = self._threads.setdefault(func, ThreadPoolExecutor(1))
+            threads.submit(contextvars.copy_context().run, self._launch, func, args, kwargs or {})
+        return FAKES[func](*args, **(kwargs or {}))
+
+    def _launch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # on the caller's stream, where the memory of these tensors is reused in order
+        with torch.no_grad(), torch.cuda.stream(self._stream):
+            func(*args, **kwargs)
+
+    def finish(self) -> None:
+        """Waits for every launch."""
+        for threads in self._threads.values():
+            threads.shutdown()
+
+
+def _traits(leaf: Any) -> Any:
+    """What a kernel can be specialised for: shape, strides and dtype of a tensor, the value of anything else."""
+    return (leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else leaf
