@@ -26,6 +26,7 @@ from .gluon_rows import (
     narrow,
     per_token,
     plus_product,
+    program_again,
     quantize_tokens,
     spread,
     store_rows,
@@ -274,6 +275,7 @@ def norm_quant_kernel(
             )  # fmt: skip
             tile = transformed(tile, line)
         changed = changed + (tile,)
+    first = sample * TOKENS + program_again() * R
     quantize_tokens(
         changed, codes_ptr, scale_ptr, first, M, PIECES, 1.0, INT8, FP4, TINY, BLOCK, REGULAR, HELD, PRODUCT, K
     )  # fmt: skip
@@ -300,6 +302,7 @@ def act_quant_kernel(
         tiles = tiles + (tile,)
     if pre_scale_ptr is not None or signs_ptr is not None:
         tiles = products(tiles, factors(pre_scale_ptr, signs_ptr, PIECES, BLOCK, HELD, R))
+    first = program_again() * R
     quantize_tokens(
         tiles, codes_ptr, scale_ptr, first, M, PIECES, 0.5 if TWICE else 1.0, INT8, FP4, TINY, BLOCK, REGULAR, HELD,
         PRODUCT, K,

@@ -273,7 +273,7 @@ def compile_all(capability: int) -> None:
         launch = {name: options[name] for name in ("num_warps", "maxnreg")}
         source = GluonASTSource(kernel, signature, fixed, attributes)
         made = triton.compile(source, target=target, options=launch)
-        found = {"name": name, "shared": made.metadata.shared, **inspect_cubin(made.asm["cubin"], disassemble=False)}
+        found = {"name": name, "shared": made.metadata.shared, **inspect_cubin(made.asm["cubin"], disassemble=True)}
         sys.stdout.write(json.dumps(found) + "\n")
 
 
@@ -286,7 +286,9 @@ def test_compiles_without_spills_and_hardly_any_shared_memory(capability: int, c
     assert len(kernels) > (30 if capability < 90 else 80)
     for kernel in kernels:
         assert kernel["shared"] <= 512, kernel
-        assert kernel.get("stack", 0) <= 24, kernel  # a few numbers that wait for the end
+        # A number or two that wait for the end: a program less on a processor would cost more.
+        assert kernel.get("stack", 0) <= (16 if capability < 90 else 8), kernel
+        assert kernel.get("spills", 0) <= (4 if capability < 90 else 2), kernel
 
 
 @pytest.fixture

@@ -52,8 +52,8 @@ class CompileOnly:
 
 
 def inspect_cubin(cubin: bytes, disassemble: bool) -> dict[str, Any]:
-    """Registers, stack bytes and, on request, matrix instructions of a kernel and how many waits there are for each on
-    Hopper; empty without NVIDIA's tools."""
+    """Registers, stack bytes and, on request, matrix instructions of a kernel, how many waits there are for each on
+    Hopper, and stores to the stack; empty without NVIDIA's tools."""
     if not (BIN / "cuobjdump").exists():
         return {}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -67,5 +67,6 @@ def inspect_cubin(cubin: bytes, disassemble: bool) -> dict[str, Any]:
     assert len(found) == 2, text[:2000]
     if disassemble:
         found["mma"] = sorted(set(re.findall(UNITS, done.stdout)))
+        found["spills"] = len(re.findall(r"\bSTL\b", done.stdout))
         found["mma_waits"] = done.stdout.count("WARPGROUP.DEPBAR") / max(1, done.stdout.count("GMMA."))
     return found
