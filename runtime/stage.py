@@ -150,7 +150,8 @@ class Stage:
         """`residual + gate[b] * layer(rows)` for a stage of one layer: residual [M, N], gate [B, N] or None."""
         if rows.scale is None:
             y = self.layers[0](rows.values)
-            return residual + (y if gate is None else spread(gate, len(y)) * y)
+            # a gate may be wider than the residual
+            return (residual + (y if gate is None else spread(gate, len(y)) * y)).to(residual.dtype)
         part = self.parts[0]
         weight, weight_scale = _weight(part, self.k)
         return int8_linear_add(rows.values, rows.scale, weight, weight_scale, part.bias, residual, gate)

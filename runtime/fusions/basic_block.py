@@ -118,6 +118,8 @@ class BasicBlock(Fusion):
             return f"norm type {own.norm_type}"
         if own.pos_embed is not None or getattr(own, "fuser", None) is not None or own._chunk_size is not None:
             return "positional embedding, fuser or chunked feed-forward inside the block"
+        if own.only_cross_attention:
+            return "no attention to itself"
         if own.norm_type == "ada_norm_zero" and own.attn2 is not None:
             return "cross-attention after ada_norm_zero"
         norms = (own.norm1.norm, own.norm3) if own.norm_type == "ada_norm_zero" else (own.norm1, own.norm2)

@@ -31,10 +31,11 @@ class FusedWanBlock(TextBlock):
     def forward(  # the block's own signature
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any
     ) -> Tensor:
-        if temb.dim() != 3 or rotary_emb is None or not self.accepts(hidden_states):
+        if rotary_emb is None or not self.accepts(hidden_states):
             return self.own(hidden_states, encoder_hidden_states, temb, rotary_emb)
         b, t, width = hidden_states.shape
-        mods = (self.block.scale_shift_table + temb.float()).unbind(1)
+        # [B, 6, K], or [B, T, 6, K] where every token has a timestep of its own (Wan 2.2 TI2V)
+        mods = (self.block.scale_shift_table + temb.float()).flatten(0, -3).unbind(1)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = mods
         h, a = hidden_states.reshape(b * t, width), self.block.attn1
         qkv = self.qkv.product(self.qkv.norm(h, self.norm1, shift, scale)).view(b, t, -1)

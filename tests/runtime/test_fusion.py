@@ -16,6 +16,7 @@ from vdit_quant.runtime import modulation, stage
 from vdit_quant.runtime.attach import attach, linear_layers
 from vdit_quant.runtime.family import find_family
 from vdit_quant.runtime.fusion import FusedBlock, fuse, report, unfuse
+from vdit_quant.runtime.fusions.basic_block import BasicBlock
 from vdit_quant.runtime.linear import CompressedLinear
 from vdit_quant.runtime.modulation import Modulation
 
@@ -82,11 +83,23 @@ def build(case: Case) -> nn.Module:
     return model
 
 
-def call(model: nn.Module, case: Case, seed: int = 2) -> Tensor:
+def call(
+    model: nn.Module,
+    case: Case,
+    seed: int = 2,
+    timestep: Tensor | None = None,
+    dtypes: dict[str, torch.dtype] | None = None,
+) -> Tensor:
     torch.manual_seed(seed)  # in training mode labels are dropped at random
     generator = torch.Generator().manual_seed(seed)
-    made = {name: torch.randn(2, *shape, generator=generator) for name, shape in case.shapes.items()}
-    out: Tensor = model(**made, timestep=torch.tensor([300, 300]), **case.extra, return_dict=False)[0]
+    made = {
+        name: torch.randn(2, *shape, generator=generator).to((dtypes or {}).get(name))
+        for name, shape in case.shapes.items()
+    }
+    timestep = torch.tensor([300, 300]) if timestep is None else timestep
+    if case.kind.startswith("Flux"):  # scaled in its own dtype
+        timestep = timestep.to(made["hidden_states"].dtype)
+    out: Tensor = model(**made, timestep=timestep, **case.extra, return_dict=False)[0]
     return out
 
 
@@ -157,6 +170,35 @@ def test_layers_of_one_stage_may_differ(case: Case) -> None:
     fuse(model, cpu=True)
     assert fused_blocks(model) > 0
     assert close(call(model, case), expected)
+
+
+@pytest.mark.parametrize("specs", [{}, {"to_out.0": "w8"}, {"net.2": "w8"}])
+def test_in_bfloat16_fused_is_unfused(case: Case, specs: dict[str, str]) -> None:
+    model = compressed(case, specs=specs)
+    exact = call(model, case)
+    model.to(torch.bfloat16)
+    inputs = {name: torch.bfloat16 for name in case.shapes}
+    expected = call(model, case, dtypes=inputs)
+    found = call(fuse(model, cpu=True), case, dtypes=inputs)
+    assert found.dtype == expected.dtype
+    assert (found - expected).norm() < 2 * (expected - exact).norm()
+
+
+def test_every_token_may_have_a_timestep_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["wan"]
+    timesteps = torch.randint(1000, (2, 32))  # as in Wan 2.2, where the first frame is given
+    model = compressed(case)
+    expected = call(model, case, timestep=timesteps)
+    fuse(model, cpu=True)
+    monkeypatch.setattr(FusedBlock, "own", lambda *_: pytest.fail("a block was not fused"))
+    assert close(call(model, case, timestep=timesteps), expected)
+
+
+def test_a_block_without_attention_to_itself_is_left_alone() -> None:
+    width = {"dim": 64, "num_attention_heads": 2, "attention_head_dim": 32, "cross_attention_dim": 64}
+    kind = {"norm_type": "ada_norm_single", "activation_fn": "gelu-approximate", "only_cross_attention": True}
+    block = diffusers.models.attention.BasicTransformerBlock(**width, **kind)
+    assert BasicBlock().refusal(block) == "no attention to itself"
 
 
 def test_on_a_cpu_nothing_changes_unless_asked(case: Case) -> None:
