@@ -18,7 +18,8 @@ FIXED_LOGIT = 40.0  # a softmax of it is one-hot in float32
 
 class SoftCodes(nn.Module):
     """`W = s[n] sum_j softmax(z)_j C[A_j]` (VQ4DiT, Deng et al. 2024, arXiv 2408.17131, section 3.2), trained by
-    gradients in z, the codebook C, the row scales s and the bias.
+    gradients in z, the codebook C, the row scales s and the bias. The layer's rotation, low-rank branch and input scale
+    are around it and stay as they are.
 
     tensors  what the layer is stored as now; the run's present code is always a candidate
     weight   float32 [N, K], the layer before compression: candidates are the entries nearest to it
@@ -31,6 +32,8 @@ class SoftCodes(nn.Module):
         self.fmt, self.spec, self.tensors = fmt, spec, tensors
         self.shape = weight.shape
         self.signs = tensors.get("hadamard_signs")
+        self.factors = tuple(tensors[name].float() for name in ("proj_up", "proj_down")) if spec.rank else None
+        self.input_scale = tensors["pre_quant_scale"] if spec.pre_scale else None
         unit = tensors["weight_codebook"][0].float().square().mean().sqrt()
         self.scale = tensors["weight_scale"] * unit
         self.book = nn.Parameter(tensors["weight_codebook"][0].float() / unit)
@@ -54,7 +57,11 @@ class SoftCodes(nn.Module):
             entries = self.book.index_select(0, self.choices.flatten()).view(*self.choices.shape, -1)
             runs = (self.logits.softmax(1)[..., None] * entries).sum(1)
         weight = runs.view(self.shape) * (self.scale * self.gain)[:, None]
-        return weight if self.spec.hadamard is None else self._unrotate(weight, self.spec.hadamard)
+        if self.spec.hadamard is not None:
+            weight = self._unrotate(weight, self.spec.hadamard)
+        if self.factors is not None:
+            weight = weight + self.factors[0] @ self.factors[1]
+        return weight if self.input_scale is None else weight * self.input_scale
 
     def ratio_loss(self) -> Tensor:
         """How far the mixtures still are from one candidate each: n mean r (1 - r) over runs that are not fixed."""
@@ -97,7 +104,11 @@ class SoftCodes(nn.Module):
         return {**self.tensors, **stored}
 
     def _candidates(self, own: Tensor, weight: Tensor, count: int) -> Tensor:
-        """int64 [L, count]: the present code, then the entries nearest to the weight."""
+        """int64 [L, count]: the present code, then the entries nearest to what the codes stand for of the weight."""
+        if self.input_scale is not None:
+            weight = weight / self.input_scale
+        if self.factors is not None:
+            weight = weight - self.factors[0] @ self.factors[1]
         if self.spec.hadamard is not None:
             assert self.signs is not None
             weight = rotate_rows(weight, self.signs, self.spec.hadamard)
