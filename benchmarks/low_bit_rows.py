@@ -67,8 +67,8 @@ for group in ("tok", "g16"):
     add("hqdit-ablation", f"{to}-noise", "activation noise in the Gram matrix", "hqdit", spec, noise=True)
 
 add("vq4dit-ablation", "vq2-full", "**VQ4DiT**", "vq4dit", VQ, steps=STEPS)
-add("vq4dit-ablation", "vq2-nosteps", "no block training", "vq4dit", VQ)
-add("vq4dit-ablation", "vq2-plain", "no block training, nearest entries", "vq4dit", VQ, rounding="nearest")
+add("vq4dit-ablation", "vq2-nosteps", "no block training", "vq4dit", VQ, steps=0)
+add("vq4dit-ablation", "vq2-plain", "no block training, nearest entries", "vq4dit", VQ, rounding="nearest", steps=0)
 add("vq4dit-ablation", "vq2-nearest", "nearest entries, then trained", "vq4dit", VQ, rounding="nearest", steps=STEPS)
 add("vq4dit-ablation", "vq2-candidates1", "codes fixed (1 candidate)", "vq4dit", VQ, candidates=1, steps=STEPS)
 add("vq4dit-ablation", "vq2-candidates2", "2 candidates", "vq4dit", VQ, candidates=2, steps=STEPS)
@@ -79,7 +79,7 @@ add("vq4dit-ablation", "vq2-noslope", "no slope loss", "vq4dit", VQ, slope=0.0, 
 add("vq4dit-ablation", "vq2-noimportance", "k-means without importance", "vq4dit", VQ, importance=False, steps=STEPS)
 add("vq4dit-ablation", "vq2-noscale", "no scale a row", "vq4dit", VQ, scale=False, steps=STEPS)
 add("vq4dit-ablation", "vq2-nohad", "no Hadamard", "vq4dit", VQ, hadamard=0, steps=STEPS)
-add("vq4dit-ablation", "vq2-biased", "rows not rescaled, no training", "vq4dit", VQ, unbiased=False)
+add("vq4dit-ablation", "vq2-biased", "rows not rescaled, no training", "vq4dit", VQ, unbiased=False, steps=0)
 
 add("svdquant-ablation", "svd-full", "**SVDQuant** W4A4, rank 32", "svdquant", SVD)
 add("svdquant-ablation", "svd-r16", "rank 16", "svdquant", SVD, rank=16)
@@ -112,10 +112,10 @@ for slope in (0.1, 10.0):
     add("explore", f"explore-vq2-slope{slope}", f"VQ 2 bits, slope {slope}", "vq4dit", VQ, steps=STEPS, slope=slope)
 for ratio in (0.1, 10.0):
     add("explore", f"explore-vq2-ratio{ratio}", f"VQ 2 bits, ratio {ratio}", "vq4dit", VQ, steps=STEPS, ratio=ratio)
-add("explore", "explore-vq2-had16", "VQ 2 bits, Hadamard 16", "vq4dit", VQ, hadamard=16)
-add("explore", "explore-vq2-had128", "VQ 2 bits, Hadamard 128", "vq4dit", VQ, hadamard=128)
-add("explore", "explore-vq3-0", "VQ 3 bits, no training", "vq4dit", "wvq3")
-add("explore", "explore-vq3-biased", "VQ 3 bits, no training, biased", "vq4dit", "wvq3", unbiased=False)
+add("explore", "explore-vq2-had16", "VQ 2 bits, Hadamard 16", "vq4dit", VQ, hadamard=16, steps=0)
+add("explore", "explore-vq2-had128", "VQ 2 bits, Hadamard 128", "vq4dit", VQ, hadamard=128, steps=0)
+add("explore", "explore-vq3-0", "VQ 3 bits, no training", "vq4dit", "wvq3", steps=0)
+add("explore", "explore-vq3-biased", "VQ 3 bits, no training, biased", "vq4dit", "wvq3", unbiased=False, steps=0)
 for tag in ("w2g64", "w3g64", "w4g64-a8tok"):
     for unbiased in (False, True):
         add(

@@ -12,9 +12,9 @@ from ..quantize.layer import layer_layout
 from ..runtime.artifact import DTYPES, make_config
 from ..runtime.source import Source
 from ..runtime.writer import Entry, copy_pipeline, staged, write_json, write_tensors
-from .block_tuning import is_tuned
 from .model_source import ModelSource
 from .plan import Plan
+from .trained_blocks import is_tuned
 from .workspace import Workspace
 
 

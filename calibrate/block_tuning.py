@@ -7,13 +7,15 @@ block's codes are soft, and one batch of calls is held.
     loss = |y' - y|^2 / |y - mean|^2  +  ratio * progress * R  +  slope * (1 - <y' - mean, y - mean> / |y - mean|^2)^2
 
 y' the block's output, y that of full precision, mean over the batch, R the mixtures' distance from one candidate each
-(see `soft_codes`). The last term is not in the paper: the least squared error shrinks an output, at every sampling step
-alike, and that sums up. (VQ4DiT, Deng et al. 2024, arXiv 2408.17131, section 3.3; it trains all blocks together.)
+(see `soft_codes`). The first and the last term are summed over the streams of a block that returns several (image and
+text), each beside its own power: the larger would hide the other. The last term is not in the paper: the least squared
+error shrinks an output, at every sampling step alike, and that sums up. (VQ4DiT, Deng et al. 2024, arXiv 2408.17131,
+section 3.3; it trains all blocks together.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,27 +24,21 @@ from torch import Tensor, nn
 from ..quantize.errors import InputError
 from ..quantize.format import Tensors
 from ..quantize.layer import dense_weight
-from ..quantize.method import resolve_method
-from ..quantize.vector import VectorFormat
-from ..runtime.attach import attach, detach
+from ..runtime.attach import attach_settled, detach
 from ..runtime.family import Family
 from .captured_step import CapturedStep
-from .plan import LayerPlan, Plan
+from .plan import LayerPlan
 from .probe import Call, capture, probe_steps
 from .progress import Progress
 from .soft_codes import SoftCodes
+from .trained_blocks import is_tuned
+
+Streams = tuple[Tensor, ...]
+"""What a block returns, without what is no activation: float [rows, ..., channels] each."""
 
 STEPS = 10  # sampling steps that calls are taken from
 ROWS = 32  # batch rows of a training step
 SOFT = 0.8  # the part of the training in which codes are still mixtures
-
-
-def is_tuned(layer: LayerPlan) -> bool:
-    """Whether the layer's method trains its block."""
-    if layer.spec is None or not isinstance(layer.spec.weight.resolve(), VectorFormat):
-        return False
-    method, params = resolve_method(layer.method, layer.params)
-    return method.block_steps(params) > 0
 
 
 class BlockTuner:
@@ -71,7 +67,7 @@ class BlockTuner:
         specs = {layer.name: layer.spec for layer in layers if layer.spec is not None}
         held = {name: _own(tensors, name) for name in specs}
         biases = {name: parts.pop("bias", None) for name, parts in held.items()}
-        self.originals.update(attach(self.model, specs, held))
+        self.originals.update(attach_settled(self.model, specs, held))
         for name, bias in biases.items():
             if bias is not None:
                 layer: Any = self.model.get_submodule(name)
@@ -79,7 +75,7 @@ class BlockTuner:
 
     def tune(self, block: str, layers: Sequence[LayerPlan], tensors: Tensors) -> Tensors:
         """The tensors of the block's layers after training, the trained biases among them; attaches them too."""
-        if any(map(is_tuned, layers)) and block in dict(self.model.named_modules()):
+        if any(map(is_tuned, layers)):
             tensors = {**tensors, **self._train(block, layers, tensors)}
         self.attach(layers, tensors)
         return tensors
@@ -92,7 +88,7 @@ class BlockTuner:
         soft: dict[str, SoftCodes] = {}
         before = {layer.name: self.model.get_submodule(layer.name) for layer in layers}
         for layer in layers:
-            new = self._trainable(layer, _own(tensors, layer.name), params["candidates"])
+            new = self._trainable(layer, _own(tensors, layer.name))
             self.model.set_submodule(layer.name, new)
             if isinstance(new, SoftCodes):
                 soft[layer.name] = new
@@ -110,19 +106,20 @@ class BlockTuner:
                 found[f"{name}.bias"] = new.bias.detach().cpu()
         return found
 
-    def _trainable(self, plan: LayerPlan, tensors: Tensors, candidates: int) -> nn.Module:
+    def _trainable(self, plan: LayerPlan, tensors: Tensors) -> nn.Module:
         old: Any = self.model.get_submodule(plan.name)
+        plan = plan.settled(tensors)
         assert plan.spec is not None
         held = {key: t.to(old.weight.device) for key, t in tensors.items() if key != "bias"}
         if is_tuned(plan):
-            return SoftCodes(held, plan.spec, old.weight.float(), old.bias, candidates)
+            return SoftCodes(held, plan.spec, old.weight.float(), old.bias, plan.full_params()["candidates"])
         new = nn.Linear(plan.k, plan.n, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
         new.weight.data.copy_(dense_weight(held, plan.k, plan.spec))
         if old.bias is not None:
             new.bias.data.copy_(old.bias)
         return new.requires_grad_(False)
 
-    def _full_precision(self, block: str) -> list[Tensor]:
+    def _full_precision(self, block: str) -> list[Streams]:
         """The block's outputs in the model without any compressed layer."""
         compressed = {name: self.model.get_submodule(name) for name in self.originals}
         for name, layer in self.originals.items():
@@ -138,18 +135,18 @@ def fit_block(
     module: nn.Module,
     layers: Sequence[SoftCodes],
     inputs: Sequence[Any],
-    targets: Sequence[Tensor],
+    targets: Sequence[Streams],
     params: dict[str, Any],
 ) -> tuple[float, float]:
-    """Trains the soft layers of `module`; returns the relative squared error before and after. Training that does not
-    lower it is undone.
+    """Trains the soft layers of `module`; returns the relative squared error, summed over streams, before and after.
+    Training that does not lower it is undone.
 
-    inputs   (args, kwargs) of the block for every call;  targets: the block's output, float [rows, ...]
+    inputs   (args, kwargs) of the block for every call;  targets: what the block gives then, see `streams`
     """
     count = params["steps"]
     generator = torch.Generator().manual_seed(0)
     before = [layer.snapshot() for layer in layers]
-    first = hard_error(module, layers, inputs, targets)
+    first = sum(hard_errors(module, layers, inputs, targets))
     step = training_step(module, layers, params)
     soft, hard = CapturedStep(step), CapturedStep(step)
     done = torch.arange(count, device=layers[0].logits.device) / count
@@ -160,7 +157,7 @@ def fit_block(
         if number >= SOFT * count:
             for layer in layers:
                 layer.harden(0.0)
-    last = hard_error(module, layers, inputs, targets)
+    last = sum(hard_errors(module, layers, inputs, targets))
     if not last < first:
         for layer, values in zip(layers, before, strict=True):
             layer.restore(values)
@@ -170,8 +167,8 @@ def fit_block(
 
 def training_step(
     module: nn.Module, layers: Sequence[SoftCodes], params: dict[str, Any]
-) -> Callable[[tuple[Any, Any, Tensor, Tensor, Tensor]], None]:
-    """A step on (args, kwargs, target, the weight of the ratio loss, the part of the learning rates that is left)."""
+) -> Callable[[tuple[Any, Any, Streams, Tensor, Tensor]], None]:
+    """A step on (args, kwargs, targets, the weight of the ratio loss, the part of the learning rates that is left)."""
     device = layers[0].logits.device
     slow = [p for layer in layers for p in (layer.book, layer.gain, layer.bias) if p is not None]
     rates = [torch.tensor(params[name], device=device) for name in ("rate", "book_rate")]
@@ -183,12 +180,12 @@ def training_step(
         capturable=device.type == "cuda",
     )
 
-    def step(batch: tuple[Any, Any, Tensor, Tensor, Tensor]) -> None:
-        args, kwargs, target, pull, decay = batch
+    def step(batch: tuple[Any, Any, Streams, Tensor, Tensor]) -> None:
+        args, kwargs, targets, pull, decay = batch
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"].copy_(rate * decay)
-        output = _first(module(*args, **kwargs)).float()
-        error, slope = _losses(output, target.float())
+        pairs = zip(streams(module(*args, **kwargs)), targets, strict=True)
+        error, slope = torch.stack([torch.stack(_losses(*pair)) for pair in pairs]).sum(0)
         ratio = torch.stack([layer.ratio_loss() for layer in layers]).mean()
         optimizer.zero_grad(set_to_none=True)
         (error + params["slope"] * slope + pull * ratio).backward()
@@ -199,16 +196,18 @@ def training_step(
     return step
 
 
-def draw(inputs: Sequence[Any], targets: Sequence[Tensor], generator: torch.Generator) -> tuple[Any, Any, Tensor]:
-    """(args, kwargs, target) of `ROWS` random rows of a random call."""
+def draw(inputs: Sequence[Any], targets: Sequence[Streams], generator: torch.Generator) -> tuple[Any, Any, Streams]:
+    """(args, kwargs, targets) of `ROWS` random rows of a random call."""
     number = int(torch.randint(len(inputs), (1,), generator=generator))
-    (args, kwargs), target = inputs[number], targets[number]
-    chosen = torch.randperm(len(target), generator=generator)[:ROWS].to(target.device, non_blocking=True)
-    return _rows(args, len(target), chosen), _rows(kwargs, len(target), chosen), target[chosen]
+    (args, kwargs), given = inputs[number], targets[number]
+    count = len(given[0])
+    chosen = torch.randperm(count, generator=generator)[:ROWS].to(given[0].device, non_blocking=True)
+    return _rows(args, count, chosen), _rows(kwargs, count, chosen), _rows(given, count, chosen)
 
 
 def _losses(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The relative squared error, and the squared departure of the slope of output on target from 1."""
+    """Of one stream the relative squared error, and the squared departure of the slope of output on target from 1."""
+    output, target = output.float(), target.float()
     mean = target.mean(tuple(range(target.dim() - 1)), keepdim=True)
     centred = target - mean
     power = centred.square().sum().clamp_min(1e-20)
@@ -216,21 +215,23 @@ def _losses(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def hard_error(
-    module: nn.Module, layers: Sequence[SoftCodes], inputs: Sequence[Any], targets: Sequence[Tensor]
-) -> float:
-    """The relative squared error over all calls with every run as its largest candidate."""
+def hard_errors(
+    module: nn.Module, layers: Sequence[SoftCodes], inputs: Sequence[Any], targets: Sequence[Streams]
+) -> list[float]:
+    """Each stream's relative squared error over all calls with every run as its largest candidate."""
     states = [layer.hard for layer in layers]
     for layer in layers:
         layer.hard = True
-    errors = []
-    for (args, kwargs), target in zip(inputs, targets, strict=True):
-        for chosen in torch.arange(len(target), device=target.device).split(ROWS):
-            output = _first(module(*_rows(args, len(target), chosen), **_rows(kwargs, len(target), chosen)))
-            errors.append(_losses(output.float(), target[chosen].float())[0])
+    errors: list[list[Tensor]] = [[] for _ in targets[0]]
+    for (args, kwargs), given in zip(inputs, targets, strict=True):
+        count = len(given[0])
+        for chosen in torch.arange(count, device=given[0].device).split(ROWS):
+            outputs = streams(module(*_rows(args, count, chosen), **_rows(kwargs, count, chosen)))
+            for found, output, target in zip(errors, outputs, _rows(given, count, chosen), strict=True):
+                found.append(_losses(output, target)[0])
     for layer, state in zip(layers, states, strict=True):
         layer.hard = state
-    return float(torch.stack(errors).mean())
+    return [float(torch.stack(found).mean()) for found in errors]
 
 
 class _Seen(Exception):
@@ -238,8 +239,8 @@ class _Seen(Exception):
 
 
 @torch.no_grad()
-def _observe(model: nn.Module, block: str, call: Call, output: bool = False) -> tuple[Any, Tensor]:
-    """((args, kwargs), output) of one block in one call; the output only where it is asked for."""
+def _observe(model: nn.Module, block: str, call: Call, output: bool = False) -> tuple[Any, Streams]:
+    """((args, kwargs), streams) of one block in one call; the streams only where they are asked for."""
     seen: list[Any] = []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -248,7 +249,7 @@ def _observe(model: nn.Module, block: str, call: Call, output: bool = False) -> 
             raise _Seen
 
     def after(module: nn.Module, args: Any, result: Any) -> None:
-        seen.append(_first(result).detach())
+        seen.append(tuple(stream.detach() for stream in streams(result)))
         raise _Seen
 
     module = model.get_submodule(block)
@@ -260,9 +261,10 @@ def _observe(model: nn.Module, block: str, call: Call, output: bool = False) -> 
     finally:
         for handle in handles:
             handle.remove()
-    if not seen:
-        raise InputError(f"{block} did not run, so it cannot be trained; use steps=0")
-    return seen[0], seen[-1] if output else torch.empty(0)
+    if not seen or not seen[-1]:
+        found = "returns no activations" if seen else "did not run"
+        raise InputError(f"{block} {found}, so it cannot be trained; use steps=0")
+    return seen[0], seen[-1] if output else ()
 
 
 def _rows(value: Any, count: int, chosen: Tensor) -> Any:
@@ -276,18 +278,15 @@ def _rows(value: Any, count: int, chosen: Tensor) -> Any:
     return value
 
 
-def _first(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else next(v for v in output if isinstance(v, Tensor))
+def streams(output: Any) -> Streams:
+    """The activations in what a block returns. None in their place is left out: the last block of some models has no
+    more use for its text."""
+    if isinstance(output, Tensor):
+        return (output,)
+    values = output.values() if isinstance(output, Mapping) else output
+    return tuple(v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1)
 
 
 def _own(tensors: Tensors, name: str) -> Tensors:
     """The tensors of one layer, by their names in it."""
     return {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.rpartition(".")[0] == name}
-
-
-def needs_tuning(plan: Plan) -> bool:
-    """Whether any layer's method trains its block. Raises InputError beside folded scales, which change two layers."""
-    found = any(map(is_tuned, plan.compressed))
-    if found and plan.folds:
-        raise InputError("block training and scales folded into other layers cannot be combined; set fold=false")
-    return found

@@ -24,13 +24,14 @@ from ..runtime.source import Source, find_source
 from ..runtime.writer import check_target, name_output
 from . import statistics
 from .assemble import block_part, check_kept, kept_names, write_artifact
-from .block_tuning import BlockTuner, needs_tuning
+from .block_tuning import BlockTuner
 from .compress import compress_unit
 from .mixed import Sizing, allocate_bits, prepare, prepare_untimed, require_disk_source, settled_bits
 from .model_source import Data, ModelSource
 from .options import Options
 from .plan import LayerPlan, Plan, check_formats, make_plan, settle
 from .progress import Progress
+from .trained_blocks import needs_tuning, settle_training, untrained_notes
 from .workspace import Workspace
 
 TUNED_SAMPLES = 32
@@ -54,7 +55,10 @@ def compress(
 
     Raises InputError, with nothing left half written, for anything in the input that cannot be used.
     """
-    return run_job(plan_job(model, output, data, Options(**options)), progress or Progress())
+    job, progress = plan_job(model, output, data, Options(**options)), progress or Progress()
+    for note in job.notes:
+        progress.note(note)
+    return run_job(job, progress)
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Job:
 
     plans   decisions that act at run time, as the artifact will hold them
     sizing  of a budget that no candidate has to be timed for
+    notes   what planning decided that its tables do not show
     """
 
     settings: Options
@@ -73,6 +78,7 @@ class Job:
     plans: dict[str, Any]
     device: torch.device
     sizing: Sizing | None
+    notes: tuple[str, ...] = ()
 
 
 def plan_job(
@@ -82,22 +88,22 @@ def plan_job(
 
     Raises InputError for everything that can be refused so early.
     """
-    source = open_source(model, data)
-    recipe = settings.resolve_recipe()
+    source, device = open_source(model, data), pick_device(settings.device)
+    recipe, notes = settle_training(source, settings.resolve_recipe(), settings, device)
     target = Path(output) if output is not None else default_output(source.label, recipe)
     check_target(target, source if isinstance(source, Source) else None, settings.overwrite)
     plan = plan_source(source, recipe)
     if not settings.i_know:
         check_formats(plan)
-    if settings.offload and needs_tuning(plan):
+    if needs_tuning(plan) and settings.offload:
         raise InputError("--offload: the method trains whole blocks of the model, which must fit; use its steps=0")
-    plans, device = run_time_plans(source, settings), pick_device(settings.device)
+    plans = run_time_plans(source, settings)
     pick_dtype(settings.dtype, device)
     sizing = None
     if settings.budget is not None:
         require_disk_source(source)
         sizing = prepare_untimed(plan, settings.budget, settings.sensitivity, device, settings.offload)
-    return Job(settings, source, recipe, target, plan, plans, device, sizing)
+    return Job(settings, source, recipe, target, plan, plans, device, sizing, (*notes, *untrained_notes(plan)))
 
 
 def run_job(job: Job, progress: Progress) -> Path:

@@ -14,6 +14,8 @@ from .format import Tensors
 from .spec import LayerSpec
 from .stats import LayerStats
 
+AUTO = "auto"
+
 
 @dataclass(frozen=True)
 class FloatLayer:
@@ -29,10 +31,13 @@ class Method:
 
     `defaults` lists its parameters; a recipe may set those and no others. In every call `params` holds them all.
     `choices` lists, for a parameter that is one of a few words, these words; names that are no parameter are ignored.
+    `autos` gives, for a parameter that is a whole number or AUTO, the two numbers that AUTO may stand for: where the
+    run has the means for it, and where not. Planning decides, so that an artifact's record holds a number.
     """
 
     defaults: ClassVar[dict[str, Any]] = {}
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    autos: ClassVar[Mapping[str, tuple[int, int]]] = {}
     by_rows: ClassVar[bool] = False  # without a scale and a rank, no row depends on others but for a searched rotation
 
     def needs(self, params: dict[str, Any]) -> frozenset[str]:
@@ -71,14 +76,21 @@ def resolve_method(name: str, params: dict[str, Any], where: str = "") -> tuple[
             raise unknown(f"parameter of {name}", key, method.defaults, where)
         default = method.defaults[key]
         if default is not None and not _same_type(value, default):
-            expected, found = type(default).__name__, type(value).__name__
+            expected, found = type_name(default), type(value).__name__
             raise InputError(f"{where or name}: parameter '{key}' expected {expected}, found {found} ({value!r})")
         if value not in method.choices.get(key, (value,)):
             raise unknown(f"value of {key}", value, method.choices[key], where or name)
     return method, {**method.defaults, **params}
 
 
+def type_name(default: Any) -> str:
+    """What a parameter with this default may be, in words."""
+    return f"int or {AUTO}" if default == AUTO else type(default).__name__
+
+
 def _same_type(value: Any, default: Any) -> bool:
+    if default == AUTO:
+        return value == AUTO or type(value) is int
     if isinstance(default, float):
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return type(value) is type(default)

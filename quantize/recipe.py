@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, unknown
-from .method import resolve_method
+from .method import AUTO, resolve_method, type_name
 from .spec import LayerSpec
 
 ROLES = ("attention", "feed_forward", "modulation", "embedder", "output", "other")
@@ -144,6 +144,16 @@ class Recipe:
 
         return dataclasses.replace(self, steps=tuple(keep(s) for s in self.steps))
 
+    def with_autos(self, means: bool) -> Recipe:
+        """The same recipe with a number for every parameter that is `auto`. means: see `Method.autos`"""
+
+        def settle(step: Step) -> Step:
+            method, params = resolve_method(step.method, step.params)
+            numbers = {key: pair[0 if means else 1] for key, pair in method.autos.items() if params[key] == AUTO}
+            return dataclasses.replace(step, params={**step.params, **numbers})
+
+        return dataclasses.replace(self, steps=tuple(map(settle, self.steps)))
+
     def with_group_size(self, group_size: int | None) -> Recipe:
         """The same recipe with another weight group size in every step whose weight has groups."""
 
@@ -172,10 +182,12 @@ def parse_setting(text: str, defaults: dict[str, Any], method: str) -> tuple[str
         if value not in ("true", "false"):
             raise InputError(f"--set {text}: expected true or false")
         return key, value == "true"
+    if value == default == AUTO:
+        return key, value
     try:
-        return key, type(default)(value)
+        return key, (int if default == AUTO else type(default))(value)
     except ValueError:
-        raise InputError(f"--set {text}: expected {type(default).__name__}, found '{value}'") from None
+        raise InputError(f"--set {text}: expected {type_name(default)}, found '{value}'") from None
 
 
 def shipped() -> list[str]:

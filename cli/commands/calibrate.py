@@ -93,6 +93,8 @@ def run(
     print_plan(plan)
     if budget is not None:
         print_budget(budget)
+    for note in job.notes:
+        console.print(note)
     if dry_run:
         return
     with reporting() as reporter:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from ..compose import Choices, compress_linear
 from ..format import Tensors
 from ..gptq import DAMP
-from ..method import FloatLayer, Method
+from ..method import AUTO, FloatLayer, Method
 from ..rotate import default_block
 from ..spec import HadamardSpec, LayerSpec
 from ..stats import LayerStats
@@ -28,7 +28,8 @@ from ..vector import VectorRounding
 class Vq4Dit(Method):
     """`hadamard`: the largest block of a rotation, 0 for none. `scale`: a scale for each row before the codebook.
 
-    steps       training steps a block, 0 for none
+    steps       training steps a block, 0 for none; auto: as many as pay off where that takes minutes, else none (see
+                `calibrate/trained_blocks.py`)
     candidates  entries that a code may become: those nearest to its own
     ratio       weight of the loss that drives every mixture of candidates to one of them
     harden      the share that a candidate must reach to be fixed before the end; above 1: never
@@ -44,7 +45,7 @@ class Vq4Dit(Method):
         "rounding": "gptq",
         "damp": DAMP,
         "unbiased": True,
-        "steps": 0,
+        "steps": AUTO,
         "candidates": 3,
         "ratio": 1.0,
         "harden": 0.99,
@@ -54,6 +55,7 @@ class Vq4Dit(Method):
     }
 
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"rounding": ("nearest", "gptq")}
+    autos: ClassVar[dict[str, tuple[int, int]]] = {"steps": (600, 0)}
 
     def complete(self, spec: LayerSpec, n: int, k: int, params: dict[str, Any], foldable: bool = False) -> LayerSpec:
         if params["hadamard"] and spec.hadamard is None:
@@ -64,7 +66,7 @@ class Vq4Dit(Method):
         return frozenset({"gram"})
 
     def block_steps(self, params: dict[str, Any]) -> int:
-        return int(params["steps"])
+        return 0 if params["steps"] == AUTO else int(params["steps"])
 
     def compress(self, layer: FloatLayer, stats: LayerStats | None, spec: LayerSpec, **params: Any) -> Tensors:
         feedback = params["rounding"] == "gptq"

@@ -40,7 +40,7 @@ def _soft(spec_name: str = "wvq2", candidates: int = 3) -> tuple[SoftCodes, Laye
     return SoftCodes(tensors, spec, linear.weight.detach(), linear.bias.detach(), candidates), spec, linear, x
 
 
-@pytest.mark.parametrize("spec_name", ["wvq2", "wvq3"])
+@pytest.mark.parametrize("spec_name", ["wvq2", "wvq3", "wvq2-r8", "wvq2-s", "wvq2-s-r8"])
 def test_untrained_and_hard_it_is_the_layer_it_was_made_from(spec_name: str) -> None:
     soft, spec, _, _ = _soft(spec_name)
     soft.harden(0.0)
@@ -70,33 +70,35 @@ def test_mixtures_are_soft_until_they_are_hardened() -> None:
     assert not torch.equal(soft.dense(), before)
 
 
-def test_training_lowers_the_error_of_what_is_stored_and_moves_codes_codebook_and_bias() -> None:
-    soft, spec, linear, x = _soft()
+@pytest.mark.parametrize("spec_name", ["wvq2", "wvq2-r8", "wvq2-s", "wvq2-s-r8"])
+def test_training_lowers_the_error_of_what_is_stored_and_moves_codes_codebook_and_bias(spec_name: str) -> None:
+    soft, spec, linear, x = _soft(spec_name)
     block = nn.Sequential(soft)
     with torch.no_grad():
-        inputs, targets = [((x,), {})], [linear(x)]
+        inputs, targets = [((x,), {})], [(linear(x),)]
     first, last = fit_block(block, [soft], inputs, targets, PARAMS)
     stored = soft.store()
-    y = x @ dense_weight(stored, K, spec).T + soft.bias
-    error = float((y - targets[0]).detach().square().sum() / (targets[0] - targets[0].mean(0)).square().sum())
+    y, target = x @ dense_weight(stored, K, spec).T + soft.bias, targets[0][0]
+    power = (target - target.mean(0)).square().sum()
+    error = float((y - target).detach().square().sum() / power)
     plain = dense_weight(soft.tensors, K, spec)
-    before = float(
-        (x @ plain.T + linear.bias - targets[0]).square().sum() / (targets[0] - targets[0].mean(0)).square().sum()
-    )
+    before = float((x @ plain.T + linear.bias - target).detach().square().sum() / power)
     assert last < first
     assert error < 0.95 * before
     assert abs(error / last - 1) < 0.2, "what is stored must be what was trained"
     for key in ("weight", "weight_codebook", "weight_scale"):
         assert not torch.equal(stored[key], soft.tensors[key])
     assert not torch.equal(soft.bias, linear.bias)
+    for key in {"hadamard_signs", "pre_quant_scale", "proj_up", "proj_down"} & set(stored):
+        assert torch.equal(stored[key], soft.tensors[key])
 
 
 def test_a_draw_takes_the_same_rows_of_every_tensor_that_has_them() -> None:
     rows = torch.arange(100.0)
     inputs = [((rows[:, None],), {"labels": rows, "table": torch.zeros(3), "nested": {"t": rows}, "flag": None})]
-    args, kwargs, target = draw(inputs, [rows], torch.Generator().manual_seed(0))
+    args, kwargs, (target, double) = draw(inputs, [(rows, 2 * rows)], torch.Generator().manual_seed(0))
     assert len(target) == ROWS
-    for value in (args[0][:, 0], kwargs["labels"], kwargs["nested"]["t"]):
+    for value in (args[0][:, 0], kwargs["labels"], kwargs["nested"]["t"], double / 2):
         assert torch.equal(value, target)
     assert kwargs["table"].shape == (3,)
     assert kwargs["flag"] is None
@@ -202,7 +204,7 @@ def test_training_by_cuda_graphs_ends_where_plain_training_does(monkeypatch: pyt
             setattr(soft, name, getattr(soft, name).cuda())
         with torch.no_grad():
             target = linear(x)
-        _, last = fit_block(nn.Sequential(soft), [soft], [((x,), {})], [target], {**PARAMS, "harden": 1.1})
+        _, last = fit_block(nn.Sequential(soft), [soft], [((x,), {})], [(target,)], {**PARAMS, "harden": 1.1})
         return last, soft.dense().detach()
 
     last, weight = train()

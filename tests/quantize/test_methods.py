@@ -139,8 +139,10 @@ def test_an_unknown_parameter_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_word_that_is_no_choice_is_refused_before_anything_is_compressed(name: str) -> None:
-    for key in [key for key, default in resolve_method(name, {})[1].items() if isinstance(default, str)]:
-        with pytest.raises(InputError, match=f"value of {key} 'no_such_word'"):
+    method, params = resolve_method(name, {})
+    for key in [key for key, default in params.items() if isinstance(default, str)]:
+        expected = "expected int or auto" if key in method.autos else f"value of {key} 'no_such_word'"
+        with pytest.raises(InputError, match=expected):
             resolve_method(name, {key: "no_such_word"})
 
 
