@@ -59,11 +59,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which implementation of `op` runs, and why."""
+    """Which implementation of `op` runs, and why; `note`: which of its forms, where that is not the best it has."""
 
     op: str
     backend: str
     reason: str
+    note: str | None = None
 
 
 @dataclass
@@ -180,7 +181,7 @@ def _library(op: str) -> tuple[str, ModuleType] | None:
 def explain(op: str, device: torch.device | str, **facts: Any) -> Choice:
     """Say what would run, without running it.
 
-    `facts` are the ones a kernel may refuse: `dtype` (of the activation), `out_dtype`, `k`, `n`, `group` (int4),
+    `facts` are the ones a kernel may refuse: `dtype` (of the activation), `out_dtype`, `k`, `n`, `group`,
     `block_size` (hadamard), `width` (head_norm_rope), `head_dim` (attention).
     """
     if op not in TWINS:
@@ -197,7 +198,9 @@ def explain(op: str, device: torch.device | str, **facts: Any) -> Choice:
         reason = _twin(op).limits(op, device=device, **facts)  # type: ignore[union-attr]
     if reason is not None:
         return Choice(op, "reference", reason)
-    return Choice(op, "triton", "the mode is 'triton'" if mode == "triton" else "supported")
+    note = getattr(_twin(op), "note", lambda *_, **__: None)
+    reason = "the mode is 'triton'" if mode == "triton" else "supported"
+    return Choice(op, "triton", reason, note(op, device, **facts))
 
 
 def tunable() -> list[str]:

@@ -13,6 +13,8 @@ TWINS = {
     "codebook_to_int8": "codebook_decode",
     "quant_token_fp4": "quant_token_fp4",
     "quant_token_int4": "quant_token_int4",
+    "quant_token_block_fp4": "quant_token_block_fp4",
+    "block_fp4_linear": "block_fp4_linear",
     "hadamard": "hadamard",
     "norm_quant": "norm_quant",
     "norm_quant_fp8": "norm_quant",

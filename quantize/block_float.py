@@ -6,9 +6,14 @@ MXFP4  g = 32, block = 2^(b - 127) (E8M0). The standard takes 2^floor(log2 max) 
        (OCP Microscaling 1.0, 6.3); here a block may have twice that, where its squared error is less
 NVFP4  g = 16, block in E4M3, max / 6 relative to the row's scale
 
-The row's scale is 1 for MXFP4. NVFP4 has one for each tensor; one for each row holds any such file and loses less. An
-activation is quantised the same way, with a scale a token, in float: without FP4 tensor cores it is a simulation, which
-saves memory and no time. For FP4 blocks that run on int8 tensor cores see `e2m1` with a group size.
+The row's scale is fitted as 1 for MXFP4; rescaling rows after rounding (`unbiased`) makes it another. NVFP4 has one for
+each tensor; one for each row holds any such file and loses less. An activation is quantised the same way, with a scale
+a token that keeps its length.
+
+A weight with activations of its own format is multiplied as codes and block scales (`kernels/block_fp4_linear.py`): on
+FP4 tensor cores where there are some, elsewhere decoded to bfloat16 inside of the product, which saves memory and no
+time. With other activations it is decoded for `F.linear`. For FP4 blocks on int8 tensor cores see `e2m1` with a group
+size.
 """
 
 from __future__ import annotations
@@ -16,19 +21,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.block_fp4_linear import block_fp4_linear
+from ..kernels.block_scales import E2M1, block_halves
 from ..kernels.pack import pack_codes, unpack_codes
-from ..kernels.quant_token_fp4 import round_to_e2m1
+from ..kernels.quant_token_block_fp4 import quant_token_block_fp4
 from .format import ScalarFormat, TensorLayout, Tensors, group_count
-from .integer import TINY
-from .minifloat import VALUES
-from .spec import FormatSpec
+from .spec import FormatSpec, LayerSpec
 from .table import table_on
 
-E2M1 = tuple(VALUES["e2m1"])
 LEVELS = (*(-value for value in E2M1[:0:-1]), *E2M1)
 HALVES = tuple(2 * value for value in E2M1)
-E4M3_LARGEST = 448.0
-_BIAS = 127
 
 
 class BlockFloat(ScalarFormat):
@@ -93,33 +95,21 @@ class BlockFloat(ScalarFormat):
     def unpack(self, packed: Tensor, k: int) -> Tensor:
         return unpack_codes(packed, k, 4).to(torch.int8)
 
+    def ops(self, spec: LayerSpec) -> tuple[str, ...]:
+        return ("quant_token_block_fp4", "block_fp4_linear") if spec.activation == spec.weight else ()
+
+    def linear(self, x: Tensor, tensors: Tensors, spec: LayerSpec, bias: Tensor | None) -> Tensor:
+        if spec.activation != spec.weight:
+            return super().linear(x, tensors, spec, bias)
+        rows = quant_token_block_fp4(x, spec.weight.group_size or 0)
+        weight = (tensors["weight"], tensors["weight_block_scale"], tensors["weight_scale"])
+        return block_fp4_linear(*rows, *weight, bias, x.dtype)
+
     def _halves(self, weight: Tensor, scales: Tensors) -> Tensor:
         """float32 [N, G, g]: the nearest elements, times 2."""
         size = self._element_scale(scales)
-        return round_to_e2m1(weight.float().reshape(*size.shape[:2], -1) / size.clamp_min(TINY) * 2)
+        return block_halves(weight.float().reshape(*size.shape[:2], -1), size)
 
     def _element_scale(self, scales: Tensors) -> Tensor:
         """float32 [N, G, 1]."""
         return (self.block_scale(scales["weight_block_scale"]) * scales["weight_scale"][:, None])[..., None]
-
-
-def e8m0_scale(bits: Tensor) -> Tensor:
-    """uint8 bits of E8M0 -> float32: 2^(bits - 127)."""
-    exponent = bits.to(torch.int32)  # that of float32 as it is; 2^-127 has none
-    return torch.where(exponent > 0, exponent << 23, 1 << 22).view(torch.float32)
-
-
-def e8m0_bits(reach: Tensor) -> Tensor:
-    """uint8: the shared exponent of blocks with the given largest magnitudes, for elements up to 2^2 (1.x)."""
-    exponent = torch.frexp(reach).exponent.to(torch.int32) - 1  # floor(log2), exact
-    return torch.where(reach > 0, (exponent - 2 + _BIAS).clamp(0, 254), 0).to(torch.uint8)
-
-
-def e4m3_scale(bits: Tensor) -> Tensor:
-    """uint8 bits of E4M3 -> float32."""
-    return bits.view(torch.float8_e4m3fn).float()
-
-
-def e4m3_bits(value: Tensor) -> Tensor:
-    """uint8 bits of the nearest E4M3 number, saturating, ties to even. value: float32, not negative."""
-    return value.clamp(max=E4M3_LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)

@@ -74,10 +74,11 @@ def layer_ops(spec: LayerSpec) -> tuple[str, ...]:
 
 
 def reasons(specs: Any, device: torch.device) -> list[str]:
-    """One line for each op that will run its reference on `device`, saying why."""
+    """One line for each op that will run its reference on `device`, or a lesser form of its kernel, saying why."""
     ops = sorted({op for spec in specs for op in layer_ops(spec)})
     choices = [dispatch.explain(op, device) for op in ops]
-    return [f"{c.op}: {c.backend}, because {c.reason}" for c in choices if c.backend == "reference"]
+    refused = [f"{c.op}: {c.backend}, because {c.reason}" for c in choices if c.backend == "reference"]
+    return refused + [f"{c.op}: {c.backend}, {c.note}" for c in choices if c.note is not None]
 
 
 def _file_bytes(folder: Path) -> int:

@@ -27,7 +27,7 @@ def examine() -> dict[str, Any]:
     else:
         machine["GPU"] = "none found"
     choices = [dispatch.explain(op, device) for op in dispatch.TWINS]
-    rows = [{"op": c.op, "backend": c.backend, "reason": c.reason} for c in choices]
+    rows = [{"op": c.op, "backend": c.backend, "reason": c.note or c.reason} for c in choices]
     return {"machine": machine, "kernels": rows, "advice": _advice(machine, device)}
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..block_float import BlockFloat, e8m0_bits, e8m0_scale
+from ...kernels.block_scales import e8m0_bits, e8m0_scale
+from ..block_float import BlockFloat
 from ..spec import FormatSpec
 
 
 class Mxfp4(BlockFloat):
-    """weight_block_scale: E8M0 bits; weight_scale: 1."""
+    """weight_block_scale: E8M0 bits; weight_scale: 1 as fitted, another where rows were rescaled after rounding."""
 
     tag = "mxfp4"
     group_sizes = (32,)

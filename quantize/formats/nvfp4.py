@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..block_float import E4M3_LARGEST, BlockFloat, e4m3_bits, e4m3_scale
+from ...kernels.block_scales import E4M3_LARGEST, e4m3_bits, e4m3_scale
+from ..block_float import BlockFloat
 from ..integer import TINY
 
 
 class Nvfp4(BlockFloat):
-    """weight_block_scale: E4M3 bits; weight_scale: the row's largest magnitude / (6 * 448)."""
+    """weight_block_scale: E4M3 bits; weight_scale: as fitted the row's largest magnitude / (6 * 448)."""
 
     tag = "nvfp4"
     group_sizes = (16,)

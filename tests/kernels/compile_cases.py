@@ -43,6 +43,7 @@ def compile_case(case: _case.Compile, architecture: str) -> dict[str, Any]:
     else:
         found = inspect_cubin(compiled.asm["cubin"], disassemble=architecture in case.units)
         found["waits"] = "griddepcontrol.wait" in compiled.asm["ptx"]
+        found["ptx"] = case.ptx.get(architecture, "") in compiled.asm["ptx"]
     return {"shared": compiled.metadata.shared, **found}
 
 

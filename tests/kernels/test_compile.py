@@ -54,6 +54,7 @@ def test_compiles_without_spills_and_with_matrix_units(
         # From Hopper on a kernel may start before the one before it has ended; others do not know the instruction.
         if not architecture.startswith("gfx"):
             assert kernel["waits"] == (int(architecture) >= 90), kernel
+            assert kernel["ptx"], f"{case.name}: no {case.ptx[architecture]}"
         if unit and "mma" in kernel:
             assert unit in kernel["mma"] if case.mixed else kernel["mma"] == [unit], kernel
 

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vdit_quant.kernels.block_scales import e4m3_bits, e4m3_scale, e8m0_bits, e8m0_scale
 from vdit_quant.kernels.quant_token_fp4 import round_to_e2m1
-from vdit_quant.quantize.block_float import LEVELS, e4m3_bits, e4m3_scale, e8m0_bits, e8m0_scale
+from vdit_quant.quantize.block_float import LEVELS
 from vdit_quant.quantize.formats import nf4
 from vdit_quant.quantize.minifloat import TABLES, VALUES, codebook
 from vdit_quant.quantize.spec import FormatSpec

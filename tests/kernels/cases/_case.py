@@ -65,6 +65,7 @@ FP8: Units = {"89": "QMMA", "90": "QGMMA"}
 FLOAT: Units = {
     "80": "HMMA", "89": "HMMA", "90": "HGMMA", "100": "UTCHMMA", "120": "HMMA", "gfx942": "v_mfma_f32",
 }  # fmt: skip
+FP4: Units = {"100": "UTCOMMA", "120": "OMMA"}
 FEW_TOKENS: Units = {**FLOAT, "90": "HMMA", "100": "HMMA"}
 """Programs of fewer than four warps cannot use Hopper's products of a warp group."""
 
@@ -81,6 +82,7 @@ class Compile:
     on: the architectures to compile it for; beside Hopper those where it is hot, or its layout another
     units: architecture -> the matrix instruction that it must use
     mixed: whether it may use others beside
+    ptx: architecture -> what its PTX must contain
     """
 
     name: str
@@ -90,6 +92,7 @@ class Compile:
     on: tuple[str, ...] = HOPPER
     units: Units = field(default_factory=dict)
     mixed: bool = False
+    ptx: Mapping[str, str] = field(default_factory=dict)
 
 
 def names() -> list[str]:

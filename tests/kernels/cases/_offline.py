@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
-UNITS = r"\b(IGMMA|HGMMA|QGMMA|QMMA|IMMA|HMMA|UTC[A-Z]*MMA)\b"
+UNITS = r"\b(IGMMA|HGMMA|QGMMA|QMMA|IMMA|HMMA|OMMA|UTC[A-Z]*MMA)\b"
 
 
 class _Driver:
