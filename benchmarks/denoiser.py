@@ -46,8 +46,11 @@ MODELS: dict[str, tuple[Shape, int, str]] = {
     "pixart-b2": (random_models.pixart_sigma(), 2, "PixArt-Sigma, batch 2, 4096 tokens"),
     "flux-b1": (random_models.flux(), 1, "FLUX-shaped, 4 + 8 blocks, batch 1, 4096 + 512 tokens"),
 }
-RECIPES = ("w8a8", "w4a8", "w4a8-mod4", "w4a4", "fp4", "w3a8", "w2a8", "ternary-a8")
-COARSE = ("w4a4", "fp4")
+RECIPES = (
+    "w8a8", "w4a8", "w4a8-mod4", "w4a4", "fp4", "w3a8", "w2a8", "ternary-a8", "svdquant-w4a8", "svdquant-w4a4",
+    "svdquant-fp4",
+)  # fmt: skip
+COARSE = ("w4a4", "fp4", "svdquant-w4a4", "svdquant-fp4")
 """Recipes whose activations have so few codes that what bf16 rounds flips many: their distance from unfused is held
 against bf16's error with the same weights, not against that of the model."""
 CUDNN = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -55,7 +58,7 @@ PEERS = ("torchao-fp8", "torchao-int8", "bitsandbytes-nf4", "bitsandbytes-int8")
 WAYS = (
     "bf16-eager", "bf16-compiled", "bf16-compiled-cudnn", "bf16-compiled-graph", "bf16-compiled-cudnn-graph",
     *(f"{recipe}{way}" for recipe in RECIPES for way in ("", "-graph")), "w8a8-compiled", "w8a8-unfused",
-    *PEERS,
+    "svdquant-w4a8-unfused", *PEERS,
 )  # fmt: skip
 
 

@@ -108,7 +108,13 @@ def inputs(shape: Shape, batch: int, dtype: torch.dtype, device: str, seed: int 
     return {**made, "return_dict": False}
 
 
-SPECS = {"fp4": "wfp4-ae2m1tok", "ternary-a8": "wt-a8tok"}
+SPECS = {
+    "fp4": "wfp4-ae2m1tok",
+    "ternary-a8": "wt-a8tok",
+    "svdquant-w4a8": "w4g64-a8tok-h64-r32",
+    "svdquant-w4a4": "w4g64-a4g64-h64-r32",
+    "svdquant-fp4": "wfp4-ae2m1g16-h64-r32",
+}
 """Names for specs of the attention and feed-forward layers that no shipped recipe of that name stands for."""
 
 
@@ -125,10 +131,10 @@ def compressed(model: nn.Module, recipe: str) -> nn.Module:
     """A copy of `model` compressed by the specs of a recipe, rounded to nearest (speed does not depend on it)."""
     model = copy.deepcopy(model)
     plan, layers = make_plan(model, find_family(model), recipe_of(recipe)), linear_layers(model)
-    tensors = {}
+    tensors, choices = {}, Choices(rounding="rtn", rounds=1)
     for layer in plan.compressed:
         assert layer.spec is not None
         weight = layers[layer.name].weight.detach().float()
-        tensors[layer.name] = compress_linear(FloatLayer(layer.name, weight), None, layer.spec, Choices(rounding="rtn"))
+        tensors[layer.name] = compress_linear(FloatLayer(layer.name, weight), None, layer.spec, choices)
     attach(model, plan.specs(), tensors)
     return model

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import dispatch
 from .int8_linear import check_codes, check_int8_weight, check_vectors, expect, int_matmul
+from .norm_quant import check_rows, spread
 from .op import define_op
 from .quant_token import FLOATS
 
@@ -19,18 +20,31 @@ def _check(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    low: Tensor,
-    up: Tensor,
+    branch: list[Tensor],
+    stream: list[Tensor],
     out_dtype: torch.dtype,
 ) -> None:
     check_codes(OP, codes, scale, out_dtype)
     m, n = codes.shape[0], weight.shape[0]
     check_int8_weight(OP, codes.shape[1], weight)
     check_vectors(OP, n, weight_scale, bias)
+    expect(len(branch) in (2, 3), OP, "branch to be [low, up] or [low, up, owner]", f"{len(branch)} tensors")
+    low, up, *owner = branch
+    ok = up.dim() == 2 and up.shape[0] == n and up.shape[1] > 0 and up.dtype in FLOATS
+    expect(ok, OP, f"a float up [{n}, R]", up)
+    r = up.shape[1]
     ok = low.dim() == 2 and low.shape[0] == m and low.shape[1] > 0 and low.dtype in FLOATS
     expect(ok, OP, f"a float low [{m}, R]", low)
-    ok = up.shape == (n, low.shape[1]) and up.dtype == low.dtype
-    expect(ok, OP, f"up {low.dtype} of shape ({n}, {low.shape[1]})", up)
+    ok = low.shape[1] % r == 0 if owner else low.shape[1] == r
+    expect(ok, OP, f"a low of {r} columns{' a layer' * bool(owner)}", low)
+    if owner:
+        expect(owner[0].dtype == torch.uint8 and owner[0].shape == (n,), OP, f"owner torch.uint8 of {n}", owner[0])
+    expect(len(stream) < 3, OP, "stream to be [], [residual] or [residual, gate]", f"{len(stream)} tensors")
+    if stream:
+        ok = stream[0].shape == (m, n) and stream[0].dtype == out_dtype
+        expect(ok, OP, f"a residual {out_dtype} of shape ({m}, {n})", stream[0])
+    for gate in stream[1:]:
+        check_rows(OP, "gate", gate, m, n)
 
 
 def _reference(
@@ -39,16 +53,33 @@ def _reference(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    low: Tensor,
-    up: Tensor,
+    branch: list[Tensor],
+    stream: list[Tensor],
     out_dtype: torch.dtype,
 ) -> Tensor:
-    _check(codes, scale, weight, weight_scale, bias, low, up, out_dtype)
+    _check(codes, scale, weight, weight_scale, bias, branch, stream, out_dtype)
     y = int_matmul(codes, weight).float().mul_(scale.unsqueeze(1)).mul_(weight_scale)
-    y.addmm_(low.float(), up.float().t())
+    low, up, *owner = branch
+    y.addmm_(low.float(), _wide_up(low, up, owner).t())
     if bias is not None:
         y.add_(bias.float())
-    return y.to(out_dtype)
+    if not stream:
+        return y.to(out_dtype)
+    residual, *gate = stream
+    if gate:
+        y.mul_(spread(gate[0], len(y)))
+    return y.add_(residual.float()).to(out_dtype)
+
+
+def _wide_up(low: Tensor, up: Tensor, owner: list[Tensor]) -> Tensor:
+    """fp32 [N, L * R]: what every column of low counts for; 0 for those of another layer than a row's own."""
+    up = up.to(low.dtype).float()
+    if not owner:
+        return up
+    n, r = up.shape
+    wide = up.new_zeros(n, low.shape[1] // r, r)
+    wide[torch.arange(n, device=up.device), owner[0].long()] = up
+    return wide.view(n, -1)
 
 
 @define_op("int8_linear_low_rank")
@@ -58,35 +89,31 @@ def int8_linear_low_rank(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    low: Tensor,
-    up: Tensor,
+    branch: list[Tensor],
+    stream: list[Tensor],
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """y[m, n] = int8_linear(...)[m, n] + sum_r low[m, r] * up[n, r], in fp32 and rounded once.
+    """y[m, n] = int8_linear(...)[m, n] + sum_r low[m, owner[n] * R + r] * up[n, r], in fp32 and rounded once; with a
+    stream, residual[m, n] + gate[m // (M / B), n] times that.
 
     codes: int8 [M, K]; scale: fp32 [M], both from `quant_token`
     weight: int8 [N, K], K contiguous; weight_scale: fp32 [N]
     bias: float [N] or None
-    low: float [M, R], the input through the branch's down-projection; up: low.dtype [N, R]
-    returns: out_dtype [M, N]
+    branch: [low, up] or [low, up, owner]; low: float [M, L * R], any row stride, the input through the
+        down-projections of L layers (`norm_down`, `act_down`); up: float [N, R], read as low's dtype; owner: uint8 [N],
+        never falling, the layer that a row of the weight belongs to; without it there is one
+    stream: [], [residual] or [residual, gate]; residual: out_dtype [M, N]; gate: float [B, N], one row a sample of
+        M / B tokens
+    returns: out_dtype [M, N]; on GPUs a row does not depend on the other rows of its batch
     Raises ValueError when a shape or dtype does not fit.
     """
-    return _reference(codes, scale, weight, weight_scale, bias, low, up, out_dtype)
+    return _reference(codes, scale, weight, weight_scale, bias, branch, stream, out_dtype)
 
 
 @int8_linear_low_rank.register_fake
-def _(
-    codes: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    low: Tensor,
-    up: Tensor,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    _check(codes, scale, weight, weight_scale, bias, low, up, out_dtype)
-    return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=out_dtype)
+def _(codes: Tensor, scale: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    _check(codes, scale, weight, *rest)
+    return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=rest[-1])
 
 
 @int8_linear_low_rank.register_cuda

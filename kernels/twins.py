@@ -6,6 +6,8 @@ TWINS = {
     "int8_weight_linear": "weight_linear",
     "int8_linear_add": "int8_linear_add",
     "int8_linear_low_rank": "int8_linear_low_rank",
+    "norm_down": "low_rank_down",
+    "act_down": "low_rank_down",
     "int4_to_int8": "int4_decode",
     "int4_linear": "int4_linear",
     "int4_weight_linear": "weight_linear",

@@ -10,8 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels.hadamard import hadamard
+from ..kernels.int8_linear_low_rank import OP as LOW_RANK
+from ..kernels.int8_linear_low_rank import int8_linear_low_rank
+from ..kernels.low_rank_down import act_down
 from .errors import InputError
-from .format import TensorLayout, Tensors
+from .format import TensorLayout, Tensors, activation_codes, activation_ops
 from .spec import LayerSpec
 
 LOW_RANK_DTYPE = torch.bfloat16
@@ -65,10 +68,35 @@ def run_layer(x: Tensor, tensors: Tensors, spec: LayerSpec, bias: Tensor | None)
     """The layer itself: x float [M, K] -> [M, N] in x's dtype. This function is the definition of a `LayerSpec`."""
     if spec.pre_scale:
         x = x * tensors["pre_quant_scale"].to(x.dtype)
-    y = spec.weight.resolve().linear(rotate(x, tensors, spec), tensors, spec, bias)
-    if spec.rank:
-        y = y + F.linear(F.linear(x, tensors["proj_down"].to(x.dtype)), tensors["proj_up"].to(x.dtype))
-    return y
+    rotated = rotate(x, tensors, spec)
+    if spec.rank == 0:
+        return spec.weight.resolve().linear(rotated, tensors, spec, bias)
+    down, up = tensors["proj_down"], tensors["proj_up"]
+    held = _int8_operands(rotated, tensors, spec)
+    if held is not None:
+        low = act_down(x, "none", None, down)
+        return int8_linear_low_rank(*held, bias, [low, up], [], x.dtype)
+    y = spec.weight.resolve().linear(rotated, tensors, spec, bias)
+    return y + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+
+
+def _int8_operands(x: Tensor, tensors: Tensors, spec: LayerSpec) -> tuple[Tensor, ...] | None:
+    """codes int8 [M, K] of x, their scale float32 [M], the weight int8 [N, K] and its scale float32 [N]; None where one
+    of the two formats has no such form."""
+    if activation_ops(spec.activation) is None:
+        return None
+    weight = spec.weight.resolve().to_int8(tensors, x.shape[-1], spec.weight)
+    codes = None if weight is None else activation_codes(x, spec.activation)
+    return None if weight is None or codes is None else (*codes, *weight)
+
+
+def layer_ops(spec: LayerSpec) -> tuple[str, ...]:
+    """Names of the kernel ops that `run_layer` calls, in order."""
+    ops = spec.weight.resolve().ops(spec)
+    if spec.rank and activation_ops(spec.activation) is not None and ops:
+        joined = {"int8_linear": ("act_down", LOW_RANK), "int4_linear": ("int4_to_int8", "act_down", LOW_RANK)}
+        ops = (*ops[:-1], *joined.get(ops[-1], ops[-1:]))
+    return ops if spec.hadamard is None else ("hadamard", *ops)
 
 
 def dense_weight(tensors: Tensors, k: int, spec: LayerSpec) -> Tensor:

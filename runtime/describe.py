@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..kernels import dispatch
-from ..quantize.layer import layer_bytes
+from ..quantize.layer import layer_bytes, layer_ops
 from ..quantize.spec import LayerSpec
 from .artifact import check_tensors, read_config
 from .attach import attach
@@ -65,12 +65,6 @@ def _row(pattern: str, spec: LayerSpec, shapes: list[tuple[int, int]], device: t
         "kernels": ", ".join(ops) or "decode + F.linear",
         "backend": "mixed" if {"reference"} < backends else " + ".join(sorted(backends)) or "torch",
     }
-
-
-def layer_ops(spec: LayerSpec) -> tuple[str, ...]:
-    """Names of the kernel ops that a layer of this spec runs, in order."""
-    rotation = ("hadamard",) if spec.hadamard is not None else ()
-    return rotation + spec.weight.resolve().ops(spec)
 
 
 def reasons(specs: Any, device: torch.device) -> list[str]:

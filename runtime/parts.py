@@ -18,12 +18,24 @@ MAX_JOINED = 256
 
 @dataclass(frozen=True)
 class Part:
-    """Layers in a row that are stored alike, as one weight: their tensors are views of `tensors`."""
+    """Layers in a row that are stored alike, as one weight: their tensors are views of `tensors`.
+
+    Low-rank branches are among these: `proj_down` [L * R, K] of all layers, `proj_up` [N, R] by rows, as the weight is.
+    """
 
     tensors: Tensors
     bias: Tensor | None
     spec: FormatSpec
     sizes: list[int]
+
+    @property
+    def down(self) -> Tensor | None:
+        return self.tensors.get("proj_down")
+
+    def branch(self, low: Tensor) -> list[Tensor]:
+        """The branch as `int8_linear_low_rank` takes it; low: [M, L * R]."""
+        found = [low, self.tensors["proj_up"]]
+        return [*found, self.tensors["weight_owner"]] if len(self.sizes) > 1 else found
 
 
 def are_equal(one: Tensor, other: Tensor) -> bool:
@@ -46,7 +58,7 @@ def _place(tensor: Any) -> int | None:
 
 
 def merge(layers: tuple[nn.Module, ...]) -> list[Part]:
-    """Stores layers in a row that have one weight format and rotation, and all a bias or none, as one weight."""
+    """Stores layers in a row that have one weight format, rotation and rank, and all a bias or none, as one weight."""
     runs: list[list[CompressedLinear]] = []
     for layer in layers:
         assert isinstance(layer, CompressedLinear)
@@ -61,7 +73,7 @@ def merge(layers: tuple[nn.Module, ...]) -> list[Part]:
 def _can_join(one: CompressedLinear, other: CompressedLinear) -> bool:
     fmt = one.spec.weight.resolve()
     same = one.spec.weight == other.spec.weight and one.spec.hadamard == other.spec.hadamard
-    same = same and (one.bias is None) == (other.bias is None)
+    same = same and one.spec.rank == other.spec.rank and (one.bias is None) == (other.bias is None)
     joins = fmt.by_rows or len(fmt.stacked) > 0
     return same and joins and all(are_equal(one.tensors()[n], other.tensors()[n]) for n in fmt.shared)
 
@@ -69,7 +81,8 @@ def _can_join(one: CompressedLinear, other: CompressedLinear) -> bool:
 def _join(layers: list[CompressedLinear]) -> Part:
     spec, sizes = layers[0].spec.weight, [layer.out_features for layer in layers]
     fmt = spec.resolve()
-    names = fmt.layout(layers[0].out_features, layers[0].in_features, spec)
+    names = [*fmt.layout(layers[0].out_features, layers[0].in_features, spec)]
+    names += ["proj_down", "proj_up"] if layers[0].spec.rank else []
     if len(layers) == 1:
         bias = layers[0].bias
         return Part({name: layers[0]._buffers[name] for name in names}, bias, spec, sizes)  # type: ignore[misc]
@@ -77,11 +90,11 @@ def _join(layers: list[CompressedLinear]) -> Part:
     for name in names:
         if name in tensors:
             continue
-        tensors[name] = torch.cat([layer.tensors()[name] for layer in layers])
-        parts = tensors[name].split([1] * len(layers) if name in fmt.stacked else sizes)
-        for layer, view in zip(layers, parts, strict=True):
+        each = [layer.tensors()[name] for layer in layers]
+        tensors[name] = torch.cat(each)
+        for layer, view in zip(layers, tensors[name].split([len(t) for t in each]), strict=True):
             layer._buffers[name] = view
-    if fmt.stacked:
+    if fmt.stacked or layers[0].spec.rank:
         numbers = torch.arange(len(layers), dtype=torch.uint8)
         owner = numbers.repeat_interleave(torch.tensor(sizes))
         tensors["weight_owner"] = owner.to(layers[0].tensors()["weight"].device)

@@ -5,14 +5,15 @@
     h = stage.add(rows, residual, gate)             the product, gated and added to the residual
 
 Each line is one kernel where the layers allow it: their inputs are scaled, rotated and quantised alike, to int8 codes
-with one scale for each token, and their weights are exactly int8. Where they do not (a LoRA layer, float activations, a
-low-rank branch), the same three calls run the layers as they are. What a stage computes in one kernel it rounds once,
-at the end.
+with one scale for each token, and their weights are exactly int8. For low-rank branches the first line has another one,
+their down-projection, which reads what the codes are made of; the up-projection is the end of the product. Where the
+layers do not allow it (a LoRA layer, float activations), the same three calls run them as they are. What a stage
+computes in one kernel it rounds once, at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from ..kernels import norm_quant as norms
 from ..kernels.act_quant import act_quant, activated
 from ..kernels.int8_linear import int8_linear
 from ..kernels.int8_linear_add import int8_linear_add
+from ..kernels.int8_linear_low_rank import int8_linear_low_rank
+from ..kernels.low_rank_down import act_down, norm_down
 from ..kernels.transform import join_vectors
 from ..quantize.spec import FormatSpec, LayerSpec
 from .linear import CompressedLinear
@@ -30,11 +33,15 @@ from .parts import Part, are_equal, is_stale, merge
 
 
 class Rows(NamedTuple):
-    """The input of a stage: quantised ([M, K] codes and their scale [M]), or float [M, K] and no scale."""
+    """The input of a stage: quantised ([M, K] codes and their scale [M]), or float [M, K] and no scale.
+
+    lows: for each part of a stage the quantised input's exact values through its down-projections [M, L * R], or None
+    """
 
     values: Tensor
     scale: Tensor | None
     dtype: torch.dtype
+    lows: tuple[Tensor | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,9 @@ class Stage:
         pre_scale, signs, *rotation, form = self._transform()
         transform, affine = [t for t in (pre_scale, signs) if t is not None], list(norm.affine)
         codes, row_scale = norms.NORM_QUANT[form](x, mod, affine, transform, norm.kind, norm.eps, *rotation)
-        return Rows(codes, row_scale, x.dtype)
+        own = self.layers[0]._buffers.get("pre_quant_scale")
+        lows = self._lows(lambda down: norm_down(x, mod, affine, own, down, norm.kind, norm.eps))
+        return Rows(codes, row_scale, x.dtype, lows)
 
     def act(self, x: Tensor, act: str = "none", prefix: Tensor | None = None) -> Rows:
         """x: float [M, K], or [M, 2K] for a gated activation, through the activation function called `act`; beside the
@@ -122,7 +131,11 @@ class Stage:
             y = activated(x, act)
             return Rows(y if prefix is None else torch.cat([prefix, y], dim=1), None, x.dtype)
         codes, row_scale = act_quant(x, act, *self._transform(), prefix)
-        return Rows(codes, row_scale, x.dtype)
+        own = self.layers[0]._buffers.get("pre_quant_scale")
+        return Rows(codes, row_scale, x.dtype, self._lows(lambda down: act_down(x, act, own, down, prefix)))
+
+    def _lows(self, project: Callable[[Tensor], Tensor]) -> tuple[Tensor | None, ...]:
+        return tuple(None if part.down is None else project(part.down) for part in self.parts)
 
     def linear(self, rows: Rows) -> list[Tensor]:
         """The output [M, N] of every layer, in order. Outputs of one product are views of it."""
@@ -141,9 +154,13 @@ class Stage:
         if rows.scale is None:
             return [layer(rows.values) for layer in self.layers]
         found = []
-        for part in self.parts:
+        for part, low in zip(self.parts, rows.lows, strict=True):
             weight, weight_scale = _weight(part, self.k)
-            found.append(int8_linear(rows.values, rows.scale, weight, weight_scale, part.bias, rows.dtype))
+            args = (rows.values, rows.scale, weight, weight_scale, part.bias)
+            if low is None:
+                found.append(int8_linear(*args, rows.dtype))
+            else:
+                found.append(int8_linear_low_rank(*args, part.branch(low), [], rows.dtype))
         return found
 
     def add(self, rows: Rows, residual: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -152,9 +169,13 @@ class Stage:
             y = self.layers[0](rows.values)
             # a gate may be wider than the residual
             return (residual + (y if gate is None else spread(gate, len(y)) * y)).to(residual.dtype)
-        part = self.parts[0]
+        part, low = self.parts[0], rows.lows[0]
         weight, weight_scale = _weight(part, self.k)
-        return int8_linear_add(rows.values, rows.scale, weight, weight_scale, part.bias, residual, gate)
+        args = (rows.values, rows.scale, weight, weight_scale, part.bias)
+        if low is None:
+            return int8_linear_add(*args, residual, gate)
+        stream = [residual] if gate is None else [residual, gate]
+        return int8_linear_low_rank(*args, part.branch(low), stream, residual.dtype)
 
     def _transform(self) -> tuple[Tensor | None, Tensor | None, int, str, str]:
         """pre_scale, signs, block_size and kind of the rotation: what is done to the input before it is quantised; and
@@ -201,8 +222,6 @@ def _refusal(layer: nn.Module) -> str | None:
         return "activations stay in the compute dtype"
     if _form(spec.activation) is None:
         return f"no fused kernel quantises activations to {spec.activation.format}"
-    if spec.rank:
-        return "a low-rank branch reads the float input"
     tensors = {name: t.to("meta") for name, t in layer.tensors().items()}
     if spec.weight.resolve().to_int8(tensors, layer.in_features, spec.weight) is None:
         return f"format {spec.weight.format} is not exact in int8"

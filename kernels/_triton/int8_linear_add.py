@@ -21,6 +21,19 @@ from .tiles import ROUND_EACH_STEP, await_inputs, overlap, rows_contiguous, scal
 TUNABLE = ("int8_linear_add",)
 
 
+@triton.jit
+def gate_tile(gate_ptr, first, rm, rn, M, N, TOKENS, GATE_STRIDE, ONE_SAMPLE: tl.constexpr):
+    """fp32 gates of columns rn, [1, BN]; where samples meet, of rows rm too, [BM, BN]. `first` is the first row."""
+    if ONE_SAMPLE:
+        sample = (first // TOKENS).to(tl.int64)
+        gate = tl.load(gate_ptr + sample * GATE_STRIDE + rn, mask=rn < N, other=0.0)[None, :]
+    else:
+        sample = (rm // TOKENS).to(tl.int64)
+        inside = (rm < M)[:, None] & (rn < N)[None, :]
+        gate = tl.load(gate_ptr + sample[:, None] * GATE_STRIDE + rn[None, :], mask=inside, other=0.0)
+    return gate.to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["M", "TOKENS"])
 def int8_linear_add_kernel(
     x_ptr, w_ptr, scale_ptr, weight_scale_ptr, bias_ptr, residual_ptr, gate_ptr, y_ptr, M, N, K, TOKENS, GATE_STRIDE,
@@ -36,13 +49,7 @@ def int8_linear_add_kernel(
     y = scaled(acc, scale_ptr, weight_scale_ptr, bias_ptr, rm, rn, M, N, HAS_SCALE=True, HAS_BIAS=HAS_BIAS)
     inside = (rm < M)[:, None] & (rn < N)[None, :]
     if HAS_GATE:
-        if ONE_SAMPLE:
-            sample = (pid_m * BM // TOKENS).to(tl.int64)
-            gate = tl.load(gate_ptr + sample * GATE_STRIDE + rn, mask=rn < N, other=0.0)[None, :]
-        else:
-            sample = (rm // TOKENS).to(tl.int64)
-            gate = tl.load(gate_ptr + sample[:, None] * GATE_STRIDE + rn[None, :], mask=inside, other=0.0)
-        y = y * gate.to(tl.float32)
+        y = y * gate_tile(gate_ptr, pid_m * BM, rm, rn, M, N, TOKENS, GATE_STRIDE, ONE_SAMPLE)
     at = rm.to(tl.int64)[:, None] * N + rn[None, :]
     y = y + tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)

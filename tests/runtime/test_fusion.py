@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from vdit_quant.quantize.compose import Choices, compress_linear
+from vdit_quant.quantize.low_rank import join_adapter
 from vdit_quant.quantize.method import FloatLayer
 from vdit_quant.quantize.spec import LayerSpec
-from vdit_quant.runtime import modulation, stage
+from vdit_quant.runtime import linear, modulation, stage
 from vdit_quant.runtime.attach import attach, linear_layers
 from vdit_quant.runtime.family import find_family
 from vdit_quant.runtime.fusion import FusedBlock, fuse, report, unfuse
@@ -112,8 +113,11 @@ def compress(model: nn.Module, spec: str = "w4g16-a8tok-h16", specs: dict[str, s
             continue
         other = next((s for ending, s in (specs or {}).items() if name.endswith(ending)), None)
         chosen[name] = LayerSpec.parse(other or ("w8" if role == "modulation" else spec))
-        weight = layers[name].weight.float()
-        tensors[name] = compress_linear(FloatLayer(name, weight), None, chosen[name], Choices(rounding="rtn"))
+        weight, scaled = layers[name].weight.float(), chosen[name].pre_scale
+        plain = replace(chosen[name], pre_scale=False)
+        tensors[name] = compress_linear(FloatLayer(name, weight), None, plain, Choices(rounding="rtn"))
+        if scaled:  # as good as a calibrated one
+            tensors[name]["pre_quant_scale"] = torch.linspace(0.5, 2, weight.shape[1])
     attach(model, chosen, tensors)
     return model
 
@@ -146,12 +150,15 @@ def case(request: pytest.FixtureRequest) -> Case:
 FUSED = (
     "w8-a8tok", "w4g16-a8tok-h16", "w3g32-a8tok", "wvq2-a8tok", "wvq3-a8tok", "wt-a8tok", "wfp4-a8tok",
     "wfp4-ae2m1tok-h16", "we2m1g32-ae2m1tok", "wfp4-ae2m1g16-h32", "w8-ae2m1g32", "wvq3-ae2m1tok", "wt-ae2m1tok",
+    "w8-a8tok-r4", "w4g16-a8tok-s-h16-r8", "wfp4-ae2m1g16-h32-r16", "wvq2-a8tok-r5",
 )  # fmt: skip
 NOT_FUSED = {
     "w4g16": "activations stay in the compute dtype",
     "wmxfp4g32-amxfp4g32": "no fused kernel quantises activations to mxfp4",
     "wmxfp4g32-ae2m1tok": "format mxfp4 is not exact in int8",
-    "w8-a8tok-r4": "a low-rank branch reads the float input",
+    "w4g16-a4g16-h16-r4": "no fused kernel quantises activations to int4",
+    "w4g16-r4": "activations stay in the compute dtype",
+    "wmxfp4g32-a8tok-r4": "format mxfp4 is not exact in int8",
 }
 
 
@@ -378,7 +385,7 @@ def test_the_report_gives_the_reason() -> None:
         assert found == {"BasicTransformerBlock": f"3 not fused ({reason})"}, short_name
 
 
-@pytest.mark.parametrize("short_name", ["wfp4-ae2m1tok-h16", "wvq2-a8tok"])
+@pytest.mark.parametrize("short_name", ["wfp4-ae2m1tok-h16", "wvq2-a8tok", "w4g16-a8tok-h16-r8"])
 def test_layers_of_one_stage_are_one_product(case: Case, short_name: str) -> None:
     """Also where each has a codebook of its own."""
     model = fuse(compressed(case, short_name), cpu=True)
@@ -386,6 +393,43 @@ def test_layers_of_one_stage_are_one_product(case: Case, short_name: str) -> Non
     assert blocks
     # keys and values of a text are those of several blocks
     assert all(len(stage.parts or block.together.parts) == 1 for block in blocks for stage in block.stages)
+
+
+@pytest.mark.parametrize("kind", ["dit", "flux"])
+def test_branches_are_held_once_and_part_of_their_stages(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compressed(CASES[kind], "w4g16-a8tok-s-h16-r8")
+    expected, before, alone = call(model, CASES[kind]), storage_bytes(model), list[int]()
+    fuse(model, cpu=True)
+    run = linear.run_layer
+    monkeypatch.setattr(
+        linear, "run_layer", lambda x, t, spec, bias: (alone.append(spec.rank), run(x, t, spec, bias))[1]
+    )
+    assert close(call(model, CASES[kind]), expected)
+    assert not any(alone)
+    assert storage_bytes(model) <= before
+
+
+@pytest.mark.parametrize("kind", ["dit", "flux"])
+def test_a_lora_in_the_branch_of_a_layer_stays_fused(kind: str) -> None:
+    """Ranks that differ make another product of the same stage."""
+    model = compressed(CASES[kind], "w4g16-a8tok-s-h16-r8")
+    fuse(model, cpu=True)
+    before = call(model, CASES[kind])
+    for name, layer in linear_layers(model).items():
+        if not name.endswith(("0.attn1.to_q", "0.attn.to_k", "0.proj_out", "0.ff.net.2")):
+            continue
+        assert isinstance(layer, CompressedLinear)
+        a, b = torch.randn(4, layer.in_features) / 8, torch.randn(layer.out_features, 4) / 8
+        tensors, spec = join_adapter(layer.tensors(), layer.spec, a, b)
+        wider = CompressedLinear(layer.in_features, layer.out_features, spec, layer.bias is not None)
+        wider.load_tensors(tensors, layer.bias)
+        model.set_submodule(name, wider)
+    expected = call(unfuse(model), CASES[kind])
+    assert not close(before, expected)
+    assert close(call(fuse(model, cpu=True), CASES[kind]), expected)
+    assert "not fused" not in str(report(model, find_family(model).block_names(model)))
+    stages = [s for m in model.modules() if "forward" in m.__dict__ for s in m.forward.__self__.stages]
+    assert {len(stage.parts) for stage in stages} == ({1, 2} if kind == "dit" else {1, 3})
 
 
 def test_layers_with_other_tables_are_not_joined() -> None:
