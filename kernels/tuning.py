@@ -1,20 +1,22 @@
 """Measures launch options on the GPU here, for the tables of `launch_table.py`.
 
 A Triton twin takes part by naming ops in `TUNABLE` and by two functions: `candidates(op, m, n, k)`, launch options
-worth measuring, and `example(op, m, n, k, device)`, random arguments of the op. Options whose result is not that of the
-heuristics (exactly for integer sums, else within rounding) are dropped with a reason.
+worth measuring, and `example(op, m, n, k, device)`, random arguments of the op. One whose options depend on more than
+m, n and k has a third, `facts(op, m, k)`: what it gives `lookup` beside them for such an example. Options whose result
+is not that of the heuristics (exactly for integer sums, else within rounding) are dropped with a reason.
 """
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import dispatch, launch_table
-from .launch_table import Entry, Options, bucket
+from .launch_table import Entry, Facts, Key, Options, bucket, facts_of
 
 Shape = tuple[int, int, int]
 Report = Callable[[int, int, str], None]
@@ -40,6 +42,7 @@ class Task:
     n: int
     k: int
     candidates: tuple[Options, ...]
+    facts: Facts = ()
 
 
 def known_shapes() -> list[Shape]:
@@ -65,16 +68,21 @@ def plan(shapes: Iterable[Shape], ops: Iterable[str] | None = None, known: Itera
     for op in chosen:
         if op not in tunable:
             raise ValueError(f"op {op!r} has no launch options to tune; those that do: {', '.join(tunable)}")
-    done = {(e.op, e.m, e.n, e.k) for e in known}
-    tasks: dict[tuple[str, int, int, int], Task] = {}
+    done = {(e.m, e.key) for e in known}
+    tasks: dict[tuple[int, Key], Task] = {}
     for op in chosen:
         twin = dispatch.twin(op)
         for m, n, k in shapes:
             rows = 1 if getattr(twin, "ANY_M", False) else bucket(m)
-            options = tuple(twin.candidates(op, rows, n, k))
-            if len(options) > 1 and (op, rows, n, k) not in done:
-                tasks[op, rows, n, k] = Task(op, rows, n, k, options)
+            options, facts = tuple(twin.candidates(op, rows, n, k)), facts_of(_facts(twin, op, rows, k))
+            key = (rows, (op, n, k, facts))
+            if len(options) > 1 and key not in done:
+                tasks[key] = Task(op, rows, n, k, options, facts)
     return list(tasks.values())
+
+
+def _facts(twin: ModuleType, op: str, m: int, k: int) -> dict[str, int | str]:
+    return dict(twin.facts(op, m, k)) if hasattr(twin, "facts") else {}
 
 
 def estimate(tasks: Iterable[Task]) -> float:
@@ -127,7 +135,7 @@ def _fastest(task: Task, device: torch.device) -> tuple[Entry | None, str]:
     if not times:
         return None, words
     us, index = min(times)
-    return Entry(task.op, task.m, task.n, task.k, task.candidates[index], us=us), words
+    return Entry(task.op, task.m, task.n, task.k, task.candidates[index], task.facts, us), words
 
 
 def _arguments(task: Task, device: torch.device) -> list[tuple[Any, ...]]:

@@ -21,6 +21,8 @@ from .tiles import await_inputs, overlap, rows_contiguous
 OP = "int4_to_int8"
 TUNABLE = (OP,)
 ANY_M = True  # the number of tokens does not matter
+MEASURED_GROUP = 64
+"""Channels that share a group scale in what is measured: those of the recipes."""
 
 
 @triton.jit
@@ -136,9 +138,20 @@ def candidates(op: str, m: int, n: int, k: int) -> list[dict[str, int]]:
     return [{"BLOCK": block, "num_warps": warps} for warps in (4, 8) for block in (512, 1024, 2048, 4096)]
 
 
+def measured_group(k: int) -> int:
+    """Channels that share a group scale in an `example`; 0 where none fit."""
+    return 0 if k % MEASURED_GROUP else MEASURED_GROUP
+
+
+def facts(op: str, m: int, k: int) -> dict[str, int]:
+    """What the options depend on beside the shape, for an `example`."""
+    return {"group": measured_group(k)}
+
+
 def example(op: str, m: int, n: int, k: int, device: torch.device) -> tuple[Any, ...]:
-    """Random arguments of the op, with groups of 64 where they fit."""
-    group_scale = torch.randint(0, 256, (n, k // 64), device=device).to(torch.uint8) if k % 64 == 0 else None
+    """Random arguments of the op."""
+    group = measured_group(k)
+    group_scale = torch.randint(0, 256, (n, k // group), device=device).to(torch.uint8) if group else None
     return torch.randint(0, 256, (n, (k + 1) // 2), device=device).to(torch.uint8), group_scale, k
 
 

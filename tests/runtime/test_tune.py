@@ -1,11 +1,13 @@
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from vdit_quant.kernels import dispatch, launch_table, tuning
-from vdit_quant.kernels.launch_table import Entry, Table, read_table, write_table
+from vdit_quant.kernels.launch_table import Entry, Table, facts_of, read_table, write_table
 from vdit_quant.quantize.errors import InputError
 from vdit_quant.runtime import tune
 
@@ -21,7 +23,7 @@ def target(monkeypatch, tmp_path: Path) -> Path:
 
     def fastest(task: tuning.Task, device: torch.device):
         best = max(task.candidates, key=lambda options: options["num_warps"])
-        return Entry(task.op, task.m, task.n, task.k, best, us=2.0), ""
+        return Entry(task.op, task.m, task.n, task.k, best, task.facts, us=2.0), ""
 
     monkeypatch.setattr(tuning, "_fastest", fastest)
     return tmp_path / "nvidia-h200.json"
@@ -62,6 +64,32 @@ def test_a_run_merges_and_measures_again_only_when_told(target: Path) -> None:
     assert tune.plan_tuning([(512, 64, 128)], ["int8_linear"], target, True, GPU).kept == 0
 
 
+@pytest.mark.parametrize("m", [1, 64, 512])
+@pytest.mark.parametrize("op", dispatch.tunable())
+def test_what_is_measured_is_what_runs(op: str, m: int, monkeypatch) -> None:
+    """A twin that does not ask the table, or asks it for other facts, would be measured in vain."""
+    twin, lookup = dispatch.twin(op), Mock(return_value=None)
+    monkeypatch.setattr(launch_table, "lookup", lookup)
+    with suppress(Exception):  # no GPU: the launch itself fails
+        twin.run(op, *twin.example(op, m, 96, 128, torch.device("cpu")))
+    asked = {(call.args[0], call.args[2:], facts_of(call.kwargs)) for call in lookup.call_args_list}
+    for task in tuning.plan([(m, 96, 128)], [op]):
+        assert (op, (task.m, task.n, task.k), task.facts) in asked
+
+
+def test_groups_are_part_of_what_a_table_holds(target: Path) -> None:
+    plan = tune.plan_tuning([(1, 64, 128), (1, 64, 40)], ["int4_to_int8"], target, False, GPU)
+    table = tune.run_tuning(plan, GPU, lambda *_: None)
+    assert table.find("int4_to_int8", 1, 64, 128, (("group", 64),)) is not None
+    assert table.find("int4_to_int8", 1, 64, 128) is None
+    assert read_table(target).find("int4_to_int8", 1, 64, 40, (("group", 0),)) is not None
+    again = tune.plan_tuning([(1, 64, 128)], ["int4_to_int8"], target, False, GPU)
+    assert (again.tasks, again.kept) == ([], 1)
+    old = Table.of("NVIDIA H200", [Entry("int4_to_int8", 1, 64, 128, {"BLOCK": 512, "num_warps": 4})])
+    write_table(target, old)  # written before facts were
+    assert len(tune.plan_tuning([(1, 64, 128)], ["int4_to_int8"], target, False, GPU).tasks) == 1
+
+
 def test_an_interrupted_run_keeps_what_it_measured(target: Path) -> None:
     plan = tune.plan_tuning([(512, 64, 128), (4096, 64, 128)], ["int8_linear"], target, False, GPU)
 
@@ -84,21 +112,6 @@ def test_a_table_of_another_gpu_is_not_touched(target: Path) -> None:
 def test_an_op_that_cannot_be_tuned_is_named(target: Path) -> None:
     with pytest.raises(InputError, match=r"op 'hadamard' has no launch options to tune; those that do: .*int8_linear"):
         tune.plan_tuning([(512, 64, 128)], ["hadamard"], target, False, GPU)
-
-
-def test_forced_options_reach_every_tunable_twin(monkeypatch) -> None:
-    """What `tune` measures is what runs: a twin that does not ask the table would be measured in vain."""
-    asked = []
-    monkeypatch.setattr(launch_table, "lookup", lambda op, *_, **__: asked.append(op))
-    for op in dispatch.tunable():
-        twin = dispatch.twin(op)
-        with pytest.raises(Exception, match=r".*"):  # no GPU: the launch itself fails
-            twin.run(op, *twin.example(op, 17, 64, 128, torch.device("cpu")))
-    assert {op for op in dispatch.tunable() if twin_candidates(op)} <= set(asked)
-
-
-def twin_candidates(op: str) -> list[dict[str, int]]:
-    return dispatch.twin(op).candidates(op, 17, 64, 128)
 
 
 def test_the_command_lists_and_refuses(cli, monkeypatch) -> None:
