@@ -126,6 +126,14 @@ def fallbacks() -> dict[str, set[str]]:
     return {op: set(reasons) for op, reasons in _process.fallbacks.items()}
 
 
+def note(what: str, reason: str, message: str, *words: object) -> None:
+    """Keeps a reason for `fallbacks`, and logs it (%-format) the first time."""
+    known = _process.fallbacks.setdefault(what, set())
+    if reason not in known:
+        known.add(reason)
+        logger.warning(message, *words)
+
+
 def triton_version() -> str | None:
     """Version of the installed Triton, or None."""
     try:
@@ -161,7 +169,7 @@ def _device_reason(device: torch.device) -> str | None:
     return None
 
 
-def _blocker(op: str, device: torch.device) -> str | None:
+def blocker(op: str, device: torch.device) -> str | None:
     """Why Triton cannot run `op` on `device`, whatever the shapes; None when it can."""
     if (reason := _device_reason(device)) is not None:
         return reason
@@ -193,7 +201,7 @@ def explain(op: str, device: torch.device | str, **facts: Any) -> Choice:
     library = _library(op)
     if library and _device_reason(device) is None and library[1].limits(op, device=device, **facts) is None:
         return Choice(op, library[0], "supported")
-    reason = _blocker(op, device)
+    reason = blocker(op, device)
     if reason is None:
         reason = _twin(op).limits(op, device=device, **facts)  # type: ignore[union-attr]
     if reason is not None:
@@ -237,7 +245,7 @@ def run(op: str, reference: Callable[..., Any], *args: Any) -> Any:
     if library and library[1].supports(op, *args) is None:
         with suppress(Refusal):  # the Triton twin takes what the library turns out not to
             return _launch(library[1].run, op, device, args)
-    reason = "the mode is 'reference'" if current.mode == "reference" else _blocker(op, device)
+    reason = "the mode is 'reference'" if current.mode == "reference" else blocker(op, device)
     if reason is None:
         twin = _twin(op)
         reason = twin.supports(op, *args)  # type: ignore[union-attr]
@@ -250,6 +258,9 @@ def run(op: str, reference: Callable[..., Any], *args: Any) -> Any:
                 raise
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
             _process.broken[op, device] = reason
+            if library:  # which was passed over for the kernel, and takes its place
+                note(op, reason, "%s runs without its Triton kernel on %s: %s", op, device, reason)
+                return run(op, reference, *args)
     return _fall_back(op, reason, reference, args)
 
 
@@ -265,8 +276,5 @@ def _fall_back(op: str, reason: str, reference: Callable[..., Any], args: tuple[
     current = settings()
     if current.strict or current.mode == "triton":
         raise KernelUnavailable(f"{op}: the Triton kernel cannot run and falling back is refused: {reason}")
-    known = _process.fallbacks.setdefault(op, set())
-    if reason not in known:
-        known.add(reason)
-        logger.warning("%s runs its torch reference on %s: %s", op, args[0].device, reason)
+    note(op, reason, "%s runs its torch reference on %s: %s", op, args[0].device, reason)
     return reference(*args)

@@ -29,16 +29,19 @@ def limits(op: str, device: torch.device, **_: Any) -> str | None:
 
 def supports(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | None:
     """Why Triton is left these tensors; None where it is not."""
-    if q.dtype != torch.float32 and _may_be_slower(q.device) and dispatch.twin(op).faster(q, k, v, mask):
-        return "measured to be slower"
-    return None
+    if q.dtype == torch.float32 or not _is_hopper(q.device):
+        return None
+    if (reason := dispatch.blocker(op, q.device)) is not None:
+        dispatch.note(op, reason, "%s runs without its Triton kernel on %s: %s", op, q.device, reason)
+        return None
+    return "measured to be slower" if dispatch.twin(op).faster(q, k, v, mask) else None
 
 
 @cache
-def _may_be_slower(device: torch.device) -> bool:
+def _is_hopper(device: torch.device) -> bool:
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(device)[0] == 9 and dispatch.available().backend == "triton"
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def run(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

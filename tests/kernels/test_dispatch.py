@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cases import _case
-from vdit_quant.kernels import dispatch, scaled_mm
+from vdit_quant.kernels import attention, dispatch, scaled_mm, sdpa
 from vdit_quant.kernels.dispatch import Choice, KernelUnavailable, Settings
 
 X = torch.ones(2, 2)
@@ -127,6 +127,34 @@ def test_a_library_comes_before_triton(library) -> None:
     assert dispatch.run("fp8_linear", reference, X) == "triton"
     with dispatch.use(mode="reference"):
         assert dispatch.run("fp8_linear", reference, X) == "reference"
+
+
+def test_a_library_takes_the_place_of_a_kernel_that_does_not_launch(library, accelerator, caplog) -> None:
+    def fail(op: str, *args: object) -> None:
+        raise triton_like_error("no such layout")
+
+    accelerator.run = fail
+    library.supports = lambda op, x: None if dispatch.blocker(op, x.device) else "slower"
+    with dispatch.use(strict=True):
+        for _ in range(2):
+            assert dispatch.run("fp8_linear", reference, X) == "library"
+    assert dispatch.fallbacks() == {"fp8_linear": {"triton_like_error: no such layout"}}
+    assert len(caplog.records) == 1
+
+
+def test_attention_on_hopper_is_torchs_where_its_kernel_does_not_import(accelerator, monkeypatch, caplog) -> None:
+    reason = "the Triton kernel does not import: ImportError: gdc_wait"
+    monkeypatch.setattr(dispatch, "_twin", lambda op: reason)
+    monkeypatch.setattr(sdpa, "_is_hopper", lambda device: True)
+    q = torch.randn(1, 8, 2, 16).bfloat16()
+    with dispatch.use(strict=True):
+        for _ in range(2):
+            out = dispatch.run("attention", reference, q, q, q, None)
+    torch.testing.assert_close(out, attention.attend(q, q, q, None))
+    assert dispatch.fallbacks() == {"attention": {reason}}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"attention runs without its Triton kernel on cpu: {reason}"
+    ]
 
 
 def test_libraries_are_for_the_mode_auto_only() -> None:
