@@ -122,11 +122,12 @@ def use(mode: str | None = None, strict: bool | None = None) -> Iterator[Setting
 
 
 def fallbacks() -> dict[str, set[str]]:
-    """Op -> reasons, for the fallbacks that really happened on an accelerator in this process."""
+    """Op -> reasons, for the fallbacks that really happened on an accelerator in this process; also files in Gluon in
+    whose place portable kernels run, and classes of blocks whose own forward runs."""
     return {op: set(reasons) for op, reasons in _process.fallbacks.items()}
 
 
-def note(what: str, reason: str, message: str, *words: object) -> None:
+def remember(what: str, reason: str, message: str, *words: object) -> None:
     """Keeps a reason for `fallbacks`, and logs it (%-format) the first time."""
     known = _process.fallbacks.setdefault(what, set())
     if reason not in known:
@@ -169,6 +170,13 @@ def _device_reason(device: torch.device) -> str | None:
     return None
 
 
+def indexed(device: torch.device) -> torch.device:
+    """The same with a number, by which a failure on it is remembered."""
+    if device.type != "cuda" or device.index is not None or not torch.cuda.is_available():
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def blocker(op: str, device: torch.device) -> str | None:
     """Why Triton cannot run `op` on `device`, whatever the shapes; None when it can."""
     if (reason := _device_reason(device)) is not None:
@@ -194,21 +202,25 @@ def explain(op: str, device: torch.device | str, **facts: Any) -> Choice:
     """
     if op not in TWINS:
         raise ValueError(f"unknown op {op!r}; the ops are {', '.join(sorted(TWINS))}")
-    device = torch.device(device)
+    device = indexed(torch.device(device))
     mode = settings().mode
     if mode == "reference" and device.type != "cpu":
         return Choice(op, "reference", "the mode is 'reference'")
     library = _library(op)
     if library and _device_reason(device) is None and library[1].limits(op, device=device, **facts) is None:
-        return Choice(op, library[0], "supported")
+        return Choice(op, library[0], "supported", _note(op, device, facts))
     reason = blocker(op, device)
     if reason is None:
         reason = _twin(op).limits(op, device=device, **facts)  # type: ignore[union-attr]
     if reason is not None:
         return Choice(op, "reference", reason)
-    note = getattr(_twin(op), "note", lambda *_, **__: None)
     reason = "the mode is 'triton'" if mode == "triton" else "supported"
-    return Choice(op, "triton", reason, note(op, device, **facts))
+    return Choice(op, "triton", reason, _note(op, device, facts))
+
+
+def _note(op: str, device: torch.device, facts: dict[str, Any]) -> str | None:
+    found = getattr(_twin(op), "note", None)
+    return None if found is None else found(op, device, **facts)
 
 
 def tunable() -> list[str]:
@@ -259,7 +271,7 @@ def run(op: str, reference: Callable[..., Any], *args: Any) -> Any:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
             _process.broken[op, device] = reason
             if library:  # which was passed over for the kernel, and takes its place
-                note(op, reason, "%s runs without its Triton kernel on %s: %s", op, device, reason)
+                remember(op, reason, "%s runs without its Triton kernel on %s: %s", op, device, reason)
                 return run(op, reference, *args)
     return _fall_back(op, reason, reference, args)
 
@@ -276,5 +288,5 @@ def _fall_back(op: str, reason: str, reference: Callable[..., Any], args: tuple[
     current = settings()
     if current.strict or current.mode == "triton":
         raise KernelUnavailable(f"{op}: the Triton kernel cannot run and falling back is refused: {reason}")
-    note(op, reason, "%s runs its torch reference on %s: %s", op, args[0].device, reason)
+    remember(op, reason, "%s runs its torch reference on %s: %s", op, args[0].device, reason)
     return reference(*args)

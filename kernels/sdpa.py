@@ -32,7 +32,7 @@ def supports(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> s
     if q.dtype == torch.float32 or not _is_hopper(q.device):
         return None
     if (reason := dispatch.blocker(op, q.device)) is not None:
-        dispatch.note(op, reason, "%s runs without its Triton kernel on %s: %s", op, q.device, reason)
+        dispatch.remember(op, reason, "%s runs without its Triton kernel on %s: %s", op, q.device, reason)
         return None
     return "measured to be slower" if dispatch.twin(op).faster(q, k, v, mask) else None
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..kernels import dispatch
 from ..quantize import registry
 from . import fusions
 from .modulation import Modulation, are_others
@@ -33,6 +34,7 @@ class FusedBlock:
     stages: tuple[Stage, ...] = ()
     modulation: Modulation | None = None
     watch: Watch | None = None
+    declined: str | None = None  # why the present call is not fused
     index = 0
 
     def __init__(self, block: nn.Module, cpu: bool = False) -> None:
@@ -44,16 +46,28 @@ class FusedBlock:
         self.place = 0  # among them
 
     def own(self, *args: Any, **kwargs: Any) -> Any:
-        """The block's own, unfused forward."""
+        """The block's own, unfused forward; on an accelerator, says why it runs."""
+        if not torch.compiler.is_compiling() and (self.cpu or args[0].device.type != "cpu"):
+            reason, self.declined = self.declined or "an argument that its fused forward does not know", None
+            kind = type(self.block).__name__
+            dispatch.remember(kind, reason, "%s runs its own forward, not the fused one: %s", kind, reason)
         return self._own(self.block, *args, **kwargs)
 
     def accepts(self, hidden_states: Tensor) -> bool:
         """Whether this call can be fused, as far as its main input and what was done to the block tell."""
+        reason = self._refusal(hidden_states)
+        if reason is not None and not torch.compiler.is_compiling():
+            self.declined = reason
+        return reason is None
+
+    def _refusal(self, hidden_states: Tensor) -> str | None:
         if self.block.training or (hidden_states.requires_grad and torch.is_grad_enabled()):
-            return False
+            return "training mode" if self.block.training else "gradients"
         if self.watch is not None and not torch.compiler.is_compiling() and self.watch.is_disturbed():
-            return False
-        return hidden_states.dim() == 3 and (self.cpu or hidden_states.device.type != "cpu")
+            return "a hook, or another forward, attention processor or back-end, was put inside it"
+        if hidden_states.dim() != 3:
+            return f"its input has {hidden_states.dim()} dimensions, not 3"
+        return "a CPU" if hidden_states.device.type == "cpu" and not self.cpu else None
 
     def once(self, name: str, source: Tensor, make: Callable[[], Any], group: Sequence[FusedBlock] = ()) -> Any:
         """What the first block of a group, by default of all, makes of `source` for the others; a block that is given

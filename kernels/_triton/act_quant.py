@@ -17,6 +17,7 @@ from .rows import (
     limits,
     load_hadamard,
     load_tile,
+    note,
     programs,
     quantize_tokens,
     readable,
@@ -27,7 +28,7 @@ from .rows import (
 )
 from .tiles import await_inputs, overlap
 
-__all__ = ["limits", "run", "supports"]
+__all__ = ["limits", "note", "run", "supports"]
 
 
 @triton.jit

@@ -109,6 +109,11 @@ def limits(op: str, dtype: torch.dtype | None = None, head_dim: int | None = Non
     return None
 
 
+def note(op: str, device: torch.device, **_: Any) -> str | None:
+    """For `dispatch.explain`: why the Hopper kernel is left out on a GPU that it is made for."""
+    return HOPPER.note(device)
+
+
 def supports(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | None:
     """`limits` of these tensors."""
     if mask is not None and mask.shape[1:3] != (1, 1):

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from ..dispatch import logger
+from ..dispatch import remember
 from .tiles import INTERPRETED
 
 
@@ -34,6 +34,11 @@ class GluonFile:
         found = self._found.get(device) or self._find(device)
         return found if isinstance(found, str) else None
 
+    def note(self, device: torch.device) -> str | None:
+        """What runs instead and why, where the file has failed; None where it is used, or not meant to be."""
+        reason = self.reason(device)
+        return None if reason is None or _unfit(device, self.hopper) is not None else f"{self.instead}: {reason}"
+
     def leave(self, device: torch.device, error: Exception) -> None:
         """Do without the file on `device`, where a launch raised `error`, and say so once.
 
@@ -56,7 +61,7 @@ class GluonFile:
     def _give_up(self, device: torch.device, reason: str) -> None:
         if not isinstance(self._found.get(device), str):
             self._found[device] = reason
-            logger.warning("%s on %s: %s", self.instead, device, reason)
+            remember(self.name, f"{device}: {reason}", "%s on %s: %s", self.instead, device, reason)
 
 
 def _unfit(device: torch.device, hopper: bool) -> str | None:

@@ -87,6 +87,11 @@ def candidates(op: str, m: int, n: int, k: int) -> list[Options]:
     return [{**t, "GROUP_M": g} for t in (ADDED if op == "int8_linear_add" else STORED) for g in GROUPS]
 
 
+def note(op: str, device: torch.device, **_: Any) -> str | None:
+    """For `dispatch.explain`: why the Hopper kernel is left out on a GPU that it is made for."""
+    return KERNELS.note(device)
+
+
 def launch(op: str, tensors: tuple[Tensor | None, ...], y: Tensor, options: Options | None, added: Any = None) -> bool:
     """Run the Hopper kernel where it can run and is due; False: the caller runs the portable one.
 

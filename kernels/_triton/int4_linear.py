@@ -14,9 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .hopper import note
 from .int4_decode import decode, decode_bytes, group_of, limits
 from .int8_linear import dot_dtype, grid, matmul_int8
 from .tiles import ROUND_EACH_STEP, await_inputs, overlap, rows_contiguous, store_scaled, tile, tile_ids
+
+__all__ = ["limits", "note", "run", "supports"]
 
 FUSED_TOKENS = 64
 """Up to this many tokens the product decodes."""

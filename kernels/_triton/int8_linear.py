@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import launch_table
 from ..quant_token import FLOATS
 from . import hopper
+from .hopper import note
 from .tiles import (
     INTERPRETED,
     ROUND_EACH_STEP,
@@ -24,6 +25,8 @@ from .tiles import (
     tile,
     tile_ids,
 )
+
+__all__ = ["limits", "note", "run", "supports"]
 
 TUNABLE = ("int8_linear",)
 

@@ -13,10 +13,13 @@ from torch import Tensor
 from .. import launch_table
 from ..quant_token import FLOATS
 from . import hopper
+from .hopper import note
 from .int8_linear import candidates as plain_candidates
 from .int8_linear import example as plain_example
 from .int8_linear import grid, int8_options, operands, tile_product
 from .tiles import ROUND_EACH_STEP, await_inputs, overlap, rows_contiguous, scaled, tile_ids
+
+__all__ = ["limits", "note", "run", "supports"]
 
 TUNABLE = ("int8_linear_add",)
 

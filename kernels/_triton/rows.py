@@ -355,6 +355,11 @@ def row_stride(rows: Tensor) -> int:
     return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
 
 
+def note(op: str, device: torch.device, **_: Any) -> str | None:
+    """For `dispatch.explain`: why the Gluon kernels are left out on a GPU that they are made for."""
+    return GLUON.note(device)
+
+
 def gluon_for(x: Tensor, k: int, prefix: int, transform: Transform) -> ModuleType | None:
     """The Gluon kernels, if they take tokens of k channels on this device."""
     found = GLUON.on(x.device)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from vdit_quant.kernels import launch_table
+from vdit_quant.kernels import dispatch, launch_table
 from vdit_quant.kernels.norm_quant import Norm
 from vdit_quant.kernels.transform import Transform
 
@@ -66,6 +66,12 @@ def messages(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     return lambda: [record.getMessage() for record in caplog.records]
 
 
+@pytest.fixture(autouse=True)
+def process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process-wide state of its own for every test."""
+    monkeypatch.setattr(dispatch, "_process", dispatch._Process(dispatch.Settings()))
+
+
 PLAIN = Transform(None, None, 0, "", torch.int8)
 
 
@@ -119,6 +125,7 @@ def test_a_launch_that_fails_is_reported_once_and_not_tried_again(twin, messages
     assert (broken.launches, twin.portable.launches) == (1, 3)
     assert messages() == [f"{twin.message}: triton_like_error: no such layout"]
     assert twin.file.reason(CPU) == "triton_like_error: no such layout"
+    assert dispatch.fallbacks() == {twin.file.name: {"cpu: triton_like_error: no such layout"}}
 
 
 def test_errors_that_are_not_tritons_are_not_hidden(twin, messages) -> None:
@@ -148,6 +155,7 @@ def test_an_import_that_fails_is_reported_once_a_device(file: GluonFile, monkeyp
         assert file.on(device) is None
     assert file.reason(GPU).startswith(f"this Triton has no Gluon as {file.name}.py needs it: ModuleNotFoundError: ")
     assert messages() == [f"{file.instead} on {device}: {file.reason(device)}" for device in (GPU, OTHER_GPU)]
+    assert file.note(GPU) == f"{file.instead}: {file.reason(GPU)}"
     monkeypatch.setitem(sys.modules, f"{PACKAGE}.{file.name}", SimpleNamespace())
     assert file.on(GPU) is None
 
@@ -162,6 +170,24 @@ def test_a_failure_on_one_device_is_none_on_another(monkeypatch, messages) -> No
         file.leave(GPU, triton_like_error("too large"))
     assert (file.on(GPU), file.on(OTHER_GPU)) == (None, module)
     assert messages() == ["Triton runs on cuda:0: triton_like_error: too large"]
+    assert (file.note(GPU), file.note(OTHER_GPU)) == ("Triton runs: triton_like_error: too large", None)
+
+
+@pytest.mark.usefixtures("hopper_gpu")
+@pytest.mark.parametrize(
+    "op", ["int8_linear", "int8_linear_add", "int4_linear", "norm_quant", "act_quant", "attention"]
+)
+def test_what_runs_in_its_place_is_told_and_no_error(op: str, monkeypatch) -> None:
+    for file in (attention.HOPPER, rows.GLUON, hopper.KERNELS):
+        monkeypatch.setattr(file, "_found", {GPU: "no such layout"})
+    monkeypatch.setattr(dispatch, "_device_reason", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with dispatch.use(mode="triton", strict=True):
+        choice = dispatch.explain(op, "cuda")
+    assert choice.backend == "triton"
+    assert choice.note is not None
+    assert choice.note.endswith(": no such layout")
+    assert dispatch.explain(op, "cuda").note == choice.note
 
 
 @pytest.mark.usefixtures("hopper_gpu")
@@ -179,7 +205,8 @@ def test_where_no_file_is_meant_to_run_nothing_is_imported_or_said(
     name: str, value: Any, reason: str, anywhere: bool, monkeypatch, messages
 ) -> None:
     monkeypatch.setattr(name, value)
-    assert GluonFile("there_is_no_such_file", "Triton runs", hopper=True).reason(GPU) == reason
+    file = GluonFile("there_is_no_such_file", "Triton runs", hopper=True)
+    assert (file.reason(GPU), file.note(GPU)) == (reason, None)
     assert GluonFile("there_is_no_such_file", "Triton runs").reason(CPU) == "not an NVIDIA GPU"
     assert messages() == []
     monkeypatch.setitem(sys.modules, f"{PACKAGE}.gluon_producers", SimpleNamespace())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vdit_quant.kernels import dispatch
 from vdit_quant.quantize.compose import Choices, compress_linear
 from vdit_quant.quantize.low_rank import join_adapter
 from vdit_quant.quantize.method import FloatLayer
@@ -486,6 +487,36 @@ def test_the_report_names_what_is_not_fused() -> None:
     assert report(compress(model), blocks) == {"BasicTransformerBlock": "3 fused"}
     other = build(CASES["dit"])
     assert "partly fused" in report(compress(other, specs={"to_out.0": "w8"}), blocks)["BasicTransformerBlock"]
+
+
+@torch.no_grad()
+def test_a_block_that_runs_its_own_forward_says_why_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dispatch, "_process", dispatch._Process(dispatch.Settings(strict=True)))
+    case = CASES["dit"]
+    model = fuse(compressed(case), cpu=True)
+    call(model, case)
+    assert dispatch.fallbacks() == {}
+    handle = model.transformer_blocks[1].attn1.register_forward_hook(lambda *_: None)
+    for _ in range(2):
+        call(model, case)
+    handle.remove()
+    call(model.train(), case)
+    model.eval().transformer_blocks[0](torch.randn(2, 4, 64), torch.zeros(2, 1, 4), timestep=torch.tensor([1, 1]),
+                                       class_labels=torch.tensor([1, 2]))  # fmt: skip
+    call(model, case)
+    own = "BasicTransformerBlock runs its own forward, not the fused one: "
+    hook = "a hook, or another forward, attention processor or back-end, was put inside it"
+    unknown = "an argument that its fused forward does not know"
+    assert [record.getMessage() for record in caplog.records] == [own + r for r in (hook, "training mode", unknown)]
+    assert dispatch.fallbacks() == {"BasicTransformerBlock": {hook, "training mode", unknown}}
+
+
+@torch.no_grad()
+def test_on_a_cpu_no_block_says_that_it_runs_its_own_forward(caplog: pytest.LogCaptureFixture) -> None:
+    call(fuse(compressed(CASES["dit"])), CASES["dit"])
+    assert caplog.records == []
 
 
 def test_a_model_with_no_fusion_runs_as_it_is() -> None:
