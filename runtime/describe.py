@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..quantize.spec import LayerSpec
 from .artifact import check_tensors, read_config
 from .attach import attach
 from .family import find_family
+from .fused_ops import Steps, fused_ops
 from .fusion import report
 from .load import linear_shapes, parse_device
 from .source import find_source
@@ -32,10 +34,17 @@ def describe_artifact(path: str | Path, device: str | None = None) -> dict[str, 
     specs = config.resolve(shapes)
     place = parse_device(device)
     attach(skeleton, specs)
-    groups: dict[tuple[str, LayerSpec], list[str]] = {}
+    blocks = report(skeleton, find_family(skeleton).block_names(skeleton))
+    fused = {} if place.type == "cpu" else fused_ops(skeleton)
+    groups: dict[tuple[str, LayerSpec, Steps | None], list[str]] = {}
     for name, spec in specs.items():
-        groups.setdefault((re.sub(r"\.\d+\.", ".*.", name, count=1), spec), []).append(name)
-    rows = [_row(pattern, spec, [shapes[n] for n in names], place) for (pattern, spec), names in groups.items()]
+        groups.setdefault((re.sub(r"\.\d+\.", ".*.", name, count=1), spec, fused.get(name)), []).append(name)
+    rows, choices = [], []
+    for (pattern, spec, steps), names in groups.items():
+        sizes = [shapes[name] for name in names]
+        here = _choices(spec, steps, sizes, place)
+        rows.append({"pattern": pattern, **_row(spec, steps, sizes, here)})
+        choices += here
     elements = sum(shapes[name][0] * shapes[name][1] for name in specs)
     compressed = sum(row["bytes"] for row in rows)
     return {
@@ -47,30 +56,40 @@ def describe_artifact(path: str | Path, device: str | None = None) -> dict[str, 
         "compressed_bytes": compressed,
         "ratio": compressed / (2 * elements),
         "other_bytes": _file_bytes(source.transformer) - compressed,
-        "blocks": report(skeleton, find_family(skeleton).block_names(skeleton)),
-        "reasons": reasons(specs.values(), place),
+        "blocks": blocks,
+        "reasons": reasons(choices),
     }
 
 
-def _row(pattern: str, spec: LayerSpec, shapes: list[tuple[int, int]], device: torch.device) -> dict[str, Any]:
+def _choices(
+    spec: LayerSpec, steps: Steps | None, shapes: list[tuple[int, int]], device: torch.device
+) -> list[dispatch.Choice]:
+    """What would run each op of layers [n, k] of one spec. `steps`: those of their stage, None where they run alone."""
+    ops = layer_ops(spec) if steps is None else [op for step in steps for op in step]
+    facts: dict[str, Any] = {} if spec.weight.group_size is None else {"group": spec.weight.group_size}
+    facts |= {} if spec.hadamard is None else {"block_size": spec.hadamard.block_size}
+    return [dispatch.explain(op, device, n=n, k=k, **facts) for op in ops for n, k in dict.fromkeys(shapes)]
+
+
+def _row(
+    spec: LayerSpec, steps: Steps | None, shapes: list[tuple[int, int]], choices: list[dispatch.Choice]
+) -> dict[str, Any]:
     size = sum(layer_bytes(n, k, spec) for n, k in shapes)
-    ops = layer_ops(spec)
-    backends = {dispatch.explain(op, device).backend for op in ops}
+    backends = {choice.backend for choice in choices}
+    alone = ", ".join(layer_ops(spec)) or "decode + F.linear"
     return {
-        "pattern": pattern,
         "count": len(shapes),
         "spec": spec.name,
         "bits_per_weight": 8 * size / sum(n * k for n, k in shapes),
         "bytes": size,
-        "kernels": ", ".join(ops) or "decode + F.linear",
+        "kernels": alone if steps is None else "fused: " + ", ".join(map(" | ".join, steps)),
         "backend": "mixed" if {"reference"} < backends else " + ".join(sorted(backends)) or "torch",
     }
 
 
-def reasons(specs: Any, device: torch.device) -> list[str]:
-    """One line for each op that will run its reference on `device`, or a lesser form of its kernel, saying why."""
-    ops = sorted({op for spec in specs for op in layer_ops(spec)})
-    choices = [dispatch.explain(op, device) for op in ops]
+def reasons(found: Iterable[dispatch.Choice]) -> list[str]:
+    """One line for each op that will run its reference, or a lesser form of its kernel, saying why."""
+    choices = sorted(set(found), key=lambda choice: (choice.op, choice.reason))
     refused = [f"{c.op}: {c.backend}, because {c.reason}" for c in choices if c.backend == "reference"]
     return refused + [f"{c.op}: {c.backend}, {c.note}" for c in choices if c.note is not None]
 
