@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -22,20 +22,22 @@ from ..kernels import dispatch
 from ..kernels.op import FAKES
 
 
-def compile_ahead(call: Callable[[], object]) -> int:
-    """Compiles what `call` launches on the current GPU and stream; returns how many launches differed.
+def compile_ahead(call: Callable[[], object], where: AbstractContextManager[object] | None = None) -> int:
+    """Compiles what `call` launches; returns how many launches differed.
 
+    where  what to run it in, such as a stream; default: the current GPU and stream
     The call must not depend on the values that ops return, nor keep anything made of them. What fails to compile, or
     finds no memory, is left for the call itself to meet.
     """
     if dispatch.available().backend != "triton":
         return 0
-    ahead = _Ahead()
-    try:
-        with ahead, suppress(torch.OutOfMemoryError):
-            call()
-    finally:
-        ahead.finish()
+    with where or nullcontext():
+        ahead = _Ahead()
+        try:
+            with ahead, suppress(torch.OutOfMemoryError):
+                call()
+        finally:
+            ahead.finish()
     return len(ahead.seen)
 
 

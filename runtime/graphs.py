@@ -115,8 +115,7 @@ class GraphedForward:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         if not self.captures:
             args, kwargs = pytree.tree_unflatten(leaves, tree)
-            with aside(device_of(leaves)):
-                compile_ahead(lambda: self.own(*args, **kwargs))
+            compile_ahead(lambda: self.own(*args, **kwargs), aside(device_of(leaves)))
         found = capture_call(lambda call: self.own(*call[0], **call[1]), leaves, tree, WARMUP, self._pool)
         self.captures += 1
         return found
