@@ -24,12 +24,11 @@ KERNELS = GluonFile("int8_hopper", "int8 products run the portable Triton kernel
 
 
 def tile(
-    nc: int, cm: int, bn: int, stages: int, cbufs: int, programs: int = 1, bk: int = 128, parts: int = 1
+    nc: int, cm: int, bn: int, stages: int, cbufs: int, group_m: int = 8, programs: int = 1, bk: int = 128
 ) -> Options:
-    """Launch options: nc warpgroups of cm rows, bn columns, load stages, store buffers, programs on one processor, and
-    in how many parts the tiles of the last round may be computed (`int8_parts`)."""
-    sizes = {"NC": nc, "CM": cm, "BN": bn, "BK": bk, "STAGES": stages, "GROUP_M": 8}
-    return {"variant": "hopper", **sizes, "CBUFS": cbufs, "PROGRAMS": programs, "PARTS": parts}
+    """Launch options: nc warpgroups of cm rows, bn columns, load stages, store buffers, programs on one processor."""
+    sizes = {"NC": nc, "CM": cm, "BN": bn, "BK": bk, "STAGES": stages, "GROUP_M": group_m}
+    return {"variant": "hopper", **sizes, "CBUFS": cbufs, "PROGRAMS": programs}
 
 
 STORED = (
@@ -40,7 +39,6 @@ STORED = (
     tile(2, 64, 256, 4, 1),
     tile(2, 64, 128, 5, 2),
     tile(1, 128, 128, 3, 1, programs=2),
-    tile(1, 128, 128, 3, 1, programs=2, parts=8),
 )
 """Tiles of `int8_linear`."""
 

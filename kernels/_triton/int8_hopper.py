@@ -27,7 +27,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .gluon_rows import await_inputs
-from .int8_parts import finish_sums, shares
 from .tiles import ROUND_EACH_STEP, overlap
 
 
@@ -43,26 +42,10 @@ def tile_start(tile, M, N, GROUP_M: gl.constexpr, BM: gl.constexpr, BN: gl.const
 
 
 @gluon.jit
-def tile_share(item, WHOLE, PARTS, blocks, SPLIT: gl.constexpr):
-    """Tile of a piece of work, and the blocks of K that it has of it: from WHOLE on, tiles are in PARTS."""
-    tile = item
-    first = 0
-    last = blocks
-    if SPLIT:
-        share = gl.cdiv(blocks, PARTS)
-        part = gl.maximum(item - WHOLE, 0)
-        if item >= WHOLE:
-            tile = WHOLE + part // PARTS
-            first = part % PARTS * share
-            last = gl.minimum(first + share, blocks)
-    return tile, first, last
-
-
-@gluon.jit
 def load_tiles(
-    a_desc, b_desc, a_bufs, b_bufs, b1_bufs, ready, empty, M, N, K, WHOLE, PARTS,
+    a_desc, b_desc, a_bufs, b_bufs, b1_bufs, ready, empty, M, N, K,
     NC: gl.constexpr, CM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    GROUP_M: gl.constexpr, SPLIT: gl.constexpr,
+    GROUP_M: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: blocks of K into a ring of STAGES buffers."""
     BM: gl.constexpr = NC * CM
@@ -70,10 +53,9 @@ def load_tiles(
     BOX: gl.constexpr = BN - 128 if BN > 128 else BN
     blocks = gl.cdiv(K, BK)
     at = 0
-    for item in range(gl.program_id(0), WHOLE + (gl.cdiv(M, BM) * gl.cdiv(N, BN) - WHOLE) * PARTS, gl.num_programs(0)):
-        tile, first, last = tile_share(item, WHOLE, PARTS, blocks, SPLIT)
+    for tile in range(gl.program_id(0), gl.cdiv(M, BM) * gl.cdiv(N, BN), gl.num_programs(0)):
         row, col = tile_start(tile, M, N, GROUP_M, BM, BN)
-        for k in range(first, last):
+        for k in range(blocks):
             # A running count gives slot and phase; choosing them by predicate made the warps wait for ever.
             slot = at % STAGES
             mbarrier.wait(empty.index(slot), ((at // STAGES) & 1) ^ 1)
@@ -155,21 +137,12 @@ def store_part(
 
 
 @gluon.jit
-def store_sums(acc, sums_ptr, row, COLUMN: gl.constexpr, BN: gl.constexpr):
-    """Columns from COLUMN on of the sums of a part, to rows from `row` on of an int32 matrix of BN columns."""
-    LAYOUT: gl.constexpr = acc.type.layout
-    rows = row + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, LAYOUT))
-    columns = COLUMN + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-    gl.store(sums_ptr + gl.expand_dims(rows * BN, 1) + gl.expand_dims(columns, 0), acc)
-
-
-@gluon.jit
 def multiply(
-    r_desc, c_desc, sums_ptr, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs, b1_bufs, c_bufs, ready,
-    empty, loaded, M, N, K, TOKENS, GATE_STRIDE, WHOLE, PARTS,
+    r_desc, c_desc, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs, b1_bufs, c_bufs, ready, empty,
+    loaded, M, N, K, TOKENS, GATE_STRIDE,
     HAS_BIAS: gl.constexpr, HAS_GATE: gl.constexpr, ONE_SAMPLE: gl.constexpr, ADD: gl.constexpr, EVEN_N: gl.constexpr,
     NC: gl.constexpr, CM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    GROUP_M: gl.constexpr, SPLIT: gl.constexpr, CBUFS: gl.constexpr, WHICH: gl.constexpr,
+    GROUP_M: gl.constexpr, CBUFS: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup: rows WHICH * CM and on of every tile."""
     BM: gl.constexpr = NC * CM
@@ -181,14 +154,13 @@ def multiply(
     blocks = gl.cdiv(K, BK)
     at = 0
     walked = 0
-    for item in range(gl.program_id(0), WHOLE + (gl.cdiv(M, BM) * gl.cdiv(N, BN) - WHOLE) * PARTS, gl.num_programs(0)):
-        tile, first, last = tile_share(item, WHOLE, PARTS, blocks, SPLIT)
+    for tile in range(gl.program_id(0), gl.cdiv(M, BM) * gl.cdiv(N, BN), gl.num_programs(0)):
         row, col = tile_start(tile, M, N, GROUP_M, BM, BN)
         row += WHICH * CM
         acc = gl.zeros((CM, WIDTH), gl.int32, SUMS)
         if BN > WIDTH:
             acc1 = gl.zeros((CM, WIDTH1), gl.int32, SUMS1)
-        for k in range(first, last):
+        for k in range(blocks):
             slot = at % STAGES
             mbarrier.wait(ready.index(slot), (at // STAGES) & 1)
             a = a_bufs.index(slot * NC + WHICH)
@@ -198,7 +170,7 @@ def multiply(
                 acc, acc1 = warpgroup_mma_wait(num_outstanding=2, deps=(t, t1))
             else:
                 acc = warpgroup_mma_wait(num_outstanding=1, deps=(t,))
-            if k > first:
+            if k > 0:
                 # The products of the block before have ended: its buffers are free.
                 mbarrier.arrive(empty.index((at - 1) % STAGES), count=1)
             elif ADD:
@@ -217,42 +189,30 @@ def multiply(
         else:
             acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         mbarrier.arrive(empty.index((at - 1) % STAGES), count=1)
-        whole = True
-        if SPLIT:
-            whole = item < WHOLE
-        if whole:
-            if ADD:
-                mbarrier.wait(loaded.index(WHICH), walked & 1)
+        if ADD:
+            mbarrier.wait(loaded.index(WHICH), walked & 1)
+        store_part(
+            acc, s, c_desc, c_bufs, weight_scale_ptr, bias_ptr, gate_ptr, row, col, M, N, TOKENS, GATE_STRIDE,
+            HAS_BIAS, HAS_GATE, ONE_SAMPLE, ADD, EVEN_N, 0, CBUFS, WHICH, LAYOUT,
+        )  # fmt: skip
+        if BN > WIDTH:
             store_part(
-                acc, s, c_desc, c_bufs, weight_scale_ptr, bias_ptr, gate_ptr, row, col, M, N, TOKENS, GATE_STRIDE,
-                HAS_BIAS, HAS_GATE, ONE_SAMPLE, ADD, EVEN_N, 0, CBUFS, WHICH, LAYOUT,
+                acc1, s, c_desc, c_bufs, weight_scale_ptr, bias_ptr, gate_ptr, row, col + WIDTH, M, N, TOKENS,
+                GATE_STRIDE, HAS_BIAS, HAS_GATE, ONE_SAMPLE, ADD, EVEN_N, WIDTH // 64, CBUFS, WHICH, LAYOUT,
             )  # fmt: skip
-            if BN > WIDTH:
-                store_part(
-                    acc1, s, c_desc, c_bufs, weight_scale_ptr, bias_ptr, gate_ptr, row, col + WIDTH, M, N, TOKENS,
-                    GATE_STRIDE, HAS_BIAS, HAS_GATE, ONE_SAMPLE, ADD, EVEN_N, WIDTH // 64, CBUFS, WHICH, LAYOUT,
-                )  # fmt: skip
-        # A condition of its own: Triton 3.6 does not compile both as one with an "else".
-        if SPLIT:  # noqa: SIM102
-            if item >= WHOLE:
-                part = (item - WHOLE) * BM + WHICH * CM
-                store_sums(acc, sums_ptr, part, 0, BN)
-                if BN > WIDTH:
-                    store_sums(acc1, sums_ptr, part, WIDTH, BN)
         walked += 1  # noqa: SIM113
     tma.store_wait(pendings=0)
 
 
-PLAIN = ["M", "N", "K", "TOKENS", "GATE_STRIDE", "WHOLE", "PARTS"]
+PLAIN = ["M", "N", "K", "TOKENS", "GATE_STRIDE"]
 """Integers that no kernel is specialised for: one compiled kernel serves every shape."""
 
 
 @gluon.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=["gate_ptr"])
 def int8_hopper_kernel(
-    a_desc, b_desc, r_desc, c_desc, sums_ptr, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, M, N, K, TOKENS,
-    GATE_STRIDE, WHOLE, PARTS,
+    a_desc, b_desc, r_desc, c_desc, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, M, N, K, TOKENS, GATE_STRIDE,
     HAS_BIAS: gl.constexpr, HAS_GATE: gl.constexpr, ONE_SAMPLE: gl.constexpr, ADD: gl.constexpr, EVEN_N: gl.constexpr,
-    SPLIT: gl.constexpr, NC: gl.constexpr, CM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+    NC: gl.constexpr, CM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
     GROUP_M: gl.constexpr, CBUFS: gl.constexpr, REGS: gl.constexpr,
 ):  # fmt: skip
     """NC warpgroups multiply and a warp loads; REGS: registers of a multiplying thread."""
@@ -277,52 +237,49 @@ def int8_hopper_kernel(
     if NC == 1:
         gl.warp_specialize([
             (multiply, (
-                r_desc, c_desc, sums_ptr, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs, b1_bufs,
-                c_bufs, ready, empty, loaded, M, N, K, TOKENS, GATE_STRIDE, WHOLE, PARTS, HAS_BIAS, HAS_GATE,
-                ONE_SAMPLE, ADD, EVEN_N, NC, CM, BN, BK, STAGES, GROUP_M, SPLIT, CBUFS, 0,
+                r_desc, c_desc, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs, b1_bufs, c_bufs, ready,
+                empty, loaded, M, N, K, TOKENS, GATE_STRIDE, HAS_BIAS, HAS_GATE, ONE_SAMPLE, ADD, EVEN_N,
+                NC, CM, BN, BK, STAGES, GROUP_M, CBUFS, 0,
             )),
             (load_tiles, (
-                a_desc, b_desc, a_bufs, b_bufs, b1_bufs, ready, empty, M, N, K, WHOLE, PARTS, NC, CM, BN, BK, STAGES,
-                GROUP_M, SPLIT,
+                a_desc, b_desc, a_bufs, b_bufs, b1_bufs, ready, empty, M, N, K, NC, CM, BN, BK, STAGES, GROUP_M,
             )),
         ], [1], [24])  # fmt: skip
     elif NC == 2:
         gl.warp_specialize([
             (multiply, (
-                r_desc, c_desc, sums_ptr, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs, b1_bufs,
-                c_bufs, ready, empty, loaded, M, N, K, TOKENS, GATE_STRIDE, WHOLE, PARTS, HAS_BIAS, HAS_GATE,
-                ONE_SAMPLE, ADD, EVEN_N, NC, CM, BN, BK, STAGES, GROUP_M, SPLIT, CBUFS, 0,
+                r_desc, c_desc, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs, b1_bufs, c_bufs, ready,
+                empty, loaded, M, N, K, TOKENS, GATE_STRIDE, HAS_BIAS, HAS_GATE, ONE_SAMPLE, ADD, EVEN_N,
+                NC, CM, BN, BK, STAGES, GROUP_M, CBUFS, 0,
             )),
             (multiply, (
-                r_desc, c_desc, sums_ptr, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs, b1_bufs,
-                c_bufs, ready, empty, loaded, M, N, K, TOKENS, GATE_STRIDE, WHOLE, PARTS, HAS_BIAS, HAS_GATE,
-                ONE_SAMPLE, ADD, EVEN_N, NC, CM, BN, BK, STAGES, GROUP_M, SPLIT, CBUFS, 1,
+                r_desc, c_desc, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs, b1_bufs, c_bufs, ready,
+                empty, loaded, M, N, K, TOKENS, GATE_STRIDE, HAS_BIAS, HAS_GATE, ONE_SAMPLE, ADD, EVEN_N,
+                NC, CM, BN, BK, STAGES, GROUP_M, CBUFS, 1,
             )),
             (load_tiles, (
-                a_desc, b_desc, a_bufs, b_bufs, b1_bufs, ready, empty, M, N, K, WHOLE, PARTS, NC, CM, BN, BK, STAGES,
-                GROUP_M, SPLIT,
+                a_desc, b_desc, a_bufs, b_bufs, b1_bufs, ready, empty, M, N, K, NC, CM, BN, BK, STAGES, GROUP_M,
             )),
         ], [4, 1], [REGS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (multiply, (
-                r_desc, c_desc, sums_ptr, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs, b1_bufs,
-                c_bufs, ready, empty, loaded, M, N, K, TOKENS, GATE_STRIDE, WHOLE, PARTS, HAS_BIAS, HAS_GATE,
-                ONE_SAMPLE, ADD, EVEN_N, NC, CM, BN, BK, STAGES, GROUP_M, SPLIT, CBUFS, 0,
+                r_desc, c_desc, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs, b1_bufs, c_bufs, ready,
+                empty, loaded, M, N, K, TOKENS, GATE_STRIDE, HAS_BIAS, HAS_GATE, ONE_SAMPLE, ADD, EVEN_N,
+                NC, CM, BN, BK, STAGES, GROUP_M, CBUFS, 0,
             )),
             (multiply, (
-                r_desc, c_desc, sums_ptr, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs, b1_bufs,
-                c_bufs, ready, empty, loaded, M, N, K, TOKENS, GATE_STRIDE, WHOLE, PARTS, HAS_BIAS, HAS_GATE,
-                ONE_SAMPLE, ADD, EVEN_N, NC, CM, BN, BK, STAGES, GROUP_M, SPLIT, CBUFS, 1,
+                r_desc, c_desc, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs, b1_bufs, c_bufs, ready,
+                empty, loaded, M, N, K, TOKENS, GATE_STRIDE, HAS_BIAS, HAS_GATE, ONE_SAMPLE, ADD, EVEN_N,
+                NC, CM, BN, BK, STAGES, GROUP_M, CBUFS, 1,
             )),
             (multiply, (
-                r_desc, c_desc, sums_ptr, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs, b1_bufs,
-                c_bufs, ready, empty, loaded, M, N, K, TOKENS, GATE_STRIDE, WHOLE, PARTS, HAS_BIAS, HAS_GATE,
-                ONE_SAMPLE, ADD, EVEN_N, NC, CM, BN, BK, STAGES, GROUP_M, SPLIT, CBUFS, 2,
+                r_desc, c_desc, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs, b1_bufs, c_bufs, ready,
+                empty, loaded, M, N, K, TOKENS, GATE_STRIDE, HAS_BIAS, HAS_GATE, ONE_SAMPLE, ADD, EVEN_N,
+                NC, CM, BN, BK, STAGES, GROUP_M, CBUFS, 2,
             )),
             (load_tiles, (
-                a_desc, b_desc, a_bufs, b_bufs, b1_bufs, ready, empty, M, N, K, WHOLE, PARTS, NC, CM, BN, BK, STAGES,
-                GROUP_M, SPLIT,
+                a_desc, b_desc, a_bufs, b_bufs, b1_bufs, ready, empty, M, N, K, NC, CM, BN, BK, STAGES, GROUP_M,
             )),
         ], [4, 4, 1], [REGS, REGS, 24])  # fmt: skip
 
@@ -376,26 +333,22 @@ def launch(
     nc, cm, bn = values[:3]
     residual, gate, tokens = added or (y, None, m)
     one_sample = tokens == m or tokens % cm == 0
+    flags = (bias is not None, gate is not None, one_sample, added is not None, n % bn == 0)
     vectors = (scale, weight_scale, weight_scale if bias is None else bias, weight_scale if gate is None else gate)
-    programs = options["PROGRAMS"]
-    slots = programs * _processors(y.device)
+    sizes = (m, n, k, tokens, 0 if gate is None else gate.stride(0))
     tiles = -(-m // (nc * cm)) * -(-n // bn)
-    whole, parts = (tiles, 1) if added else shares(tiles, slots, -(-k // options["BK"]), options.get("PARTS", 1))
-    split = tiles - whole
-    sums = torch.empty((split * parts, nc * cm, bn), dtype=torch.int32, device=y.device) if split else y
-    flags = (bias is not None, gate is not None, one_sample, added is not None, n % bn == 0, split > 0)
-    sizes = (m, n, k, tokens, 0 if gate is None else gate.stride(0), whole, parts)
-    grid = (min(whole + split * parts, slots), 1, 1)
+    programs = options["PROGRAMS"]
+    grid = (min(tiles, programs * _processors(y.device)), 1, 1)
     key = (y.device, y.dtype, vectors[2].dtype, vectors[3].dtype, programs, flags, values)
     kernel, boxes = _compiled.get(key) or (None, _boxes(options, 8 * y.itemsize))
     described = map(_descriptor, (codes, weight, residual, y), boxes)
-    args = (*described, sums, *vectors, *sizes, *flags, *values, REGISTERS[nc])
+    args = (*described, *vectors, *sizes, *flags, *values, REGISTERS[nc])
     if kernel is not None:
         kernel[grid](*args)
-    else:
-        # Two programs share the registers of a processor.
-        limit = {} if programs == 1 else {"maxnreg": 65536 // (programs * 128 * (nc + 1))}
-        more = {**limit, **ROUND_EACH_STEP, **overlap(y.device)}
-        _compiled[key] = int8_hopper_kernel[grid](*args, num_warps=4, **more), boxes
-    if split:
-        finish_sums(sums, scale, weight_scale, bias, y, whole, options)
+        return
+    # Two programs share the registers of a processor.
+    limit = {} if programs == 1 else {"maxnreg": 65536 // (programs * 128 * (nc + 1))}
+    _compiled[key] = (
+        int8_hopper_kernel[grid](*args, num_warps=4, **limit, **ROUND_EACH_STEP, **overlap(y.device)),
+        boxes,
+    )

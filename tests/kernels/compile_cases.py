@@ -18,7 +18,7 @@ from cases import _case
 from cases._offline import inspect_cubin, pretend
 
 # Everything else is a multiple of 16 in every layer of a DiT, or the kernels do not specialise it.
-UNALIGNED = {"M", "ROWS", "BLOCKS", "TOKENS", "OFFSET", "BATCHES", "WHOLE", "PARTS", "factor", "eps"}
+UNALIGNED = {"M", "ROWS", "BLOCKS", "TOKENS", "OFFSET", "BATCHES", "factor", "eps"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 

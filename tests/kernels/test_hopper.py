@@ -11,7 +11,6 @@ from vdit_quant.kernels.int8_linear_add import int8_linear_add
 
 hopper = pytest.importorskip("vdit_quant.kernels._triton.hopper", reason="triton is not installed")
 
-shares = pytest.importorskip("vdit_quant.kernels._triton.int8_parts").shares
 DEVICE = torch.device("cuda", 0)
 BLOCKER = hopper.KERNELS.reason(DEVICE)
 on_hopper = pytest.mark.skipif(BLOCKER is not None, reason=str(BLOCKER))
@@ -51,37 +50,6 @@ def test_int8_linear(m: int, n: int, k: int, options: hopper.Options, make_layer
                 got = int8_linear(*args)
             assert torch.equal(got, int8_module._reference(*args))
     assert all(ran)
-
-
-@on_hopper
-@pytest.mark.parametrize(("m", "n", "k"), [(512, 1152, 4608), (4608, 12288, 3072), (1000, 1096, 4616), (300, 8, 15360)])
-def test_the_last_tiles_may_be_computed_in_parts(m: int, n: int, k: int, make_layer, ran: list[bool]) -> None:
-    a = make_layer(m, k, n, device="cuda")
-    args = (a.codes, a.scale, a.weight, a.weight_scale, a.bias, torch.bfloat16)
-    for options in hopper.STORED:
-        for parts in (2, 8):
-            with launch_table.forced("int8_linear", {**options, "PARTS": parts}):
-                got = int8_linear(*args)
-            assert torch.equal(got, int8_module._reference(*args))
-    assert all(ran)
-
-
-@pytest.mark.parametrize(
-    ("tiles", "blocks", "most", "expected"),
-    [
-        (528, 24, 8, (528, 1)),  # the last round is full
-        (3456, 24, 8, (3432, 8)),
-        (3456, 24, 1, (3456, 1)),
-        (3456, 9, 8, (3432, 3)),  # a part has three blocks of K at least
-        (300, 24, 8, (264, 6)),  # 36 tiles, 264 programs: at most 7 parts, of 4 blocks then
-        (500, 24, 8, (500, 1)),  # 236 tiles: no program is left for a part
-    ],
-)
-def test_how_the_last_tiles_are_shared(tiles: int, blocks: int, most: int, expected: tuple[int, int]) -> None:
-    whole, parts = shares(tiles, 264, blocks, most)
-    assert (whole, parts) == expected
-    assert (tiles - whole) * parts <= 264
-    assert all(part * -(-blocks // parts) < blocks for part in range(parts))  # none is without a block
 
 
 @on_hopper

@@ -1,6 +1,5 @@
 """`int8_linear`, and `int8_weight_linear` whose kernels for many tokens are in the same file."""
 
-import importlib
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import MagicMock
@@ -54,10 +53,6 @@ def compile_cases() -> Iterator[Compile]:
         constants = {"HAS_BIAS": True, "EVEN_K": even, **file.int8_options(m, 3456), **file.ROUND_EACH_STEP}
         on, units = (EVERYWHERE if even else TWO, INT8) if m == 4096 else (HOPPER, {})
         yield Compile(f"M={m} even={even}", file.int8_linear_kernel, types, constants, on, units)
-    parts = importlib.import_module("vdit_quant.kernels._triton.int8_parts")
-    types = {**LINEAR, "sums_ptr": "*i32", "y_ptr": "*bf16", "WHOLE": "i32", "PARTS": "i32"}
-    constants = {"HAS_BIAS": True, "BM": 128, "BN": 128, "GROUP_M": 8, "ROWS": parts.ROWS, **file.ROUND_EACH_STEP}
-    yield Compile("sums of parts", parts.finish_sums_kernel, types, constants)
     bf16, fp32 = torch.bfloat16, torch.float32
     for m, dtype in ((1, bf16), (64, bf16), (4096, bf16), (4096, fp32)):
         types = {**LINEAR, "x_ptr": POINTERS[dtype], "y_ptr": POINTERS[dtype]}
@@ -85,35 +80,6 @@ def interpreter_large_tile(make_layer) -> None:
     args = (a.codes, a.scale, a.weight, a.weight_scale, a.bias, torch.float32)
     with launch_table.forced("int8_linear", twin("int8_linear").int8_options(10**6, 10**6)):
         assert torch.equal(run_twin("int8_linear", *args), int8_linear(*args))
-
-
-@pytest.mark.parametrize("group_m", [1, 2, 8])
-def interpreter_parts_of_the_last_tiles_add_up(group_m: int, make_layer) -> None:
-    parts = importlib.import_module("vdit_quant.kernels._triton.int8_parts")
-    (m, k, n), (bm, bn), whole = (70, 96, 50), (32, 16), 5
-    a = make_layer(m, k, n)
-    want = int8_linear(a.codes, a.scale, a.weight, a.weight_scale, a.bias, torch.float32)
-    rows, columns = -(-m // bm), -(-n // bn)
-    codes, weight = a.codes.new_zeros(rows * bm, k), a.weight.new_zeros(columns * bn, k)
-    codes[:m], weight[:n] = a.codes, a.weight
-    order = [
-        (row, column)
-        for first in range(0, rows, group_m)
-        for column in range(columns)
-        for row in range(first, min(first + group_m, rows))
-    ]
-    sums = torch.stack([
-        (codes[i * bm : (i + 1) * bm, at : at + 32].int() @ weight[j * bn : (j + 1) * bn, at : at + 32].int().t())
-        for i, j in order[whole:]
-        for at in range(0, k, 32)
-    ])  # fmt: skip
-    y = torch.full((m, n), float("nan"))
-    parts.finish_sums(sums, a.scale, a.weight_scale, a.bias, y, whole, {"GROUP_M": group_m})
-    done = torch.zeros(m, n, dtype=torch.bool)
-    for i, j in order[whole:]:
-        done[i * bm : (i + 1) * bm, j * bn : (j + 1) * bn] = True
-    assert torch.equal(y[done], want[done])
-    assert y[~done].isnan().all()
 
 
 def interpreter_views_and_empty_batches(make_layer) -> None:
