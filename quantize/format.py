@@ -184,9 +184,18 @@ def quantize_activation(x: Tensor, spec: FormatSpec | None) -> Tensor:
     fmt = spec.resolve()
     held = fmt.quantize_rows(x, spec)
     if held is not None:
-        return (held[0].float() * held[1][:, None]).to(x.dtype)
+        return _in_range(held[0].float() * held[1][:, None], x.dtype)
     rounded = fmt.round(x.float(), spec)
-    return (rounded * row_gain(x, rounded)[:, None]).to(x.dtype)
+    return _in_range(rounded * row_gain(x, rounded)[:, None], x.dtype)
+
+
+def _in_range(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """wide: float32 [M, K] -> `dtype`, where finite numbers stay finite: near the largest of float16, rounding up or a
+    gain leads beyond it. Infinity stays, because it says that something overflowed before."""
+    if dtype == wide.dtype:
+        return wide
+    limit = torch.finfo(dtype).max
+    return torch.where(wide.isinf(), wide, wide.clamp(-limit, limit)).to(dtype)
 
 
 def activation_codes(x: Tensor, spec: FormatSpec | None) -> tuple[Tensor, Tensor] | None:

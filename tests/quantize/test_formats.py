@@ -215,6 +215,33 @@ def test_no_activation_format_leaves_the_input_alone() -> None:
     assert 0 < float((quantised.float() - x).abs().max()) < 0.05
 
 
+@every
+@pytest.mark.parametrize("sign", [1, -1])
+def test_activations_next_to_the_largest_number_of_float16_stay_finite(fmt_spec: FormatSpec, sign: int) -> None:
+    """Rounding up leads beyond it, and so does the gain of a row."""
+    top = torch.finfo(torch.float16).max
+    even = torch.rand(32, 128, generator=torch.Generator().manual_seed(0))
+    # evenly spread; nearly all next to the largest; nearly all far below it
+    x = (torch.cat((even, even.pow(0.1), even.pow(10))) * top * sign).half()
+    x[:, 5] = top * sign
+    quantised = quantize_activation(x, fmt_spec)
+    assert quantised.dtype == torch.float16
+    assert torch.isfinite(quantised).all()
+    wide = quantize_activation(x.float(), fmt_spec)
+    assert torch.equal(quantised, wide.clamp(-top, top).half())
+    assert float(quantised[:, 5].abs().float().mean()) > 0.4 * top
+
+
+@pytest.mark.parametrize("name", ["e2m1", "mxfp4", "int8", "fp8"])
+def test_an_activation_that_is_infinite_does_not_become_finite(name: str) -> None:
+    spec = FormatSpec(name, {"mxfp4": 32}.get(name))
+    x = _weight(2, 128).half()
+    x[1, 7] = torch.inf
+    quantised = quantize_activation(x, spec)
+    assert torch.isfinite(quantised[0]).all()
+    assert not torch.isfinite(quantised[1]).all()
+
+
 @settings(deadline=None, max_examples=40)
 @given(n=st.integers(1, 6), k=st.integers(1, 70), seed=st.integers(0, 2**31))
 def test_int4_packing_is_exact_for_every_width(n: int, k: int, seed: int) -> None:
