@@ -189,8 +189,7 @@ def fit_scales(weight: Tensor, gram: Tensor | None, spec: LayerSpec, choices: Ch
     assert isinstance(fmt, ScalarFormat)
     if isinstance(fmt, Minifloat) and len(fmt.elements) > 1 and choices.element != "search":
         given = choices.element
-        rule = element_rule(weight) if given == "rule" else weight.new_full((len(weight),), ELEMENTS.index(given))
-        fmt = fmt.with_elements(rule.long())
+        fmt = fmt.with_elements(element_rule(weight) if given == "rule" else ELEMENTS.index(given))
     if choices.clip == "none":
         return fmt.fit(weight, spec.weight)
     importance = gram.diagonal() if choices.clip == "output" and gram is not None else None

@@ -124,6 +124,18 @@ class ScalarFormat(Format):
         """What `fit` clips by when not told: a number, or float32 [N, groups]; above 1 where scales are coarse."""
         return 1.0
 
+    def variants(self) -> Sequence[ScalarFormat]:
+        """The formats that a row is one of where rows choose their own grid, each with that choice made; else this one.
+        Searches look at each, and put the rows together with `merge`."""
+        return (self,)
+
+    def merge(self, first: Tensors, second: Tensors, rows: Tensor) -> Tensors:
+        """The scales `first`, with those of `second` in the given rows (bool [N])."""
+        return {
+            name: t if name in self.shared else torch.where(rows if t.dim() == 1 else rows[:, None], second[name], t)
+            for name, t in first.items()
+        }
+
     def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec) -> Tensor:
         """weight: float [N, K] -> codes int8 [N, K], nearest on the grid."""
         raise NotImplementedError

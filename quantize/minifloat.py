@@ -15,6 +15,8 @@ product with int8 or FP4 activations is then an integer product with one fp32 sc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -69,34 +71,26 @@ class Minifloat(ScalarFormat):
             out["weight_element"] = TensorLayout((n,), torch.uint8)
         return out
 
-    def fit(
-        self, weight: Tensor, spec: FormatSpec, clip: Tensor | float = 1.0, importance: Tensor | None = None
-    ) -> Tensors:
-        """As in `ScalarFormat`; each row gets the element with the least squared error, its columns weighted by
-        `importance` float32 [K] where that is given."""
+    def fit(self, weight: Tensor, spec: FormatSpec, clip: Tensor | float = 1.0) -> Tensors:
+        """As in `ScalarFormat`; each row gets the element with the least squared error at this `clip`."""
         best = self._fit_element(weight, spec, clip, 0)
         if len(self.elements) == 1:
             return best
-        least = self._row_error(weight, best, spec, importance)
+        least = self._row_error(weight, best, spec)
         for number in range(1, len(self.elements)):
             other = self._fit_element(weight, spec, clip, number)
-            error = self._row_error(weight, other, spec, importance)
+            error = self._row_error(weight, other, spec)
             best, least = self.merge(best, other, error < least), torch.minimum(error, least)
         return best
 
-    def with_elements(self, element: Tensor) -> Minifloat:
-        """This format with each row's element given: `element` int64 [N], places in `elements`."""
+    def with_elements(self, element: Tensor | int) -> Minifloat:
+        """This format with each row's element given: int64 [N], places in `elements`, or one for all rows."""
         return _Given(self, element)
 
-    @staticmethod
-    def merge(first: Tensors, second: Tensors, rows: Tensor) -> Tensors:
-        """The scales `first`, with those of `second` in the given rows (bool [N])."""
-        return {
-            name: t
-            if name == "weight_codebook"
-            else torch.where(rows if t.dim() == 1 else rows[:, None], second[name], t)
-            for name, t in first.items()
-        }
+    def variants(self) -> Sequence[ScalarFormat]:
+        if len(self.elements) == 1:
+            return (self,)
+        return [self.with_elements(number) for number in range(len(self.elements))]
 
     def quantize(self, weight: Tensor, scales: Tensors, spec: FormatSpec) -> Tensor:
         levels = self._levels(scales, spec)  # [N, G, 15], integers
@@ -171,10 +165,9 @@ class Minifloat(ScalarFormat):
         relative = (reach / row[:, None] / (largest / ONE) - 1e-3).ceil().clamp(1, bound)
         return {"weight_scale": row, "weight_group_scale": relative.to(torch.uint8), **scales}
 
-    def _row_error(self, weight: Tensor, scales: Tensors, spec: FormatSpec, importance: Tensor | None) -> Tensor:
-        error = (self.dequantize(self.quantize(weight.float(), scales, spec), scales, spec) - weight).square()
-        # float64: matrices far from 1 must not lose their squares
-        return (error.double() if importance is None else error.double() * importance).sum(1)
+    def _row_error(self, weight: Tensor, scales: Tensors, spec: FormatSpec) -> Tensor:
+        error = self.dequantize(self.quantize(weight.float(), scales, spec), scales, spec) - weight
+        return error.double().square().sum(1)  # float64: matrices far from 1 must not lose their squares
 
     def _levels(self, scales: Tensors, spec: FormatSpec) -> Tensor:
         """float32 [N, groups, 15]: the int8 levels of every row and group, ascending."""
@@ -191,17 +184,20 @@ class Minifloat(ScalarFormat):
 class _Given(Minifloat):
     """A `Minifloat` whose rows have their elements already."""
 
-    def __init__(self, base: Minifloat, element: Tensor) -> None:
+    def __init__(self, base: Minifloat, element: Tensor | int) -> None:
         super().__init__(*base.elements)
         self.element = element
 
-    def fit(
-        self, weight: Tensor, spec: FormatSpec, clip: Tensor | float = 1.0, importance: Tensor | None = None
-    ) -> Tensors:
+    def fit(self, weight: Tensor, spec: FormatSpec, clip: Tensor | float = 1.0) -> Tensors:
+        if isinstance(self.element, int):
+            return self._fit_element(weight, spec, clip, self.element)
         best = self._fit_element(weight, spec, clip, 0)
         for number in range(1, len(self.elements)):
             best = self.merge(best, self._fit_element(weight, spec, clip, number), self.element == number)
         return best
+
+    def variants(self) -> Sequence[ScalarFormat]:
+        return (self,)
 
 
 def element_rule(weight: Tensor) -> Tensor:
