@@ -8,8 +8,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vdit_quant.kernels.block_scales import e4m3_bits, e4m3_scale, e8m0_bits, e8m0_scale
+from vdit_quant.kernels.fp8_linear import quant_token_fp8
 from vdit_quant.kernels.quant_token_fp4 import round_to_e2m1
 from vdit_quant.quantize.block_float import LEVELS
+from vdit_quant.quantize.format import ScalarFormat
 from vdit_quant.quantize.formats import nf4
 from vdit_quant.quantize.minifloat import TABLES, VALUES, codebook
 from vdit_quant.quantize.spec import FormatSpec
@@ -28,28 +30,69 @@ def test_every_code_of_e2m1_decodes_to_its_value(vectors: dict[str, Tensor]) -> 
 
 
 def test_every_code_of_e4m3_decodes_to_its_value(vectors: dict[str, Tensor]) -> None:
-    got, want = e4m3_scale(torch.arange(256).to(torch.uint8)), vectors["float8_e4m3fn_codes"]
-    assert torch.equal(torch.isnan(got), torch.isnan(want))
-    assert torch.equal(got.nan_to_num(0), want.nan_to_num(0))
+    codes, want = torch.arange(256).to(torch.uint8), vectors["float8_e4m3fn_codes"]
+    spec, stored = FormatSpec("fp8"), codes.view(1, -1).view(torch.float8_e4m3fn)
+    by_format = spec.resolve().decode({"weight": stored, "weight_scale": torch.ones(1)}, 256, spec)[0]
+    for got in (e4m3_scale(codes), by_format):
+        assert torch.equal(torch.isnan(got), torch.isnan(want))
+        assert torch.equal(got.nan_to_num(0), want.nan_to_num(0))
 
 
-def test_e2m1_rounds_as_others_do(vectors: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "e2m1"])
+def test_e2m1_rounds_as_others_do(vectors: dict[str, Tensor], name: str) -> None:
     x, want = vectors["float4_e2m1fn_x"], vectors["float4_e2m1fn_rounded"]
     assert torch.equal(round_to_e2m1(2 * x) / 2, want)
+    fmt, spec, scales = FormatSpec(name).resolve(), FormatSpec(name), {"weight_scale": torch.ones(1)}
+    assert isinstance(fmt, ScalarFormat)
+    if name == "e2m1":  # its table is in sixteenths
+        scales = {"weight_scale": torch.ones(1) / 16, "weight_codebook": codebook(("e2m1",))}
+    else:
+        scales["weight_block_scale"] = torch.tensor([[127 if name == "mxfp4" else 0x38]], dtype=torch.uint8)
+    got = fmt.dequantize(fmt.quantize(x[None], scales, spec), scales, spec)[0]
+    tie = torch.isin(x.abs(), torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]))
+    assert 0 < int(tie.sum()) < 0.1 * len(x)
+    assert torch.equal(got[~tie], want[~tie])
+    assert torch.equal((got - x)[tie].abs(), (want - x)[tie].abs())  # the weight format takes the lower of the two
+    assert name == "e2m1" or torch.equal(got, want)
 
 
 def test_e4m3_rounds_as_others_do(vectors: dict[str, Tensor]) -> None:
     x, want = vectors["float8_e4m3fn_x"], vectors["float8_e4m3fn_rounded"]
-    use = x >= 0
+    assert (x < 0).any()
+    use = x >= 0  # block scales have no sign
     assert torch.equal(e4m3_scale(e4m3_bits(x[use])), want[use])
+    fmt, spec, scales = FormatSpec("fp8").resolve(), FormatSpec("fp8"), {"weight_scale": torch.ones(1)}
+    assert isinstance(fmt, ScalarFormat)
+    assert torch.equal(fmt.dequantize(fmt.quantize(x[None], scales, spec), scales, spec)[0], want)
 
 
-def test_mxfp4_encodes_as_others_do(vectors: dict[str, Tensor]) -> None:
-    x, spec = vectors["mx_x"], FormatSpec("mxfp4", 32)
+def test_fp8_encodes_what_its_range_covers_as_others_do(vectors: dict[str, Tensor]) -> None:
+    """Rows whose largest element is that of the format have a scale of 1."""
+    x, want, spec = vectors["float8_e4m3fn_x"], vectors["float8_e4m3fn_rounded"], FormatSpec("fp8")
+    use = x.abs() <= 448
+    x, want = torch.cat((x[use], x.new_tensor([448.0])))[None], torch.cat((want[use], x.new_tensor([448.0])))[None]
     fmt = spec.resolve()
+    tensors = fmt.encode(torch.cat((x, -x, 4 * x)), spec)
+    assert tensors["weight_scale"].tolist() == [1.0, 1.0, 4.0]
+    assert torch.equal(fmt.decode(tensors, x.shape[1], spec), torch.cat((want, -want, 4 * want)))
+    assert torch.equal(tensors["weight"][0].float(), want[0])
+    codes, scale = quant_token_fp8(x)
+    assert scale.tolist() == [1.0]
+    assert torch.equal(codes.float(), want)
+
+
+@pytest.mark.parametrize("ties", ["even", "nearest"])
+def test_mxfp4_encodes_as_others_do(vectors: dict[str, Tensor], ties: str) -> None:
+    """Both ways to round what lies in the middle: nothing here does."""
+    x, spec = vectors["mx_x"], FormatSpec("mxfp4", 32)
+    assert x.shape == (64, 256)
+    fmt = spec.resolve()
+    assert isinstance(fmt, ScalarFormat)
     scales = fmt.fit(x, spec, clip=1.0)
-    standard = fmt.dequantize(fmt.quantize(x, scales, spec), scales, spec)
-    assert torch.equal(standard, vectors["mx_fp4_even"])
+    codes = fmt.quantize(x, scales, spec)
+    standard = fmt.dequantize(codes, scales, spec)
+    assert torch.equal(standard, vectors[f"mx_fp4_{ties}"])
+    assert torch.equal(fmt.decode(fmt.store(codes, scales), x.shape[1], spec), standard)
     assert (fmt.decode(fmt.encode(x, spec), x.shape[1], spec) - x).norm() < (standard - x).norm()
 
 
@@ -71,6 +114,9 @@ def test_elements_are_integers_of_seven_bits() -> None:
 
 def test_levels_of_nf4_are_those_of_bitsandbytes(vectors: dict[str, Tensor]) -> None:
     assert torch.equal(torch.tensor(nf4.LEVELS), vectors["nf4"])
+    codes, spec = torch.arange(64, dtype=torch.int8)[None] % 16, FormatSpec("nf4", 64)
+    decoded = nf4.FORMAT.decode(nf4.FORMAT.store(codes, {"weight_absmax": torch.ones(1, 1)}), 64, spec)
+    assert torch.equal(decoded, vectors["nf4"].repeat(4)[None])
 
 
 def test_nf4_is_stored_as_bitsandbytes_stores_it() -> None:
