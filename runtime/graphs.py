@@ -3,8 +3,8 @@
 `replay_graphs(model)` is the switch. Each combination of argument shapes, dtypes and plain values is captured at its
 first call and replayed after it; another combination is captured anew, and the least recently used one is dropped
 beyond `limit`. A call that cannot be captured (an argument that is neither a tensor nor a plain value, grad mode, a
-LoRA, hooks, another attention processor, a CPU) runs as it is; so does every call of a model of which a part cannot be
-captured, which is logged once.
+LoRA, hooks, another attention processor, a CPU) runs as it is; so do calls of a shape whose graph finds no memory, and
+every call of a model of which a part cannot be captured, which is logged once.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class GraphedForward:
         self.captures = 0
         self.failure: str | None = None
         self._graphs: OrderedDict[Any, Capture] = OrderedDict()
+        self._too_large: set[Any] = set()
         self._pool: Any = None
         # without the model itself, whose hooks run outside its forward
         self._watch = Watch(module for module in model.modules() if module is not model)
@@ -71,12 +72,17 @@ class GraphedForward:
         key = None if disturbed else capture_key(leaves, tree, self._state())
         if key is None:
             return self.own(*args, **kwargs)
+        if key in self._too_large:
+            return self._uncaptured(*args, **kwargs)
         try:
-            capture = self._graphs.pop(key, None) or self._capture(leaves, tree)
+            capture = self._graphs.pop(key, None) or self._capture_in_memory(leaves, tree)
         except RuntimeError as error:
             out = self.own(*args, **kwargs)  # raises what is wrong with the call itself
             self._give_up(error)
             return out
+        if capture is None:
+            self._too_large.add(key)
+            return self._uncaptured(*args, **kwargs)
         self._graphs[key] = capture
         while len(self._graphs) > self.limit:
             self._graphs.popitem(last=False)
@@ -85,6 +91,10 @@ class GraphedForward:
 
     def reset(self, *_: Any) -> None:
         """Drops every graph: needed after moving or replacing a submodule by hand."""
+        self._too_large.clear()
+        self._drop()
+
+    def _drop(self) -> None:
         self._graphs.clear()
         self._pool = None
 
@@ -102,18 +112,49 @@ class GraphedForward:
         return self._watch.is_disturbed()
 
     def _state(self) -> Any:
-        """What changes the kernels that calls of the same shape run: a step plan, autocast, settings of `dispatch`."""
+        """What changes the kernels that calls of the same shape run: training mode, a step plan, autocast, settings of
+        `dispatch`."""
         autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        return self._layer is not None and bool(self._layer.is_lifted), autocast, dispatch.settings()
+        lifted = self._layer is not None and bool(self._layer.is_lifted)
+        return self.model.training, lifted, autocast, dispatch.settings()
 
     def _give_up(self, error: RuntimeError) -> None:
         self.reset()
         self.failure = reason_of(error)
         logger.warning("%s runs without CUDA graphs: %s", type(self.model).__name__, self.failure)
 
+    def _uncaptured(self, *args: Any, **kwargs: Any) -> Any:
+        """The call as it is, in place of graphs where there is no memory for both."""
+        try:
+            return self.own(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            if not self._graphs:
+                raise
+        self._drop()
+        _release()
+        return self.own(*args, **kwargs)
+
+    def _capture_in_memory(self, leaves: list[Any], tree: Any) -> Capture | None:
+        """`_capture`, again without all other graphs where there is no memory beside them; None where none suffices."""
+        reason = None
+        for _ in range(2):
+            try:
+                return self._capture(leaves, tree)
+            except RuntimeError as error:
+                if (found := _out_of_memory(error)) is None:
+                    raise
+                reason = reason_of(found)
+                del found
+            self._drop()  # out here: the error holds what the capture has made so far
+            _release()
+        shapes = ", ".join(str(list(leaf.shape)) for leaf in leaves if isinstance(leaf, Tensor))
+        kind = type(self.model).__name__
+        logger.warning("%s runs without a CUDA graph for inputs of shapes %s: %s", kind, shapes, reason)
+        return None
+
     def _capture(self, leaves: list[Any], tree: Any) -> Capture:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        if not self.captures:
+        if not self.captures and dispatch.available().backend == "triton":
             args, kwargs = pytree.tree_unflatten(leaves, tree)
             compile_ahead(lambda: self.own(*args, **kwargs), aside(device_of(leaves)))
         found = capture_call(lambda call: self.own(*call[0], **call[1]), leaves, tree, WARMUP, self._pool)
@@ -192,6 +233,19 @@ def _ordinary(tensor: Tensor) -> Tensor:
     """A copy that can be written to in inference mode and out of it."""
     with torch.inference_mode(False), torch.no_grad():
         return torch.empty_like(tensor).copy_(tensor)
+
+
+def _out_of_memory(error: BaseException | None) -> BaseException | None:
+    """The error that memory ran out, if any: ending a capture that it broke may raise another one on top."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__context__
+    return error
+
+
+def _release() -> None:
+    """Gives what nothing holds back to the GPU: memory of one pool does not serve another."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _is_own(forward: Any, model: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """CUDA-graph replay: the same numbers, one capture a shape, and never a stale one."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,6 +70,68 @@ def test_a_call_that_is_wrong_in_itself_says_so_and_changes_nothing(monkeypatch:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         model(torch.randn(2, 7), torch.ones(1))
     assert graphed(model).failure is None
+
+
+class Memory:
+    """Stands in for a GPU's: graphs that are held, and what else there is, share `room`."""
+
+    def __init__(self, model: nn.Module, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.graphed, self.room, self.tries = graphed(model), room, 0
+        monkeypatch.setattr(graphs, "capture_key", lambda leaves, *_: int(leaves[0].shape[0]))
+        monkeypatch.setattr(GraphedForward, "_capture", lambda _, leaves, tree: self.capture(leaves[0].shape[0]))
+
+    @property
+    def used(self) -> int:
+        return sum(capture.size for capture in self.graphed._graphs.values())
+
+    def capture(self, size: int) -> SimpleNamespace:
+        self.tries += 1
+        if self.used + size > self.room:
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory.\nand more")
+            finally:
+                if size > 5:  # what ends the capture may fail too
+                    raise RuntimeError("operation failed due to a previous error during capture")
+        return SimpleNamespace(size=size, replay=lambda leaves: None, outputs=f"graph of {size}")
+
+    def run(self, x: Tensor, *_: object) -> str:
+        if self.used + x.shape[0] > self.room + 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return f"run of {x.shape[0]}"
+
+
+@torch.no_grad()
+def test_where_memory_is_short_graphs_go_and_shapes_do_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = replay_graphs(Denoiser())
+    memory = Memory(model, 4, monkeypatch)
+    graphed(model).own = memory.run
+    t = torch.zeros(1)
+
+    def call(size: int) -> str:
+        found: str = model(torch.zeros(size, 8), t)
+        return found
+
+    assert [call(2), call(1), call(4)] == ["graph of 2", "graph of 1", "graph of 4"]
+    assert (list(graphed(model)._graphs), memory.tries) == ([4], 4)  # the others made room, at the second try
+    assert [call(5), call(5)] == ["run of 5", "run of 5"]
+    assert memory.tries == 6  # twice for the first call, never again
+    assert call(1) == "graph of 1"
+    assert call(4) == "graph of 4"
+    assert call(5) == "run of 5"  # for which a graph made room
+    assert list(graphed(model)._graphs) == []
+    with pytest.raises(torch.OutOfMemoryError):
+        call(6)
+    assert call(3) == "graph of 3"
+    assert graphed(model).failure is None
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Denoiser runs without a CUDA graph for inputs of shapes [{size}, 8], [1]: CUDA out of memory."
+        for size in (5, 6)
+    ]
+    graphed(model).reset()
+    memory.room = 9
+    assert call(5) == "graph of 5"
 
 
 @pytest.mark.gpus(1)

@@ -206,6 +206,15 @@ def test_settings_of_the_kernels_are_not_replayed_over(doubler: tuple[Doubler, T
     assert model.runs == 2
 
 
+def test_training_mode_is_not_replayed_over(doubler: tuple[Doubler, Tensor]) -> None:
+    model, x = doubler
+    model.eval()(x)
+    assert model.runs == 2
+    model.train()(x)
+    model.eval()(x)
+    assert model.runs == 2
+
+
 def test_autocast_is_not_replayed_over(doubler: tuple[Doubler, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = doubler
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: True)
