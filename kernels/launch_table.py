@@ -4,8 +4,8 @@
      "ops": {"int8_linear": [{"m": 4096, "n": 4608, "k": 1152, "options": {"BM": 128}, "us": 41.5}]}}
 
 `m` is a bucket (`bucket`), n and k are exact, `facts` holds what else the choice depends on. The file is named after
-the GPU (`slug`). A file in `dispatch.table_folder()` replaces, entry by entry, the one that ships in `configs/`. What
-no entry covers is launched by the heuristics of the kernel's own file.
+the GPU (`slug`). A file in `dispatch.table_folder()` replaces, entry by entry, the one that ships in `configs/`, and
+both that of a GPU's sibling (`SIBLINGS`). What no entry covers is launched by the heuristics of the kernel's own file.
 """
 
 import json
@@ -27,6 +27,9 @@ from .dispatch import SettingError
 
 VERSION = 1
 SHIPPED = Path(__file__).parent / "configs"
+SIBLINGS = {"nvidia-h100-80gb-hbm3": "nvidia-h200"}
+"""GPU -> one of the same processors, as many and as large, whose tables serve it too. The SXM form of the H100 differs
+from an H200 in its memory alone; its other forms have fewer processors."""
 REACH = 2.0
 """An entry serves buckets up to this factor away when its own shape has none nearer."""
 
@@ -144,8 +147,9 @@ def _device_slug(device: torch.device) -> str:
 
 @cache
 def _tables(name: str) -> tuple[tuple[Table, Path], ...]:
-    """The tables of one GPU, the user's own first."""
-    paths = [folder / f"{name}.json" for folder in (dispatch.table_folder(), SHIPPED)] if name else []
+    """The tables that serve one GPU: the user's own first, those of its sibling last."""
+    names = [name, *filter(None, [SIBLINGS.get(name)])] if name else []
+    paths = [folder / f"{each}.json" for each in names for folder in (dispatch.table_folder(), SHIPPED)]
     return tuple((read_table(path), path) for path in paths if path.is_file())
 
 
@@ -157,10 +161,15 @@ def reload() -> None:
 
 def in_use(device: torch.device) -> str:
     """Which tables serve `device`, in words."""
-    tables = _tables(_device_slug(device))
+    name = _device_slug(device)
+    tables = _tables(name)
     if not tables:
         return "none for this GPU: heuristics (`vdit-quant tune` measures one)"
-    return ", then ".join(f"{path} ({len(table.rows())} entries)" for table, path in tables)
+    words = []
+    for table, path in tables:
+        origin = "" if path.stem == name else f", measured on {table.device}"
+        words.append(f"{path} ({len(table.rows())} entries{origin})")
+    return ", then ".join(words)
 
 
 def read_table(path: Path) -> Table:

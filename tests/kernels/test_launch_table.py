@@ -81,6 +81,26 @@ def test_lookup_prefers_the_users_file_entry_by_entry(tables) -> None:
     assert lookup("int8_linear", torch.device("cpu"), 4000, 4608, 1152) is None
 
 
+def test_a_sibling_serves_what_a_gpu_has_no_entry_of_its_own_for(tables, monkeypatch) -> None:
+    shipped, own = tables
+    write_table(shipped, Table.of("NVIDIA H200", [entry(4096, 128), entry(64, 64)]))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
+    launch_table.reload()
+    assert lookup("int8_linear", GPU, 4096, 4608, 1152) == {"BM": 128, "num_warps": 4}
+    told = f"{shipped} (2 entries, measured on NVIDIA H200)"
+    assert launch_table.in_use(GPU) == told
+    mine = own.with_stem("nvidia-h100-80gb-hbm3")
+    write_table(mine, Table.of("NVIDIA H100 80GB HBM3", [entry(4096, 256)]))
+    launch_table.reload()
+    assert lookup("int8_linear", GPU, 4096, 4608, 1152) == {"BM": 256, "num_warps": 4}
+    assert lookup("int8_linear", GPU, 64, 4608, 1152) == {"BM": 64, "num_warps": 4}
+    assert launch_table.in_use(GPU) == f"{mine} (1 entries), then {told}"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 PCIe")
+    launch_table.reload()
+    assert lookup("int8_linear", GPU, 4096, 4608, 1152) is None
+    assert launch_table.in_use(GPU).startswith("none for this GPU")
+
+
 def test_what_lookup_gives_is_the_callers_own(tables) -> None:
     write_table(tables[0], Table.of("NVIDIA H200", [entry(64, 64)]))
     options = lookup("int8_linear", GPU, 64, 4608, 1152)
