@@ -14,12 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import launch_table
 from .hopper import note
-from .int4_decode import decode, decode_bytes, group_of, limits
+from .int4_decode import decode, decode_bytes, facts, group_of, limits
+from .int4_decode import example as packed_example
 from .int8_linear import dot_dtype, grid, matmul_int8
+from .int8_linear import example as int8_example
 from .tiles import ROUND_EACH_STEP, await_inputs, overlap, rows_contiguous, store_scaled, tile, tile_ids
 
-__all__ = ["limits", "note", "run", "supports"]
+__all__ = ["facts", "limits", "note", "run", "supports"]
+
+TUNABLE = ("int4_linear",)
 
 FUSED_TOKENS = 64
 """Up to this many tokens the product decodes."""
@@ -78,6 +83,22 @@ def fused_options(m: int) -> dict[str, int]:
     return tile(64, 32, 128, 1, 4, 3)
 
 
+def candidates(op: str, m: int, n: int, k: int) -> list[dict[str, int]]:
+    """Launch options worth measuring; none for many tokens, where the kernels of other ops run."""
+    if m > FUSED_TOKENS:
+        return []
+    bm = 16 if m <= 16 else 32 if m <= 32 else 64
+    sizes = [(bn, bk, stages) for bn in (16, 32, 64) for bk in (128, 256) for stages in (3, 4)]
+    return [tile(bm, bn, bk, 1, 4, stages) for bn, bk, stages in sizes]
+
+
+def example(op: str, m: int, n: int, k: int, device: torch.device) -> tuple[Any, ...]:
+    """Random arguments of the op."""
+    codes, scale, _, weight_scale, bias, dtype = int8_example(op, m, n, k, device)
+    packed, group_scale, _ = packed_example(op, m, n, k, device)
+    return codes, scale, packed, weight_scale, group_scale, bias, dtype
+
+
 def matmul_decoding(
     x: Tensor,
     scale: Tensor | None,
@@ -86,14 +107,15 @@ def matmul_decoding(
     group_scale: Tensor | None,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    options: dict[str, int] | None = None,
 ) -> Tensor:
-    """Launch the kernel that decodes; `scale` None: float activations."""
+    """Launch the kernel that decodes; `scale` None: float activations. `options` None: those of the heuristics."""
     m, k = x.shape
     n = weight.shape[0]
     y = torch.empty((m, n), dtype=out_dtype, device=x.device)
     if y.numel() == 0:
         return y
-    options = fused_options(m)
+    options = options or fused_options(m)
     int8 = x.dtype == torch.int8
     int4_linear_kernel[grid(m, n, options)](
         rows_contiguous(x),
@@ -129,6 +151,9 @@ def run(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """`int4_linear` by Triton."""
-    if codes.shape[0] <= FUSED_TOKENS:
-        return matmul_decoding(codes, scale, weight, weight_scale, group_scale, bias, out_dtype)
-    return matmul_int8(codes, scale, decode(weight, group_scale, codes.shape[1]), weight_scale, bias, out_dtype)
+    m, k = codes.shape
+    if 0 < m <= FUSED_TOKENS:
+        group = group_of(k, group_scale)
+        options = launch_table.lookup(op, codes.device, m, len(weight), k, group=group)
+        return matmul_decoding(codes, scale, weight, weight_scale, group_scale, bias, out_dtype, options)
+    return matmul_int8(codes, scale, decode(weight, group_scale, k), weight_scale, bias, out_dtype)

@@ -156,6 +156,13 @@ def weight_only_options(m: int, dtype: torch.dtype) -> dict[str, int]:
     return tile(128, 128, 64, 8, 8, 3)
 
 
+def weight_only_candidates() -> list[dict[str, int]]:
+    """Launch options worth measuring for float x int8 weights, in 16 bits and for many tokens."""
+    tiles = [(64, 64, 64, 4, 4), (64, 128, 64, 4, 3), (128, 64, 64, 4, 3), (128, 128, 32, 8, 4), (128, 128, 64, 8, 3)]
+    tiles += [(128, 256, 64, 8, 3)]
+    return [tile(bm, bn, bk, 8, warps, stages) for bm, bn, bk, warps, stages in tiles]
+
+
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     """The dtype in which a dot with activations of `dtype` is done."""
     return tl.float32 if INTERPRETED else TORCH_TO_TRITON[dtype]
@@ -214,14 +221,16 @@ def matmul_int8(
     return y
 
 
-def matmul_weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Launch the float x int8 kernel."""
+def matmul_weight_only(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, options: dict[str, int] | None = None
+) -> Tensor:
+    """Launch the float x int8 kernel. `options` None: those of the heuristics."""
     m, k = x.shape
     n = weight.shape[0]
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    options = weight_only_options(m, x.dtype)
+    options = options or weight_only_options(m, x.dtype)
     int8_weight_linear_kernel[grid(m, n, options)](
         rows_contiguous(x),
         rows_contiguous(weight),

@@ -18,16 +18,20 @@ from torch import Tensor
 
 from .. import launch_table
 from ..quant_token import FLOATS
-from .int4_decode import decode, group_of
+from .int4_decode import decode, group_of, measured_group
+from .int4_decode import example as packed_example
 from .int4_floats import int4_floats
 from .int4_linear import matmul_decoding
-from .int8_linear import dot_dtype, matmul_weight_only
+from .int8_linear import dot_dtype, matmul_weight_only, weight_only_candidates
 from .tiles import COMPILED, await_inputs, cuda_capability_geq, overlap, rows_contiguous, store_scaled
 
-TUNABLE = ("int8_weight_linear",)
+TUNABLE = ("int8_weight_linear", "int4_weight_linear")
 
 SMALL = 64
 """Up to this many tokens the kernel of this file runs; float32 never does, it has no tensor cores at full precision."""
+
+MANY = {"many": 1}
+"""What a table's entries for more tokens than that have beside their shape: a neighbour may be one for fewer."""
 
 ALIKE = 32
 """Up to this many tokens programs have one or two warps: Hopper's products of four warps sum in another order."""
@@ -145,17 +149,37 @@ def small_options(m: int, n: int) -> dict[str, int]:
 
 
 def candidates(op: str, m: int, n: int, k: int) -> list[dict[str, int]]:
-    """Launch options worth measuring; none beyond few tokens, where there is one choice."""
+    """Launch options worth measuring; for many tokens and packed weights none, as those of other ops run."""
+    if op == "int4_weight_linear":
+        return small_int4_candidates(m, n, k)
     if m > SMALL:
-        return []
+        return weight_only_candidates()
     tiles = [(16, 256, 1, 4), (32, 256, 2, 4), (16, 128, 1, 6), (32, 128, 1, 6), (32, 128, 2, 4), (64, 128, 2, 4)]
     tiles += [(64, 128, 2, 6), (64, 128, 4, 4)] if m > ALIKE else [(64, 128, 2, 6)]
     return [small_tile(*sizes) for sizes in tiles]
 
 
+def small_int4_candidates(m: int, n: int, k: int) -> list[dict[str, int]]:
+    """What a table may hold for few tokens: the step follows from the group, and the order of the sums from it."""
+    heuristic = small_int4_options(m, n, k, measured_group(k))
+    if heuristic is None:
+        return []
+    unrolls = [u for u in (1, 2, 3, 4) if k % (heuristic["STEP"] * u) == 0]
+    wide = [(32, 2), (32, 4), (64, 2), (64, 4)] if m > ALIKE else [(16, 1), (32, 1), (32, 2), (64, 2)]
+    return [{"UNROLL": u, "BN": bn, "num_warps": warps, "num_stages": 3} for u in unrolls for bn, warps in wide]
+
+
+def facts(op: str, m: int, k: int) -> dict[str, int]:
+    """What the options depend on beside the shape, for an `example`: few tokens have a kernel of their own."""
+    return {"group": measured_group(k)} if op == "int4_weight_linear" else MANY if m > SMALL else {}
+
+
 def example(op: str, m: int, n: int, k: int, device: torch.device) -> tuple[Any, ...]:
     """Random arguments of the op."""
     x = torch.randn(m, k, dtype=torch.bfloat16, device=device)
+    if op == "int4_weight_linear":
+        packed, group_scale, _ = packed_example(op, m, n, k, device)
+        return x, packed, torch.rand(n, device=device), group_scale, None
     weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
     return x, weight, torch.rand(n, device=device), None
 
@@ -209,6 +233,9 @@ def matmul_small_int4(
     x, weight = rows_contiguous(x), rows_contiguous(weight)
     if options is None or x.dtype == torch.float32 or (x.data_ptr() | weight.data_ptr()) % 16:
         return None
+    measured = launch_table.lookup("int4_weight_linear", x.device, m, n, k, group=group) if m else None
+    if measured is not None and (m > ALIKE or measured["num_warps"] <= 2):  # as in `matmul_small`
+        options |= measured
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if y.numel():
         small_int4_kernel[(triton.cdiv(n, options["BN"]),)](
@@ -222,8 +249,17 @@ def matmul_small_int4(
 
 
 def _int8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    small = x.shape[0] <= SMALL and x.dtype != torch.float32
-    return (matmul_small if small else matmul_weight_only)(x, weight, weight_scale, bias)
+    if x.shape[0] <= SMALL and x.dtype != torch.float32:
+        return matmul_small(x, weight, weight_scale, bias)
+    return matmul_weight_only(x, weight, weight_scale, bias, _many_options(x, len(weight)))
+
+
+def _many_options(x: Tensor, n: int) -> dict[str, int] | None:
+    """What was measured for many tokens; float32 has no tensor cores at full precision, and is not."""
+    m, k = x.shape
+    if m <= SMALL or x.dtype == torch.float32:
+        return None
+    return launch_table.lookup("int8_weight_linear", x.device, m, n, k, **MANY)
 
 
 def _int4(x: Tensor, weight: Tensor, weight_scale: Tensor, group_scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -232,7 +268,8 @@ def _int4(x: Tensor, weight: Tensor, weight_scale: Tensor, group_scale: Tensor |
         return small
     if x.shape[0] <= SMALL and x.dtype != torch.float32:
         return matmul_decoding(x, None, weight, weight_scale, group_scale, bias, x.dtype)
-    return matmul_weight_only(x, decode(weight, group_scale, x.shape[1]), weight_scale, bias)
+    decoded = decode(weight, group_scale, x.shape[1])
+    return matmul_weight_only(x, decoded, weight_scale, bias, _many_options(x, len(weight)))
 
 
 def run(op: str, *args: Any) -> Tensor:

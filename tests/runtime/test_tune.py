@@ -13,7 +13,11 @@ from vdit_quant.runtime import tune
 
 pytest.importorskip("triton", reason="triton is not installed")
 GPU = torch.device("cuda", 0)
-PLACES = {"int8_weight_linear": "vdit_quant.kernels.int8_linear", "int4_to_int8": "vdit_quant.kernels.int4_linear"}
+PLACES = {
+    "int8_weight_linear": "vdit_quant.kernels.int8_linear",
+    "int4_to_int8": "vdit_quant.kernels.int4_linear",
+    "int4_weight_linear": "vdit_quant.kernels.int4_linear",
+}
 
 
 @pytest.fixture

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from vdit_quant.kernels import int4_linear as module
+from vdit_quant.kernels import launch_table
 from vdit_quant.kernels.int4_linear import int4_linear, int4_to_int8, int4_weight_linear
 from vdit_quant.kernels.int8_linear import int8_linear
 
@@ -94,6 +96,30 @@ def _every_code_with_every_group_scale(device: str = "cpu") -> tuple[torch.Tenso
 def interpreter_every_code_with_every_group_scale() -> None:
     args = (*_every_code_with_every_group_scale(), 8192)
     assert torch.equal(run_twin("int4_to_int8", *args), int4_to_int8(*args))
+
+
+def interpreter_measured_options_change_no_result(make_layer) -> None:
+    a = make_layer(17, 192, 40, 64, dtype=torch.float16)
+    args = (a.codes, a.scale, a.packed, a.weight_scale, a.group_scale, a.bias, torch.float32)
+    for options in twin("int4_linear").candidates("int4_linear", 24, 40, 192)[::4]:
+        with launch_table.forced("int4_linear", options):
+            assert torch.equal(run_twin("int4_linear", *args), int4_linear(*args))
+    args = (a.x, a.packed, a.weight_scale, a.group_scale, a.bias)
+    want = run_twin("int4_weight_linear", *args)
+    for options in twin("int4_weight_linear").candidates("int4_weight_linear", 24, 40, 192)[::3]:
+        with launch_table.forced("int4_weight_linear", options):
+            assert torch.equal(run_twin("int4_weight_linear", *args), want)
+
+
+@pytest.mark.parametrize(("m", "warps"), [(1, 2), (32, 2), (33, 4)])
+def interpreter_few_tokens_do_not_take_the_warps_of_more(m: int, warps: int, make_layer, monkeypatch) -> None:
+    """As for int8 weights."""
+    a, file, kernel = make_layer(m, 128, 40, 64, dtype=torch.float16), twin("int4_weight_linear"), MagicMock()
+    monkeypatch.setattr(file, "small_int4_kernel", kernel)
+    with launch_table.forced("int4_weight_linear", {"UNROLL": 1, "BN": 64, "num_warps": 4, "num_stages": 3}):
+        run_twin("int4_weight_linear", a.x, a.packed, a.weight_scale, a.group_scale, a.bias)
+    options = kernel[0].call_args.kwargs
+    assert (options["num_warps"], options["STEP"]) == (warps, 64)
 
 
 def interpreter_empty_batches(make_layer) -> None:

@@ -100,6 +100,17 @@ def interpreter_weight_only(m: int, k: int, n: int, dtype: torch.dtype, make_lay
     assert relative_rms(got, int8_weight_linear(*args)) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize(("m", "dtype"), [(64, torch.float16), (65, torch.float16), (65, torch.float32)])
+def interpreter_what_was_measured_for_many_tokens_is_for_them(
+    m: int, dtype: torch.dtype, make_layer, monkeypatch
+) -> None:
+    a, file = make_layer(m, 64, 40, dtype=dtype), twin("int8_weight_linear")
+    asked = MagicMock(return_value=None)
+    monkeypatch.setattr(launch_table, "lookup", asked)
+    run_twin("int8_weight_linear", a.x, a.weight, a.weight_scale, a.bias)
+    assert [call.kwargs for call in asked.call_args_list] == {64: [{}], 65: [file.MANY][: dtype != torch.float32]}[m]
+
+
 @pytest.mark.parametrize(("m", "warps"), [(1, 2), (32, 2), (33, 4)])
 def interpreter_few_tokens_do_not_take_the_warps_of_more(m: int, warps: int, make_layer, monkeypatch) -> None:
     """Programs of four warps sum in another order on Hopper: a token's values must not follow from its neighbours."""
