@@ -17,6 +17,17 @@ LIMIT = 448.0
 """Largest e4m3 value."""
 
 
+def lacks_fp8(device: torch.device) -> str | None:
+    """Why this GPU has no fp8 here; None when it has, and for a device that is no GPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    if torch.version.hip is not None:
+        return "e4m3 has no kernel on AMD GPUs"
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        return "fp8 needs compute capability 8.9"
+    return None
+
+
 def _check_float(x: Tensor) -> None:
     ok = x.dim() == 2 and x.dtype in FLOATS and x.shape[1] > 0
     expect(ok, "quant_token_fp8", "x float32, bfloat16 or float16 [M, K] with K > 0", x)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import Refusal
+from .fp8_linear import lacks_fp8
 
 MULTIPLE = 16
 """cuBLASLt wants rows of both operands to start at multiples of 16 bytes."""
@@ -17,10 +18,8 @@ def _device_reason(device: torch.device) -> str | None:
     """Why row-wise scales do not work here: asked of the library itself, whose support depends on its version."""
     if not torch.cuda.is_available():
         return "no GPU is visible to torch"
-    if torch.version.hip is not None:
-        return "row-wise scales are used on NVIDIA GPUs only"
-    if torch.cuda.get_device_capability(device) < (8, 9):
-        return "compute capability < 8.9"
+    if (reason := lacks_fp8(device)) is not None:
+        return reason
     codes = torch.zeros(32, 32, dtype=torch.float8_e4m3fn, device=device)
     scale = torch.ones(32, device=device)
     try:

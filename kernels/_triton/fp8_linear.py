@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..fp8_linear import lacks_fp8
 from ..quant_token import FLOATS, TINY
 from .int8_linear import grid, int8_options, tile_product
 from .quant_token import MAX_K, quantize_by_token
@@ -72,16 +73,19 @@ def limits(
         return f"dtype {dtype} is not supported"
     if op == "quant_token_fp8" and k is not None and k > MAX_K:
         return f"K={k} is larger than {MAX_K}"
-    if torch.version.hip is not None:
-        return "e4m3 has no kernel on AMD GPUs"
-    if device is not None and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 9):
-        return "fp8 needs compute capability 8.9"
-    return None
+    return None if device is None else lacks_fp8(device)
 
 
 def supports(op: str, x: Tensor, *_: Any) -> str | None:
     """`limits` of these tensors."""
     return limits(op, x.device, x.dtype, x.shape[1])
+
+
+def fp8_options(m: int, n: int) -> dict[str, int]:
+    """Tile for fp8 x fp8: that of int8, but by eight warps where it is 128 x 128. On sm_100 the sums come back from
+    tensor memory all at once, and four warps would spill them."""
+    options = int8_options(m, n)
+    return options | {"num_warps": 8} if options["BM"] == options["BN"] == 128 else options
 
 
 def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +100,7 @@ def _multiply(
     y = torch.empty((m, n), dtype=out_dtype, device=codes.device)
     if y.numel() == 0:
         return y
-    options = int8_options(m, n)
+    options = fp8_options(m, n)
     fp8_linear_kernel[grid(m, n, options)](
         rows_contiguous(codes),
         rows_contiguous(weight),

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..fp8_linear import lacks_fp8
 from ..hadamard import matrix_on
 from ..quant_token import FLOATS, TINY
 from ..transform import Transform
@@ -253,10 +254,8 @@ def limits(
 
 def unsupported(op: str, x: Tensor, k: int, transform: Transform) -> str | None:
     """`limits` of these operands, and what this GPU lacks."""
-    fp8 = transform.code_dtype != torch.int8 and x.is_cuda and torch.version.hip is None
-    if fp8 and torch.cuda.get_device_capability(x.device) < (8, 9):
-        return "compute capability < 8.9 has no float8_e4m3fn"
-    return limits(op, dtype=x.dtype, k=k, block_size=transform.block_size)
+    reason = None if transform.code_dtype == torch.int8 else lacks_fp8(x.device)
+    return reason or limits(op, dtype=x.dtype, k=k, block_size=transform.block_size)
 
 
 def _power_of_two(n: int) -> int:

@@ -20,7 +20,14 @@ from vdit_quant.kernels import dispatch
 from vdit_quant.kernels import norm_quant as norm_module
 from vdit_quant.kernels.act_quant import ACTS, GATED, act_quant
 from vdit_quant.kernels.hadamard import hadamard_matrix
-from vdit_quant.kernels.norm_quant import NORM_QUANT, Norm, gate_norm_quant, norm_quant, norm_quant_fp8
+from vdit_quant.kernels.norm_quant import (
+    NORM_QUANT,
+    Norm,
+    gate_norm_quant,
+    gate_norm_quant_fp8,
+    norm_quant,
+    norm_quant_fp8,
+)
 from vdit_quant.kernels.quant_token_fp4 import quant_token_fp4
 from vdit_quant.kernels.transform import FORMS, Transform
 
@@ -249,6 +256,29 @@ def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
         name = f"act K={k} {size} to FP4 {group}"
         transform = vectors if size else {}
         yield name, gluon_producers.act_quant_kernel, rows | transform, constants, options
+    yield from fp8_cases(rows | {"codes_ptr": "*fp8e4nv"}, norm | {"codes_ptr": "*fp8e4nv"}, gate)
+
+
+def fp8_cases(
+    rows: dict[str, str], norm: dict[str, str], gate: dict[str, str]
+) -> Iterator[tuple[str, Any, Any, Any, Any]]:
+    """As `compile_cases`; without a rotation, of which fp8 has no use."""
+    constants = {"INT8": False, "TINY": 1e-30, "BLOCK": 0, "REGULAR": False}
+    for k in (1152, 3072, 5120):
+        options = gluon_producers.launch_options(k, 0, "norm")
+        more = constants | {"K": k, "LAYER": True, "ONE": True, **{name: options[name] for name in CONSTANTS}}
+        for name, types in (("norm", norm), ("gate", norm | gate)):
+            yield f"{name} K={k} to fp8", gluon_producers.norm_quant_kernel, types, more, options
+    for k, act, prefix in (
+        (1152, "none", 0),
+        (4608, "gelu_tanh", 0),
+        (12288, "gelu_tanh", 0),
+        (15360, "gelu_tanh", 3072),
+    ):
+        options = gluon_producers.launch_options(k, 0, "act")
+        more = constants | {"K": k, "ACT": act, "PREFIX": prefix, **{name: options[name] for name in CONSTANTS}}
+        types = rows | ({"prefix_ptr": "*bf16", "prefix_stride": "i32"} if prefix else {})
+        yield f"act K={k} to fp8", gluon_producers.act_quant_kernel, types, more, options
 
 
 def compile_all(capability: int) -> None:
@@ -261,7 +291,7 @@ def compile_all(capability: int) -> None:
 
     target = pretend(GPUTarget("cuda", capability, 32))
     for name, kernel, types, constants, options in compile_cases():
-        if capability < 90 and constants["K"] not in FEW:
+        if capability < 90 and (constants["K"] not in FEW or not constants["INT8"]):
             continue
         signature, fixed, attributes = {}, {}, {}
         for i, argument in enumerate(kernel.arg_names):
@@ -446,6 +476,25 @@ def test_fp8_codes() -> None:
         transform = transform_of(3072, size, "sylvester", torch.float8_e4m3fn)
         got = norm_quant_fp8(x, [], [], listed(transform), "rms", 1e-6, size, "sylvester")
         assert_agree(got, norm_module._reference(x, Norm([], [], "rms", 1e-6), transform), rounding(x.dtype, size))
+
+
+@pytest.mark.gpus(1)
+@pytest.mark.usefixtures("strict")
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no float8 here")
+@pytest.mark.parametrize("k", [1152, 3072, 15360])
+def test_fp8_codes_of_a_block_equal_their_references_and_do_not_depend_on_the_batch(k: int) -> None:
+    x, branch = torch.randn(2, 512, k, device="cuda").bfloat16()
+    gate, *mod = torch.randn(2, 6 * k, device="cuda").bfloat16().chunk(6, dim=1)[:3]
+    plain = Transform(None, None, 0, "", torch.float8_e4m3fn)
+    h, *got = gate_norm_quant_fp8([x, branch, gate], mod, [], [], "layer", 1e-6, 0, "")
+    torch.testing.assert_close(h, norm_module.gated_residual([x, branch, gate]), rtol=1e-2, atol=1e-6)
+    assert_agree(got, norm_module._reference(h, Norm(mod, [], "layer", 1e-6), plain), 1e-5)
+    alone = gate_norm_quant_fp8([x[256:], branch[256:], gate[1:]], [t[1:] for t in mod], [], [], "layer", 1e-6, 0, "")
+    acted = act_quant(x, "gelu_tanh", None, None, 0, "", "fp8")
+    assert_agree(acted, act_module._reference(x, "gelu_tanh", plain), 1e-5)
+    pairs = [*zip(alone, (h, *got), strict=True)]
+    pairs += zip(act_quant(x[256:], "gelu_tanh", None, None, 0, "", "fp8"), acted, strict=True)
+    assert all(torch.equal(one.float(), among[256:].float()) for one, among in pairs)
 
 
 @pytest.mark.gpus(1)

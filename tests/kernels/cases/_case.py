@@ -50,6 +50,7 @@ ROWS = [72, 200, 1152, 2240, 3072, 15360]
 HOPPER = ("90",)
 TWO = ("80", "90")
 NVIDIA = ("80", "89", "90", "100", "120")
+WITH_FP8 = ("89", "90", "100", "120")
 EVERYWHERE = (*NVIDIA, "gfx942")
 """Compute capabilities of NVIDIA's GPUs, and AMD's name of one of its own: for what most of a forward pass is."""
 needs_fp8 = pytest.mark.skipif(
@@ -61,7 +62,7 @@ INT8: Units = {
     "80": "IMMA", "89": "IMMA", "90": "IGMMA", "100": "IMMA", "120": "IMMA", "gfx942": "v_mfma_i32",
 }  # fmt: skip
 """Architecture -> the one matrix instruction of a large int8 product; of other products below."""
-FP8: Units = {"89": "QMMA", "90": "QGMMA"}
+FP8: Units = {"89": "QMMA", "90": "QGMMA", "100": "UTCQMMA", "120": "QMMA"}
 FLOAT: Units = {
     "80": "HMMA", "89": "HMMA", "90": "HGMMA", "100": "UTCHMMA", "120": "HMMA", "gfx942": "v_mfma_f32",
 }  # fmt: skip

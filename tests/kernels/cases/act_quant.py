@@ -10,7 +10,7 @@ from vdit_quant.kernels.quant_token import quant_token
 from vdit_quant.kernels.quant_token_fp4 import quant_token_fp4
 from vdit_quant.kernels.transform import FORMS, Transform
 
-from ._case import E4M3, EVERYWHERE, FLOAT, FLOATS, HOPPER, TWO, Compile, run_twin, twin
+from ._case import E4M3, EVERYWHERE, FLOAT, FLOATS, HOPPER, TWO, WITH_FP8, Compile, run_twin, twin
 from ._producer import (
     PLAIN,
     ROTATIONS,
@@ -56,9 +56,10 @@ def compile_cases() -> Iterator[Compile]:
         yield Compile(f"K={k} b={size}", kernel, types, constants, on, units, mixed=True)
     for act in ("gelu", "swiglu", "geglu"):
         yield Compile(f"K=12288 {act}", kernel, types, {"ACT": act, **tile_constants(12288, 0)})
-    for size in (0, 128):
-        constants = {"ACT": "none", **tile_constants(3072, size, "fp8")}
-        yield Compile(f"to fp8 b={size}", kernel, types, constants, ("90",), FLOAT if size else {}, mixed=True)
+    for k, size in ((1152, 0), (3072, 128), (4608, 0), (15360, 0)):
+        constants = {"ACT": "gelu_tanh" if k > 4000 else "none", **tile_constants(k, size, "fp8")}
+        units = {name: FLOAT[name] for name in WITH_FP8} if size else {}
+        yield Compile(f"K={k} b={size} to fp8", kernel, types, constants, WITH_FP8, units, mixed=True)
     for k, size, out in ((1152, 0, "fp4"), (4608, 64, "fp4"), (4608, 64, "fp4g16"), (15360, 0, "fp4g128")):
         constants = {"ACT": "gelu_tanh", **tile_constants(k, size, out)}
         yield Compile(f"K={k} b={size} to {out}", kernel, types, constants)

@@ -14,7 +14,6 @@ from ._case import (
     E4M3,
     FLOATS,
     FP8,
-    HOPPER,
     LAYERS,
     LINEAR,
     ROWS,
@@ -22,6 +21,7 @@ from ._case import (
     SIZES,
     TOKENS,
     TOLERANCE,
+    WITH_FP8,
     Compile,
     needs_fp8,
     relative_rms,
@@ -29,8 +29,6 @@ from ._case import (
     twin,
 )
 
-FIRST = ("89", "90")
-"""The first GPUs with fp8."""
 OPS = {"quant_token_fp8": quant_token_fp8, "fp8_linear": fp8_linear}
 
 
@@ -51,12 +49,11 @@ def compile_cases() -> Iterator[Compile]:
     for k in (1152, 15360):
         types = {"x_ptr": "*bf16", "codes_ptr": "*fp8e4nv", "scale_ptr": "*fp32", **SIZES}
         constants = {"TINY": 1e-30, "INTERPRET": False, **twin("quant_token").launch_options(k), **rounding}
-        yield Compile(f"quantise K={k}", file.quant_token_fp8_kernel, types, constants, FIRST if k == 1152 else HOPPER)
+        yield Compile(f"quantise K={k}", file.quant_token_fp8_kernel, types, constants, WITH_FP8)
     for m in (1, 64, 512, 4096):
         types = {**LINEAR, "x_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv", "y_ptr": "*bf16"}
-        constants = {"HAS_BIAS": True, "EVEN_K": True, **twin("int8_linear").int8_options(m, 3456), **rounding}
-        on, units = (FIRST, FP8) if m == 4096 else (HOPPER, {})
-        yield Compile(f"M={m}", file.fp8_linear_kernel, types, constants, on, units)
+        constants = {"HAS_BIAS": True, "EVEN_K": True, **file.fp8_options(m, 3456), **rounding}
+        yield Compile(f"M={m}", file.fp8_linear_kernel, types, constants, WITH_FP8, FP8 if m == 4096 else {})
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -28,6 +28,7 @@ from ._case import (
     NVIDIA,
     TOLERANCE,
     TWO,
+    WITH_FP8,
     Compile,
     needs_fp8,
     relative_rms,
@@ -96,6 +97,10 @@ def compile_cases() -> Iterator[Compile]:
             if (k, size) == (1152, 128):
                 on, units = NVIDIA, FLOAT  # hot, but AMD's compiler spills it
             yield Compile(f"K={k} b={size} gated={gated}", kernel, types, constants, on, units, mixed=True)
+    for k, gated in ((1152, True), (1152, False), (3072, True), (3072, False)):
+        constants = {"HAS_BRANCH": gated, "HAS_GATE": gated, "HAS_MOD": True, "LAYER": True, "AFFINE": 0}
+        constants |= tile_constants(k, 0, "fp8")
+        yield Compile(f"K={k} gated={gated} to fp8", kernel, types, constants, WITH_FP8)
     for k, size, out in ((1152, 0, "fp4"), (1152, 64, "fp4g16"), (3072, 128, "fp4"), (5120, 0, "fp4g16")):
         constants = {"HAS_BRANCH": False, "HAS_GATE": False, "HAS_MOD": True, "LAYER": True, "AFFINE": 0}
         constants |= tile_constants(k, size, out)
