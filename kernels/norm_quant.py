@@ -86,7 +86,8 @@ def _gate_reference(residual: Tensor, rest: list[Tensor], norm: Norm, transform:
     return h, *_reference(h, norm, transform)
 
 
-def _check_stream(op: str, stream: list[Tensor]) -> None:
+def check_stream(op: str, stream: list[Tensor]) -> None:
+    """Raise ValueError unless this is [residual, branch] or [residual, branch, gate] of one shape."""
     expect(len(stream) in (2, 3), op, "stream to be [residual, branch] or [residual, branch, gate]", len(stream))
     residual, branch, *gate = stream
     check_float(op, residual)
@@ -147,19 +148,19 @@ def _define_gate_norm_quant(name: str, form: str) -> Any:
         block_size: int,
         hadamard_kind: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        _check_stream(name, stream)
+        check_stream(name, stream)
         args = (mod, affine, transform, kind, eps, block_size, hadamard_kind)
         return _gate_reference(stream[0], stream[1:], *_parse(name, form, stream[0], *args))
 
     @op.register_fake
     def _(stream: list[Tensor], *args: Any) -> Gated:
-        _check_stream(name, stream)
+        check_stream(name, stream)
         _, transform = _parse(name, form, stream[0], *args)
         return stream[0].new_empty(stream[0].shape), *transform.empty(stream[0], stream[0].shape[1])
 
     @op.register_cuda
     def _(stream: list[Tensor], *args: Any) -> Gated:
-        _check_stream(name, stream)
+        check_stream(name, stream)
         parsed = _parse(name, form, stream[0], *args)
         found: Gated = dispatch.run(name, _gate_reference, stream[0], stream[1:], *parsed)
         return found
@@ -214,3 +215,6 @@ Raises ValueError when a shape, dtype, size or kind does not fit.
 
 gate_norm_quant_fp8 = _define_gate_norm_quant("gate_norm_quant_fp8", "fp8")
 """`gate_norm_quant` with codes float8_e4m3fn [M, K] and scale[m] = amax[m] / 448."""
+
+GATE_NORM_QUANT = {"int8": gate_norm_quant, "fp8": gate_norm_quant_fp8}
+"""Form of `transform.FORMS` -> `gate_norm_quant` to it; the other forms have none."""

@@ -8,6 +8,7 @@ TWINS = {
     "int8_linear_low_rank": "int8_linear_low_rank",
     "norm_down": "low_rank_down",
     "act_down": "low_rank_down",
+    "gate_add": "gate_add",
     "int4_to_int8": "int4_decode",
     "int4_linear": "int4_linear",
     "int4_weight_linear": "weight_linear",
