@@ -83,6 +83,11 @@ class Format:
         """
         return None
 
+    def to_fp8(self, tensors: Tensors, k: int, spec: FormatSpec) -> tuple[Tensor, Tensor] | None:
+        """float8_e4m3fn [N, K] values and float32 [N] scales that are *exactly* this weight; None when there are none.
+        As `to_int8`, for activations in fp8."""
+        return None
+
     def quantize_rows(self, x: Tensor, spec: FormatSpec) -> tuple[Tensor, Tensor] | None:
         """As an activation format: x float [M, K] -> int8 codes [M, K] and float32 scales [M], whose product is what x
         is quantised to; None for a format without such a form, whose activations go through `encode` and `decode`."""
@@ -93,8 +98,8 @@ class Format:
         return None
 
     def row_form(self, spec: FormatSpec) -> str | None:
-        """The `kernels.transform.FORMS` that `quantize_rows` has: fused producers write that too; None for no form of
-        theirs."""
+        """As an activation format: which of `kernels.transform.FORMS` its rows have, those of `quantize_rows` where it
+        gives any; fused producers write that too. None for no form of theirs."""
         return None
 
     def ops(self, spec: LayerSpec) -> tuple[str, ...]:

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..kernels.fp8_linear import E4M3
 from ..kernels.op import FAKES
 from .fusion import find_fusion
-from .stage import Norm, Stage
+from .stage import Norm, Stage, Sum
 
 Steps = tuple[tuple[str, ...], ...]
 """Ops in the order they run, and for each step those of which one runs: the block's code says which."""
@@ -44,9 +45,12 @@ def stage_ops(stage: Stage) -> Steps:
     """The ops of one stage whose layers are on the meta device and can be fused."""
     stage.ready()
     x = torch.empty(1, stage.k, dtype=torch.bfloat16, device="meta")
-    normed, rows = _ops_of(lambda: stage.norm(x, Norm("layer", 0.0)))
+    norm = Norm("layer", 0.0)
+    normed, rows = _ops_of(lambda: stage.norm(x, norm))
     acted, _ = _ops_of(lambda: stage.act(x))
-    steps = _either(normed, acted)
+    # behind a product in fp8, which stages of fp8 layers are, a norm adds
+    summed = _ops_of(lambda: stage.norm_sum(Sum(x, x), norm))[0] if rows.values.dtype == E4M3 else []
+    steps = _either(normed, summed, acted)
     split, outputs = _ops_of(lambda: stage.linear(rows))
     if len(stage.places) > 1:
         return steps + _either(split)

@@ -94,5 +94,7 @@ def are_others(known: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> bool:
 
 
 def _is_weight_only(layer: nn.Module) -> bool:
+    """Whether it is, and has a kernel: without one, the weights of all blocks would be decoded at once."""
     assert isinstance(layer, CompressedLinear)
-    return layer.spec == LayerSpec(layer.spec.weight, hadamard=layer.spec.hadamard)
+    spec = layer.spec
+    return spec == LayerSpec(spec.weight, hadamard=spec.hadamard) and len(spec.weight.resolve().ops(spec)) > 0

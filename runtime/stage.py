@@ -3,12 +3,14 @@
     rows = stage.norm(x, ...) | stage.act(x, ...)   norm + modulation, or activation, + scale + rotation + quantisation
     outputs = stage.linear(rows)                    one product for all layers
     h = stage.add(rows, residual, gate)             the product, gated and added to the residual
+    h, rows = after.norm_sum(stage.sum(rows, residual, gate), ...)      the last, and the first of the stage after it
 
 Each line is one kernel where the layers allow it: their inputs are scaled, rotated and quantised alike, to int8 codes
-with one scale for each token, and their weights are exactly int8. For low-rank branches the first line has another one,
-their down-projection, which reads what the codes are made of; the up-projection is the end of the product. Where the
-layers do not allow it (a LoRA layer, float activations), the same three calls run them as they are. What a stage
-computes in one kernel it rounds once, at the end.
+with one scale for each token, and their weights are exactly int8; or all of it in fp8. For low-rank branches the first
+line has another one, their down-projection, which reads what the codes are made of; the up-projection is the end of the
+product. Where the layers do not allow it (a LoRA layer, float activations), the same calls run them as they are. What a
+stage computes in one kernel it rounds once, at the end. A product in fp8 is a vendor's, which adds nothing: `add` is a
+second kernel behind it, and in `norm_sum` the norm's kernel adds.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from torch import Tensor, nn
 
 from ..kernels import norm_quant as norms
 from ..kernels.act_quant import act_quant, activated
+from ..kernels.fp8_linear import E4M3, fp8_linear, lacks_fp8
+from ..kernels.gate_add import gate_add
 from ..kernels.int8_linear import int8_linear
 from ..kernels.int8_linear_add import int8_linear_add
 from ..kernels.int8_linear_low_rank import int8_linear_low_rank
@@ -42,6 +46,15 @@ class Rows(NamedTuple):
     scale: Tensor | None
     dtype: torch.dtype
     lows: tuple[Tensor | None, ...] = ()
+
+
+class Sum(NamedTuple):
+    """`residual + gate[b] * branch`, to be added yet: residual and branch [M, N], gate [B, N] or None for ones. Without
+    a branch, the residual is the sum."""
+
+    residual: Tensor
+    branch: Tensor | None = None
+    gate: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -117,12 +130,23 @@ class Stage:
         if not self.ready():
             y = norms.Norm(mod, list(norm.affine), norm.kind, norm.eps).apply(x)
             return Rows(y.to(x.dtype), None, x.dtype)
-        pre_scale, signs, *rotation, form = self._transform()
-        transform, affine = [t for t in (pre_scale, signs) if t is not None], list(norm.affine)
-        codes, row_scale = norms.NORM_QUANT[form](x, mod, affine, transform, norm.kind, norm.eps, *rotation)
-        own = self.layers[0]._buffers.get("pre_quant_scale")
-        lows = self._lows(lambda down: norm_down(x, mod, affine, own, down, norm.kind, norm.eps))
-        return Rows(codes, row_scale, x.dtype, lows)
+        form, last = self._norm_end(norm)
+        codes, row_scale = norms.NORM_QUANT[form](x, mod, *last)
+        return Rows(codes, row_scale, x.dtype, self._norm_lows(x, norm, mod))
+
+    def norm_sum(
+        self, total: Sum, norm: Norm, shift: Tensor | None = None, scale: Tensor | None = None
+    ) -> tuple[Tensor, Rows]:
+        """The sum [M, K], and `norm` of it."""
+        if total.branch is not None and self.ready():
+            form, last = self._norm_end(norm)
+            if form in norms.GATE_NORM_QUANT:
+                mod = [] if shift is None or scale is None else [shift, scale]
+                stream = [t for t in total if t is not None]
+                h, codes, row_scale = norms.GATE_NORM_QUANT[form](stream, mod, *last)
+                return h, Rows(codes, row_scale, h.dtype, self._norm_lows(h, norm, mod))
+        h = value_of(total)
+        return h, self.norm(h, norm, shift, scale)
 
     def act(self, x: Tensor, act: str = "none", prefix: Tensor | None = None) -> Rows:
         """x: float [M, K], or [M, 2K] for a gated activation, through the activation function called `act`; beside the
@@ -133,6 +157,10 @@ class Stage:
         codes, row_scale = act_quant(x, act, *self._transform(), prefix)
         own = self.layers[0]._buffers.get("pre_quant_scale")
         return Rows(codes, row_scale, x.dtype, self._lows(lambda down: act_down(x, act, own, down, prefix)))
+
+    def _norm_lows(self, x: Tensor, norm: Norm, mod: list[Tensor]) -> tuple[Tensor | None, ...]:
+        own = self.layers[0]._buffers.get("pre_quant_scale")
+        return self._lows(lambda down: norm_down(x, mod, list(norm.affine), own, down, norm.kind, norm.eps))
 
     def _lows(self, project: Callable[[Tensor], Tensor]) -> tuple[Tensor | None, ...]:
         return tuple(None if part.down is None else project(part.down) for part in self.parts)
@@ -155,27 +183,34 @@ class Stage:
             return [layer(rows.values) for layer in self.layers]
         found = []
         for part, low in zip(self.parts, rows.lows, strict=True):
-            weight, weight_scale = _weight(part, self.k)
-            args = (rows.values, rows.scale, weight, weight_scale, part.bias)
+            is_fp8 = rows.values.dtype == E4M3
+            args = (rows.values, rows.scale, *_weight(part, self.k, is_fp8), part.bias)
             if low is None:
-                found.append(int8_linear(*args, rows.dtype))
+                found.append((fp8_linear if is_fp8 else int8_linear)(*args, rows.dtype))
             else:
                 found.append(int8_linear_low_rank(*args, part.branch(low), [], rows.dtype))
         return found
 
     def add(self, rows: Rows, residual: Tensor, gate: Tensor | None = None) -> Tensor:
         """`residual + gate[b] * layer(rows)` for a stage of one layer: residual [M, N], gate [B, N] or None."""
-        if rows.scale is None:
-            y = self.layers[0](rows.values)
-            # a gate may be wider than the residual
-            return (residual + (y if gate is None else spread(gate, len(y)) * y)).to(residual.dtype)
+        return value_of(self.sum(rows, residual, gate))
+
+    def sum(self, rows: Rows, residual: Tensor, gate: Tensor | None = None) -> Sum:
+        """As `add`, which is left to what reads the sum where the product cannot do it."""
+        if rows.scale is None or rows.values.dtype == E4M3:
+            return Sum(residual, self._products(rows)[0], gate)
         part, low = self.parts[0], rows.lows[0]
-        weight, weight_scale = _weight(part, self.k)
-        args = (rows.values, rows.scale, weight, weight_scale, part.bias)
+        args = (rows.values, rows.scale, *_weight(part, self.k), part.bias)
         if low is None:
-            return int8_linear_add(*args, residual, gate)
+            return Sum(int8_linear_add(*args, residual, gate))
         stream = [residual] if gate is None else [residual, gate]
-        return int8_linear_low_rank(*args, part.branch(low), stream, residual.dtype)
+        return Sum(int8_linear_low_rank(*args, part.branch(low), stream, residual.dtype))
+
+    def _norm_end(self, norm: Norm) -> tuple[str, tuple[Any, ...]]:
+        """The form of the rows, and the arguments of a producer of `NORM_QUANT` after its modulation."""
+        pre_scale, signs, *rotation, form = self._transform()
+        transform = [t for t in (pre_scale, signs) if t is not None]
+        return form, (list(norm.affine), transform, norm.kind, norm.eps, *rotation)
 
     def _transform(self) -> tuple[Tensor | None, Tensor | None, int, str, str]:
         """pre_scale, signs, block_size and kind of the rotation: what is done to the input before it is quantised; and
@@ -194,9 +229,9 @@ def layers_at(places: Sequence[Place]) -> tuple[nn.Module, ...]:
     return tuple(parent._modules[name] for parent, name in places)  # type: ignore[misc]
 
 
-def spread(per_sample: Tensor, rows: int) -> Tensor:
-    """[B, N] -> [rows, N]: every sample's row repeated for its rows / B tokens."""
-    return per_sample.repeat_interleave(rows // len(per_sample), dim=0)
+def value_of(total: Sum) -> Tensor:
+    """The sum itself [M, N]."""
+    return total.residual if total.branch is None else gate_add(total.residual, total.branch, total.gate)
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -220,12 +255,18 @@ def _refusal(layer: nn.Module) -> str | None:
     spec = layer.spec
     if spec.activation is None:
         return "activations stay in the compute dtype"
-    if _form(spec.activation) is None:
+    form = _form(spec.activation)
+    if form is None:
         return f"no fused kernel quantises activations to {spec.activation.format}"
     tensors = {name: t.to("meta") for name, t in layer.tensors().items()}
-    if spec.weight.resolve().to_int8(tensors, layer.in_features, spec.weight) is None:
-        return f"format {spec.weight.format} is not exact in int8"
-    return None
+    fmt, is_fp8 = spec.weight.resolve(), form == "fp8"
+    if (fmt.to_fp8 if is_fp8 else fmt.to_int8)(tensors, layer.in_features, spec.weight) is None:
+        return f"format {spec.weight.format} is not exact in {'fp8' if is_fp8 else 'int8'}"
+    if is_fp8 and spec.rank:
+        return "no fp8 product adds a low-rank branch"
+    device = layer.tensors()["weight"].device
+    # of a model on the meta device, which is only looked at, this machine's GPU is asked
+    return lacks_fp8(torch.device("cuda") if device.type == "meta" else device) if is_fp8 else None
 
 
 def reads_alike(one: nn.Module, other: nn.Module) -> bool:
@@ -243,7 +284,8 @@ def reads_alike(one: nn.Module, other: nn.Module) -> bool:
     return all(a is None or (b is not None and are_equal(a, b)) for a, b in pairs)
 
 
-def _weight(part: Part, k: int) -> tuple[Tensor, Tensor]:
-    found = part.spec.resolve().to_int8(part.tensors, k, part.spec)
+def _weight(part: Part, k: int, is_fp8: bool = False) -> tuple[Tensor, Tensor]:
+    fmt = part.spec.resolve()
+    found = (fmt.to_fp8 if is_fp8 else fmt.to_int8)(part.tensors, k, part.spec)
     assert found is not None
     return found

@@ -25,6 +25,7 @@ class Fp8(ScalarFormat):
     """weight float8_e4m3fn [N, K], weight_scale float32 [N]."""
 
     tag = "f8"
+    by_rows = True
 
     def layout(self, n: int, k: int, spec: FormatSpec) -> dict[str, TensorLayout]:
         return {"weight": TensorLayout((n, k), E4M3), "weight_scale": TensorLayout((n,), torch.float32)}
@@ -55,6 +56,12 @@ class Fp8(ScalarFormat):
 
     def unpack(self, packed: Tensor, k: int) -> Tensor:
         return packed.view(torch.int8)
+
+    def to_fp8(self, tensors: Tensors, k: int, spec: FormatSpec) -> tuple[Tensor, Tensor]:
+        return tensors["weight"], tensors["weight_scale"]
+
+    def row_form(self, spec: FormatSpec) -> str:
+        return "fp8"
 
     def ops(self, spec: LayerSpec) -> tuple[str, ...]:
         return ("quant_token_fp8", "fp8_linear") if spec.activation == TOKEN else ()

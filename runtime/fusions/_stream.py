@@ -55,8 +55,8 @@ class Stream:
 
     def finish(self, h: Tensor, attended: Tensor, mods: tuple[Tensor, ...]) -> Tensor:
         """The block after attention: [B * T, K] -> [B * T, K]."""
-        h = self.out.add(self.out.act(attended), h, mods[2])
-        rows = self.up.norm(h, self.norm2, mods[3], mods[4])
+        total = self.out.sum(self.out.act(attended), h, mods[2])
+        h, rows = self.up.norm_sum(total, self.norm2, mods[3], mods[4])
         return self.down.add(self.down.act(self.up.product(rows), self.act), h, mods[5])
 
 

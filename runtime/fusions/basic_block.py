@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...kernels.attention import attend
 from ..fusion import FusedBlock, Fusion
-from ..stage import Norm, Place, Stage
+from ..stage import Norm, Place, Stage, Sum, value_of
 from ._stream import activation_of
 from ._text import TextBlock
 
@@ -67,10 +67,10 @@ class FusedBasicBlock(TextBlock):
         rows = self.qkv.norm(h, self.norm1, shift, scale)
         heads = self.block.attn1.heads
         q, k, v = self.qkv.product(rows).view(b, t, 3, heads, -1).unbind(2)
-        h = self.out.add(self.out.act(attend(q, k, v, None)), h, gate)
+        total = self.out.sum(self.out.act(attend(q, k, v, None)), h, gate)
         if self.block.attn2 is not None:
-            h = self._cross(h, b, encoder_hidden_states, encoder_attention_mask)
-        rows = self.up.norm(h, self.norm2, mlp_shift, mlp_scale)
+            total = self._cross(value_of(total), b, encoder_hidden_states, encoder_attention_mask)
+        h, rows = self.up.norm_sum(total, self.norm2, mlp_shift, mlp_scale)
         rows = self.down.act(self.up.product(rows), self.act)
         return self.down.add(rows, h, mlp_gate).view(b, t, width)
 
@@ -92,7 +92,7 @@ class FusedBasicBlock(TextBlock):
         tables = torch.stack([fused.block.scale_shift_table for fused in self.siblings])
         return tables[:, None] + timestep.reshape(1, batch, 6, -1)
 
-    def _cross(self, h: Tensor, batch: int, encoder_hidden_states: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _cross(self, h: Tensor, batch: int, encoder_hidden_states: Tensor | None, mask: Tensor | None) -> Sum:
         """Attention to the text, whose tokens every query sees; the input is not normalised (as in PixArt)."""
         attention = self.block.attn2
         source = h.view(batch, -1, h.shape[1]) if encoder_hidden_states is None else encoder_hidden_states
@@ -106,7 +106,7 @@ class FusedBasicBlock(TextBlock):
             mask = mask[:, :1] if len(given) == batch else mask  # one for all heads
         q = q.view(batch, -1, attention.heads, q.shape[1] // attention.heads)
         k, v = (x.unflatten(1, (attention.heads, -1)).unflatten(0, (batch, length)) for x in (k, v))
-        return self.cross_out.add(self.cross_out.act(attend(q, k, v, mask)), h)
+        return self.cross_out.sum(self.cross_out.act(attend(q, k, v, mask)), h)
 
 
 class BasicBlock(Fusion):

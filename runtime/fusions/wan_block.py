@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...kernels.attention import attend
 from ...kernels.head_norm_rope import head_norm_rope
 from ..fusion import FusedBlock, Fusion
-from ..stage import Norm, Stage
+from ..stage import Norm, Stage, Sum, value_of
 from ._stream import activation_of, heads_refusal, norm_weights
 from ._text import TextBlock
 
@@ -41,20 +41,23 @@ class FusedWanBlock(TextBlock):
         qkv = self.qkv.product(self.qkv.norm(h, self.norm1, shift, scale)).view(b, t, -1)
         rope = [table.float().reshape(t, -1) for table in rotary_emb]
         q, k, v = head_norm_rope(qkv, norm_weights(a.norm_q, a.norm_k), None, [], rope, a.heads, a.norm_q.eps)
-        h = self.out.add(self.out.act(attend(q, k, v, None)), h, gate)
-        h = self._cross(h, encoder_hidden_states)
-        rows = self.up.norm(h, self.norm3, mlp_shift, mlp_scale)
+        total = self._cross(self.out.sum(self.out.act(attend(q, k, v, None)), h, gate), encoder_hidden_states)
+        h, rows = self.up.norm_sum(total, self.norm3, mlp_shift, mlp_scale)
         return self.down.add(self.down.act(self.up.product(rows), self.act), h, mlp_gate).view(b, t, width)
 
-    def _cross(self, h: Tensor, text: Tensor) -> Tensor:
+    def _cross(self, total: Sum, text: Tensor) -> Sum:
         a, (b, length, _) = self.block.attn2, text.shape
-        rows = self.cross_q.act(h) if self.norm2 is None else self.cross_q.norm(h, self.norm2)
+        if self.norm2 is None:
+            h = value_of(total)
+            rows = self.cross_q.act(h)
+        else:
+            h, rows = self.cross_q.norm_sum(total, self.norm2)
         (q,) = self.cross_q.linear(rows)
         k, v = self.keys_and_values(text)
         q, k = a.norm_q(q), a.norm_k(k)
         q = q.view(b, -1, a.heads, q.shape[1] // a.heads)
         k, v = (x.unflatten(1, (a.heads, -1)).unflatten(0, (b, length)) for x in (k, v))
-        return self.cross_out.add(self.cross_out.act(attend(q, k, v, None)), h)
+        return self.cross_out.sum(self.cross_out.act(attend(q, k, v, None)), h)
 
 
 class WanBlock(Fusion):

@@ -1,6 +1,7 @@
 """Fused blocks: the same numbers as the model's own blocks, whatever is done to the model before or after."""
 
 import copy
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,6 +9,7 @@ import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vdit_quant.kernels import dispatch
 from vdit_quant.quantize.compose import Choices, compress_linear
@@ -17,6 +19,7 @@ from vdit_quant.quantize.spec import LayerSpec
 from vdit_quant.runtime import linear, modulation, stage
 from vdit_quant.runtime.attach import attach, linear_layers
 from vdit_quant.runtime.family import find_family
+from vdit_quant.runtime.fused_ops import fused_ops
 from vdit_quant.runtime.fusion import FusedBlock, fuse, report, unfuse
 from vdit_quant.runtime.fusions.basic_block import BasicBlock
 from vdit_quant.runtime.linear import CompressedLinear
@@ -101,8 +104,10 @@ def call(
     timestep = torch.tensor([300, 300]) if timestep is None else timestep
     if case.kind.startswith("Flux"):  # scaled in its own dtype
         timestep = timestep.to(made["hidden_states"].dtype)
-    out: Tensor = model(**made, timestep=timestep, **case.extra, return_dict=False)[0]
-    return out
+    device = next(model.parameters()).device
+    made = {name: t.to(device) for name, t in {**made, "timestep": timestep, **case.extra}.items()}
+    out: Tensor = model(**made, return_dict=False)[0]
+    return out.cpu()
 
 
 def compress(model: nn.Module, spec: str = "w4g16-a8tok-h16", specs: dict[str, str] | None = None) -> nn.Module:
@@ -152,6 +157,7 @@ FUSED = (
     "w8-a8tok", "w4g16-a8tok-h16", "w3g32-a8tok", "wvq2-a8tok", "wvq3-a8tok", "wt-a8tok", "wfp4-a8tok",
     "wfp4-ae2m1tok-h16", "we2m1g32-ae2m1tok", "wfp4-ae2m1g16-h32", "w8-ae2m1g32", "wvq3-ae2m1tok", "wt-ae2m1tok",
     "w8-a8tok-r4", "w4g16-a8tok-s-h16-r8", "wfp4-ae2m1g16-h32-r16", "wvq2-a8tok-r5",
+    "wf8-af8tok", "wf8-af8tok-h16",
 )  # fmt: skip
 NOT_FUSED = {
     "w4g16": "activations stay in the compute dtype",
@@ -160,6 +166,9 @@ NOT_FUSED = {
     "w4g16-a4g16-h16-r4": "no fused kernel quantises activations to int4",
     "w4g16-r4": "activations stay in the compute dtype",
     "wmxfp4g32-a8tok-r4": "format mxfp4 is not exact in int8",
+    "wf8-a8tok": "format fp8 is not exact in int8",
+    "w8-af8tok": "format int8 is not exact in fp8",
+    "wf8-af8tok-r4": "no fp8 product adds a low-rank branch",
 }
 
 
@@ -307,10 +316,15 @@ class Doubled(nn.Module):
 
 
 @pytest.mark.slow
-def test_torch_compile_has_no_graph_break(case: Case) -> None:
+@pytest.mark.parametrize(
+    ("kind", "short_name"),
+    [*((kind, "w4g16-a8tok-h16") for kind in CASES), ("dit", "wf8-af8tok"), ("wan", "wf8-af8tok")],
+)
+def test_torch_compile_has_no_graph_break(kind: str, short_name: str) -> None:
     torch._dynamo.reset()
+    case = CASES[kind]
     case = replace(case, config={**case.config, "num_layers": 2})  # tracing takes most of the time
-    model = fuse(compress(build(case)), cpu=True)
+    model = fuse(compress(build(case), short_name), cpu=True)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     expected = call(model, case)
     assert torch.equal(call(compiled, case), expected)
@@ -478,6 +492,105 @@ def test_modulation_layers_whose_signs_differ_run_one_by_one(monkeypatch: pytest
     expected = call(model, CASES["flux"])
     monkeypatch.setattr(Modulation, "_product", lambda *args: pytest.fail("they were joined"))
     assert close(call(fuse(model, cpu=True), CASES["flux"]), expected)
+
+
+class Counted(TorchDispatchMode):
+    """Counts the calls of our ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "vdit_quant":
+            self.calls[func._schema.name.split("::")[1]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def counted(model: nn.Module, case: Case) -> dict[str, int]:
+    """Op -> its calls in one forward, but for attention and what makes the modulation."""
+    with Counted() as mode:
+        call(model, case)
+    return {
+        name: n for name, n in mode.calls.items() if name not in ("attention", "head_norm_rope", "int8_weight_linear")
+    }
+
+
+def test_an_fp8_block_adds_its_attention_in_the_norm_behind_it() -> None:
+    case = CASES["dit"]
+    assert counted(compressed(case, "wf8-af8tok"), case) == {"quant_token_fp8": 3 * 6, "fp8_linear": 3 * 6}
+    block = {"norm_quant_fp8": 1, "fp8_linear": 4, "act_quant": 2, "gate_norm_quant_fp8": 1, "gate_add": 1}
+    assert counted(fuse(compressed(case, "wf8-af8tok"), cpu=True), case) == {name: 3 * n for name, n in block.items()}
+    told = fused_ops(compressed(case, "wf8-af8tok").to("meta"))  # for `inspect`
+    assert {op for steps in told.values() for step in steps for op in step} == block.keys()
+
+
+@pytest.mark.parametrize(
+    ("specs", "ops"),
+    [
+        ({"proj": "w8-a8tok"}, {"gate_norm_quant": 3, "int8_linear": 3, "gate_add": 3}),
+        ({"proj": "w8-ae2m1tok"}, {"norm_quant_fp4": 3, "gate_add": 6}),
+        ({"to_out.0": "w8-a8tok"}, {"int8_linear_add": 3, "norm_quant_fp8": 6}),
+        ({"to_out.0": "w8"}, {"gate_norm_quant_fp8": 3, "gate_add": 3}),
+        ({"proj": "w8"}, {"norm_quant_fp8": 3, "gate_add": 6}),
+    ],
+)
+def test_what_an_fp8_stage_adds_is_added_by_whatever_reads_it(specs: dict[str, str], ops: dict[str, int]) -> None:
+    model = compressed(CASES["dit"], "wf8-af8tok", specs)
+    expected = call(model, CASES["dit"])
+    fuse(model, cpu=True)
+    assert counted(model, CASES["dit"]).items() >= ops.items()
+    assert close(call(model, CASES["dit"]), expected)
+
+
+@pytest.mark.parametrize("short_name", ["w8-a8tok", "wf8-af8tok"])
+@pytest.mark.parametrize("kind", ["dit", "flux"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpus(1))])
+@torch.no_grad()
+def test_in_bfloat16_fused_is_unfused_to_twice_the_error_of_the_plain_model(
+    device: str, kind: str, short_name: str
+) -> None:
+    case = CASES[kind]
+    inputs = {name: torch.bfloat16 for name in case.shapes}
+    plain = build(case).to(device, torch.bfloat16)
+    exact = call(copy.deepcopy(plain).float(), case)
+    own = (call(plain, case, dtypes=inputs) - exact).norm() / exact.norm()
+    model = compress(plain, short_name)
+    expected = call(model, case, dtypes=inputs)
+    found = call(fuse(model, cpu=True), case, dtypes=inputs)
+    assert found.dtype == expected.dtype
+    assert (found - expected).norm() / expected.norm() < 2 * own
+
+
+def test_the_fp8_codes_of_a_sample_do_not_depend_on_its_batch() -> None:
+    block = fuse(compressed(CASES["dit"], "wf8-af8tok"), cpu=True).transformer_blocks[0].forward.__self__
+    x, branch = torch.randn(2, 4 * 5, 64) * torch.logspace(-3, 3, 4).repeat_interleave(5)[:, None]
+    mods = torch.randn(3, 4, 64)
+
+    def rows(sample: slice) -> list[stage.Rows]:
+        tokens = slice(5 * sample.start, 5 * sample.stop)
+        gate, *mod = (m[sample] for m in mods)
+        summed = block.up.norm_sum(stage.Sum(x[tokens], branch[tokens], gate), block.norm2, *mod)[1]
+        return [block.qkv.norm(x[tokens], block.norm1, *mod), summed, block.out.act(x[tokens])]
+
+    together = rows(slice(0, 4))
+    for i in range(4):
+        for alone, among in zip(rows(slice(i, i + 1)), together, strict=True):
+            assert alone.values.dtype == torch.float8_e4m3fn
+            assert torch.equal(alone.values.float(), among.values[5 * i : 5 * i + 5].float())
+            assert torch.equal(alone.scale, among.scale[5 * i : 5 * i + 5])
+
+
+def test_a_gpu_without_fp8_runs_such_layers_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    reason = "fp8 needs compute capability 8.9"
+    skeleton = compressed(CASES["dit"], "wf8-af8tok").to("meta")
+    found = report(skeleton, find_family(skeleton).block_names(skeleton))
+    assert found == {"BasicTransformerBlock": f"3 not fused ({reason})"}
+    assert fused_blocks(fuse(skeleton)) == 0
+    integers = compressed(CASES["dit"], "w8-a8tok").to("meta")
+    assert report(integers, ["transformer_blocks.0"]) == {"BasicTransformerBlock": "1 fused"}
 
 
 def test_the_report_names_what_is_not_fused() -> None:
