@@ -47,8 +47,8 @@ MODELS: dict[str, tuple[Shape, int, str]] = {
     "flux-b1": (random_models.flux(), 1, "FLUX-shaped, 4 + 8 blocks, batch 1, 4096 + 512 tokens"),
 }
 RECIPES = (
-    "w8a8", "w4a8", "w4a8-mod4", "w4a4", "fp4", "w3a8", "w2a8", "ternary-a8", "svdquant-w4a8", "svdquant-w4a4",
-    "svdquant-fp4",
+    "w8a8", "w8a8-fp8", "w4a8", "w4a8-mod4", "w4a4", "fp4", "w3a8", "w2a8", "ternary-a8", "svdquant-w4a8",
+    "svdquant-w4a4", "svdquant-fp4",
 )  # fmt: skip
 COARSE = ("w4a4", "fp4", "svdquant-w4a4", "svdquant-fp4")
 """Recipes whose activations have so few codes that what bf16 rounds flips many: their distance from unfused is held
