@@ -38,7 +38,8 @@ def _check(
     ok = low.shape[1] % r == 0 if owner else low.shape[1] == r
     expect(ok, OP, f"a low of {r} columns{' a layer' * bool(owner)}", low)
     if owner:
-        expect(owner[0].dtype == torch.uint8 and owner[0].shape == (n,), OP, f"owner torch.uint8 of {n}", owner[0])
+        ok = owner[0].dtype == torch.uint8 and owner[0].dim() == 1 and len(owner[0]) > 0 and n % len(owner[0]) == 0
+        expect(ok, OP, f"an owner torch.uint8 of a length that divides {n}", owner[0])
     expect(len(stream) < 3, OP, "stream to be [], [residual] or [residual, gate]", f"{len(stream)} tensors")
     if stream:
         ok = stream[0].shape == (m, n) and stream[0].dtype == out_dtype
@@ -78,7 +79,7 @@ def _wide_up(low: Tensor, up: Tensor, owner: list[Tensor]) -> Tensor:
         return up
     n, r = up.shape
     wide = up.new_zeros(n, low.shape[1] // r, r)
-    wide[torch.arange(n, device=up.device), owner[0].long()] = up
+    wide[torch.arange(n, device=up.device), owner[0].long().repeat_interleave(n // len(owner[0]))] = up
     return wide.view(n, -1)
 
 
@@ -93,15 +94,15 @@ def int8_linear_low_rank(
     stream: list[Tensor],
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """y[m, n] = int8_linear(...)[m, n] + sum_r low[m, owner[n] * R + r] * up[n, r], in fp32 and rounded once; with a
-    stream, residual[m, n] + gate[m // (M / B), n] times that.
+    """y[m, n] = int8_linear(...)[m, n] + sum_r low[m, owner[n // U] * R + r] * up[n, r], in fp32 and rounded once; with
+    a stream, residual[m, n] + gate[m // (M / B), n] times that.
 
     codes: int8 [M, K]; scale: fp32 [M], both from `quant_token`
     weight: int8 [N, K], K contiguous; weight_scale: fp32 [N]
     bias: float [N] or None
     branch: [low, up] or [low, up, owner]; low: float [M, L * R], any row stride, the input through the
-        down-projections of L layers (`norm_down`, `act_down`); up: float [N, R], read as low's dtype; owner: uint8 [N],
-        never falling, the layer that a row of the weight belongs to; without it there is one
+        down-projections of L layers (`norm_down`, `act_down`); up: float [N, R], read as low's dtype; owner: uint8
+        [N / U], the layer, never less than the one before, of every U rows of the weight; without it there is one
     stream: [], [residual] or [residual, gate]; residual: out_dtype [M, N]; gate: float [B, N], one row a sample of
         M / B tokens
     returns: out_dtype [M, N]; on GPUs a row does not depend on the other rows of its batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ class Part:
     """Layers in a row that are stored alike, as one weight: their tensors are views of `tensors`.
 
     Low-rank branches are among these: `proj_down` [L * R, K] of all layers, `proj_up` [N, R] by rows, as the weight is.
+    `proj_owner` uint8 [N / U], which is never stored, says whose U rows in turn are.
     """
 
     tensors: Tensors
@@ -35,7 +37,7 @@ class Part:
     def branch(self, low: Tensor) -> list[Tensor]:
         """The branch as `int8_linear_low_rank` takes it; low: [M, L * R]."""
         found = [low, self.tensors["proj_up"]]
-        return [*found, self.tensors["weight_owner"]] if len(self.sizes) > 1 else found
+        return [*found, self.tensors["proj_owner"]] if len(self.sizes) > 1 else found
 
 
 def are_equal(one: Tensor, other: Tensor) -> bool:
@@ -94,13 +96,20 @@ def _join(layers: list[CompressedLinear]) -> Part:
         tensors[name] = torch.cat(each)
         for layer, view in zip(layers, tensors[name].split([len(t) for t in each]), strict=True):
             layer._buffers[name] = view
-    if fmt.stacked or layers[0].spec.rank:
-        numbers = torch.arange(len(layers), dtype=torch.uint8)
-        owner = numbers.repeat_interleave(torch.tensor(sizes))
-        tensors["weight_owner"] = owner.to(layers[0].tensors()["weight"].device)
+    device = layers[0].tensors()["weight"].device
+    if fmt.stacked:
+        tensors["weight_owner"] = _owners(sizes).to(device)
+    if layers[0].spec.rank:
+        unit = math.gcd(*sizes)
+        tensors["proj_owner"] = _owners([size // unit for size in sizes]).to(device)
     if layers[0].bias is None:
         return Part(tensors, None, spec, sizes)
     biases = torch.cat([layer.bias.detach() for layer in layers])
     for layer, view in zip(layers, biases.split(sizes), strict=True):
         layer.bias = nn.Parameter(view, requires_grad=False)
     return Part(tensors, biases, spec, sizes)
+
+
+def _owners(sizes: list[int]) -> Tensor:
+    """uint8 [sum of sizes]: the number of the layer that each belongs to."""
+    return torch.arange(len(sizes), dtype=torch.uint8).repeat_interleave(torch.tensor(sizes))

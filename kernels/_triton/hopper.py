@@ -5,7 +5,7 @@ The portable Triton kernel gives the same bits: which of the two runs is a matte
 """
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,26 @@ PROCESSORS = 132
 """Of an H100 SXM or H200: what the cost of a shape is estimated for."""
 EPILOGUE_K = 385
 """An epilogue costs as much as this many terms of the sum (H200: 1.8 us and 4.7 ns a term, tile 256 x 128)."""
+
+
+class Ending(NamedTuple):
+    """What follows the scaled sums of a product: a low-rank branch; the bias; gate and residual.
+
+    residual: y.dtype [M, N]; gate: float [B, N]; tokens: of a sample, where there is a gate
+    low, up, owner: as `int8_linear_low_rank` takes them
+    """
+
+    residual: Tensor | None = None
+    gate: Tensor | None = None
+    tokens: int = 0
+    low: Tensor | None = None
+    up: Tensor | None = None
+    owner: Tensor | None = None
+
+    def unit(self, n: int) -> int:
+        """Columns of y, of n, that are one layer's."""
+        return n if self.owner is None else n // len(self.owner)
+
 
 KERNELS = GluonFile("int8_hopper", "int8 products run the portable Triton kernel", hopper=True)
 
@@ -69,11 +89,14 @@ def cost(options: Options, m: int, n: int, k: int) -> float:
 
 
 @cache
-def heuristic(op: str, m: int, n: int, k: int) -> Options | None:
-    """The tile with the least estimated cost; None for so few tokens that the portable kernel is faster."""
+def heuristic(op: str, m: int, n: int, k: int, unit: int = 0) -> Options | None:
+    """The tile with the least estimated cost; None for so few tokens that the portable kernel is faster, or where no
+    tile is part of one layer of `unit` columns (0: it may be of several)."""
     if m < 256 or m * n < 128 * 128 * PROCESSORS:
         return None
-    return min(ADDED if op == "int8_linear_add" else STORED, key=lambda options: cost(options, m, n, k))
+    tiles = ADDED if op == "int8_linear_add" else STORED
+    fitting = [options for options in tiles if unit % options["BN"] == 0]
+    return min(fitting, key=lambda options: cost(options, m, n, k)) if fitting else None
 
 
 def candidates(op: str, m: int, n: int, k: int) -> list[Options]:
@@ -90,29 +113,39 @@ def note(op: str, device: torch.device, **_: Any) -> str | None:
     return KERNELS.note(device)
 
 
-def launch(op: str, tensors: tuple[Tensor | None, ...], y: Tensor, options: Options | None, added: Any = None) -> bool:
+def launch(op: str, tensors: tuple[Any, ...], y: Tensor, options: Options | None, ending: Ending = Ending()) -> bool:
     """Run the Hopper kernel where it can run and is due; False: the caller runs the portable one.
 
+    op: whose tiles are meant, `int8_linear_add` with a residual, else `int8_linear`
     tensors: codes, scale, weight, weight_scale, bias or None, all dense
     options: of the launch table, None when it has none
-    added: residual [M, N], gate [B, N] or None, tokens of a sample; for `int8_linear_add`
     """
     if (options is not None and "variant" not in options) or (kernels := KERNELS.on(y.device)) is None:
         return False
-    (m, k), n = tensors[0].shape, y.shape[1]  # type: ignore[union-attr]
-    options = options or heuristic(op, m, n, k)
-    if options is None or k % 16 or n % 8 or y.itemsize != 2:
+    (m, k), n = tensors[0].shape, y.shape[1]
+    unit = 0 if ending.owner is None else ending.unit(n)
+    if options is None or unit % options["BN"]:
+        options = heuristic(op, m, n, k, unit)
+    if options is None or k % 16 or n % 8 or y.itemsize != 2 or not _is_loadable(ending.low, ending.up):
         return False
     addresses = 0
-    for tensor in (*tensors, *(added[:1] if added else ())):
+    for tensor in (*tensors, ending.residual, ending.low, ending.up):
         addresses |= 0 if tensor is None else tensor.data_ptr()
     if addresses % 16:
         return False
     try:
-        kernels.launch(*tensors, y, options, added)
+        kernels.launch(*tensors, y, options, ending)
     except Exception as error:
         if launch_table.is_forced(op):  # while tuning, a kernel that this Triton cannot compile is a candidate less
             raise
         KERNELS.leave(y.device, error)
         return False
     return True
+
+
+def _is_loadable(low: Tensor | None, up: Tensor | None) -> bool:
+    """Whether a branch, if there is one, can be multiplied as it lies in memory."""
+    if low is None or up is None:
+        return True
+    alike = low.dtype == up.dtype and low.itemsize == 2
+    return alike and up.shape[1] % 8 == 0 and low.stride(0) % 8 == 0 and low.stride(1) == 1

@@ -4,6 +4,8 @@ One warp loads tiles by TMA, one to three warpgroups multiply (asynchronous wgmm
 over output tiles, so that the loads of the next tile run under the epilogue of this one. A tile is [NC * CM, BN], CM
 rows for each warpgroup. Triton's integer wgmma is at most 128 columns wide: a wider tile has two accumulators.
 The arithmetic after the sum is that of `tiles.scaled`, step by step, so that the result has the same bits.
+
+A low-rank branch is some more blocks of the loop, in the same buffers, whose products continue in the scaled sums.
 """
 
 # Kernel parameters are typed by what is launched, not by annotations.
@@ -26,7 +28,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .gluon_ranks import as_ranks, load_ranks, scaled_sums, vector
 from .gluon_rows import await_inputs
+from .hopper import Ending
 from .tiles import ROUND_EACH_STEP, overlap
 
 
@@ -43,11 +47,14 @@ def tile_start(tile, M, N, GROUP_M: gl.constexpr, BM: gl.constexpr, BN: gl.const
 
 @gluon.jit
 def load_tiles(
-    a_desc, b_desc, a_bufs, b_bufs, b1_bufs, ready, empty, M, N, K,
-    NC: gl.constexpr, CM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    GROUP_M: gl.constexpr,
+    a_desc, b_desc, low_desc, up_desc, owner_ptr, a_bufs, b_bufs, b1_bufs, ready, empty, M, N, K, UNIT,
+    RANKS: gl.constexpr, NC: gl.constexpr, CM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+    STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
-    """The loading warp: blocks of K into a ring of STAGES buffers."""
+    """The loading warp: blocks of K, and of the ranks of the layer that a tile belongs to, into a ring of buffers.
+
+    owner_ptr: the layer of every UNIT columns of y; None: there is one
+    """
     BM: gl.constexpr = NC * CM
     WIDTH: gl.constexpr = 128 if BN > 128 else BN
     BOX: gl.constexpr = BN - 128 if BN > 128 else BN
@@ -70,14 +77,19 @@ def load_tiles(
             if BN > WIDTH:
                 tma.async_copy_global_to_shared(b_desc, [col + WIDTH, k * BK], bar, b1_bufs.index(slot))
             at += 1
-
-
-@gluon.jit
-def vector(pointer, columns, N, EVEN_N: gl.constexpr):
-    """Values of some columns in fp32."""
-    if EVEN_N:
-        return gl.load(pointer + columns).to(gl.float32)
-    return gl.load(pointer + columns, mask=columns < N, other=0.0).to(gl.float32)
+        if RANKS > 0:
+            first = 0
+            if owner_ptr is not None:
+                first = gl.load(owner_ptr + col // UNIT).to(gl.int32) * RANKS
+            for r in range(0, RANKS, BK // 2):
+                slot = at % STAGES
+                mbarrier.wait(empty.index(slot), ((at // STAGES) & 1) ^ 1)
+                bar = ready.index(slot)
+                mbarrier.expect(bar, (BM + BN) * BK)
+                load_ranks(
+                    low_desc, up_desc, a_bufs, b_bufs, b1_bufs, bar, slot, row, col, first, r, NC, CM, BN
+                )  # fmt: skip
+                at += 1
 
 
 @gluon.jit
@@ -86,10 +98,13 @@ def store_chunk(
     HAS_BIAS: gl.constexpr, HAS_GATE: gl.constexpr, ONE_SAMPLE: gl.constexpr, ADD: gl.constexpr, EVEN_N: gl.constexpr,
     PENDING: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Scale [CM, CHUNK] sums, put them into c_buf and store it; ADD: c_buf holds the residual."""
+    """Scale [CM, CHUNK] sums (those in fp32 are), put them into c_buf and store it; ADD: c_buf holds the residual."""
     columns = col + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-    y = acc.to(gl.float32) * gl.expand_dims(s, 1)
-    y = y * gl.expand_dims(vector(weight_scale_ptr, columns, N, EVEN_N), 0)
+    if acc.dtype == gl.int32:
+        y = acc.to(gl.float32) * gl.expand_dims(s, 1)
+        y = y * gl.expand_dims(vector(weight_scale_ptr, columns, N, EVEN_N), 0)
+    else:
+        y = acc
     if HAS_BIAS:
         y = y + gl.expand_dims(vector(bias_ptr, columns, N, EVEN_N), 0)
     if HAS_GATE:
@@ -137,11 +152,24 @@ def store_part(
 
 
 @gluon.jit
+def load_residual(
+    r_desc, c_bufs, loaded, row, col, CM: gl.constexpr, BN: gl.constexpr, CBUFS: gl.constexpr, WHICH: gl.constexpr
+):
+    """The residual arrives under the main loop, once the stores of the last tile have left its buffers."""
+    tma.store_wait(pendings=0)
+    gl.thread_barrier()
+    bar = loaded.index(WHICH)
+    mbarrier.expect(bar, CM * BN * 2)
+    for c in gl.static_range(BN // 64):
+        tma.async_copy_global_to_shared(r_desc, [row, col + c * 64], bar, c_bufs.index(WHICH * CBUFS + c))
+
+
+@gluon.jit
 def multiply(
-    r_desc, c_desc, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs, b1_bufs, c_bufs, ready, empty,
-    loaded, M, N, K, TOKENS, GATE_STRIDE,
+    r_desc, c_desc, low_desc, up_desc, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs, b1_bufs, c_bufs,
+    ready, empty, loaded, M, N, K, TOKENS, GATE_STRIDE,
     HAS_BIAS: gl.constexpr, HAS_GATE: gl.constexpr, ONE_SAMPLE: gl.constexpr, ADD: gl.constexpr, EVEN_N: gl.constexpr,
-    NC: gl.constexpr, CM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+    RANKS: gl.constexpr, NC: gl.constexpr, CM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
     GROUP_M: gl.constexpr, CBUFS: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup: rows WHICH * CM and on of every tile."""
@@ -151,6 +179,8 @@ def multiply(
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
     SUMS1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH1, 32])
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
+    # With sums of two types in two accumulators the assembler, else, waits for every product.
+    EARLY: gl.constexpr = RANKS > 0 and BN > WIDTH
     blocks = gl.cdiv(K, BK)
     at = 0
     walked = 0
@@ -160,6 +190,8 @@ def multiply(
         acc = gl.zeros((CM, WIDTH), gl.int32, SUMS)
         if BN > WIDTH:
             acc1 = gl.zeros((CM, WIDTH1), gl.int32, SUMS1)
+        if ADD and EARLY:
+            load_residual(r_desc, c_bufs, loaded, row, col, CM, BN, CBUFS, WHICH)
         for k in range(blocks):
             slot = at % STAGES
             mbarrier.wait(ready.index(slot), (at // STAGES) & 1)
@@ -173,14 +205,8 @@ def multiply(
             if k > 0:
                 # The products of the block before have ended: its buffers are free.
                 mbarrier.arrive(empty.index((at - 1) % STAGES), count=1)
-            elif ADD:
-                # The residual arrives under the main loop, once the stores of the last tile have left its buffers.
-                tma.store_wait(pendings=0)
-                gl.thread_barrier()
-                bar = loaded.index(WHICH)
-                mbarrier.expect(bar, CM * BN * 2)
-                for c in gl.static_range(BN // 64):
-                    tma.async_copy_global_to_shared(r_desc, [row, col + c * 64], bar, c_bufs.index(WHICH * CBUFS + c))
+            elif ADD and not EARLY:
+                load_residual(r_desc, c_bufs, loaded, row, col, CM, BN, CBUFS, WHICH)
             at += 1
         rows = row + gl.arange(0, CM, layout=gl.SliceLayout(1, LAYOUT))
         s = gl.load(scale_ptr + rows, mask=rows < M, other=0.0)
@@ -189,6 +215,24 @@ def multiply(
         else:
             acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         mbarrier.arrive(empty.index((at - 1) % STAGES), count=1)
+        if RANKS > 0:
+            acc = scaled_sums(acc, s, weight_scale_ptr, col, N, EVEN_N)
+            if BN > WIDTH:
+                acc1 = scaled_sums(acc1, s, weight_scale_ptr, col + WIDTH, N, EVEN_N)
+            for r in gl.static_range(0, RANKS, BK // 2):
+                slot = at % STAGES
+                mbarrier.wait(ready.index(slot), (at // STAGES) & 1)
+                a = as_ranks(a_bufs.index(slot * NC + WHICH), low_desc, RANKS - r)
+                b = as_ranks(b_bufs.index(slot), up_desc, RANKS - r)
+                t = warpgroup_mma(a, b.permute((1, 0)), acc, is_async=True)
+                if BN > WIDTH:
+                    b1 = as_ranks(b1_bufs.index(slot), up_desc, RANKS - r)
+                    t1 = warpgroup_mma(a, b1.permute((1, 0)), acc1, is_async=True)
+                    acc, acc1 = warpgroup_mma_wait(num_outstanding=0, deps=(t, t1))
+                else:
+                    acc = warpgroup_mma_wait(num_outstanding=0, deps=(t,))
+                mbarrier.arrive(empty.index(slot), count=1)
+                at += 1
         if ADD:
             mbarrier.wait(loaded.index(WHICH), walked & 1)
         store_part(
@@ -204,15 +248,16 @@ def multiply(
     tma.store_wait(pendings=0)
 
 
-PLAIN = ["M", "N", "K", "TOKENS", "GATE_STRIDE"]
+PLAIN = ["M", "N", "K", "UNIT", "TOKENS", "GATE_STRIDE"]
 """Integers that no kernel is specialised for: one compiled kernel serves every shape."""
 
 
-@gluon.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=["gate_ptr"])
+@gluon.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=["gate_ptr", "owner_ptr"])
 def int8_hopper_kernel(
-    a_desc, b_desc, r_desc, c_desc, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, M, N, K, TOKENS, GATE_STRIDE,
+    a_desc, b_desc, r_desc, c_desc, low_desc, up_desc, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, owner_ptr,
+    M, N, K, UNIT, TOKENS, GATE_STRIDE,
     HAS_BIAS: gl.constexpr, HAS_GATE: gl.constexpr, ONE_SAMPLE: gl.constexpr, ADD: gl.constexpr, EVEN_N: gl.constexpr,
-    NC: gl.constexpr, CM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+    RANKS: gl.constexpr, NC: gl.constexpr, CM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
     GROUP_M: gl.constexpr, CBUFS: gl.constexpr, REGS: gl.constexpr,
 ):  # fmt: skip
     """NC warpgroups multiply and a warp loads; REGS: registers of a multiplying thread."""
@@ -237,49 +282,52 @@ def int8_hopper_kernel(
     if NC == 1:
         gl.warp_specialize([
             (multiply, (
-                r_desc, c_desc, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs, b1_bufs, c_bufs, ready,
-                empty, loaded, M, N, K, TOKENS, GATE_STRIDE, HAS_BIAS, HAS_GATE, ONE_SAMPLE, ADD, EVEN_N,
-                NC, CM, BN, BK, STAGES, GROUP_M, CBUFS, 0,
+                r_desc, c_desc, low_desc, up_desc, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs,
+                b1_bufs, c_bufs, ready, empty, loaded, M, N, K, TOKENS, GATE_STRIDE, HAS_BIAS, HAS_GATE, ONE_SAMPLE,
+                ADD, EVEN_N, RANKS, NC, CM, BN, BK, STAGES, GROUP_M, CBUFS, 0,
             )),
             (load_tiles, (
-                a_desc, b_desc, a_bufs, b_bufs, b1_bufs, ready, empty, M, N, K, NC, CM, BN, BK, STAGES, GROUP_M,
+                a_desc, b_desc, low_desc, up_desc, owner_ptr, a_bufs, b_bufs, b1_bufs, ready, empty, M, N, K, UNIT,
+                RANKS, NC, CM, BN, BK, STAGES, GROUP_M,
             )),
         ], [1], [24])  # fmt: skip
     elif NC == 2:
         gl.warp_specialize([
             (multiply, (
-                r_desc, c_desc, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs, b1_bufs, c_bufs, ready,
-                empty, loaded, M, N, K, TOKENS, GATE_STRIDE, HAS_BIAS, HAS_GATE, ONE_SAMPLE, ADD, EVEN_N,
-                NC, CM, BN, BK, STAGES, GROUP_M, CBUFS, 0,
+                r_desc, c_desc, low_desc, up_desc, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs,
+                b1_bufs, c_bufs, ready, empty, loaded, M, N, K, TOKENS, GATE_STRIDE, HAS_BIAS, HAS_GATE, ONE_SAMPLE,
+                ADD, EVEN_N, RANKS, NC, CM, BN, BK, STAGES, GROUP_M, CBUFS, 0,
             )),
             (multiply, (
-                r_desc, c_desc, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs, b1_bufs, c_bufs, ready,
-                empty, loaded, M, N, K, TOKENS, GATE_STRIDE, HAS_BIAS, HAS_GATE, ONE_SAMPLE, ADD, EVEN_N,
-                NC, CM, BN, BK, STAGES, GROUP_M, CBUFS, 1,
+                r_desc, c_desc, low_desc, up_desc, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs,
+                b1_bufs, c_bufs, ready, empty, loaded, M, N, K, TOKENS, GATE_STRIDE, HAS_BIAS, HAS_GATE, ONE_SAMPLE,
+                ADD, EVEN_N, RANKS, NC, CM, BN, BK, STAGES, GROUP_M, CBUFS, 1,
             )),
             (load_tiles, (
-                a_desc, b_desc, a_bufs, b_bufs, b1_bufs, ready, empty, M, N, K, NC, CM, BN, BK, STAGES, GROUP_M,
+                a_desc, b_desc, low_desc, up_desc, owner_ptr, a_bufs, b_bufs, b1_bufs, ready, empty, M, N, K, UNIT,
+                RANKS, NC, CM, BN, BK, STAGES, GROUP_M,
             )),
         ], [4, 1], [REGS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (multiply, (
-                r_desc, c_desc, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs, b1_bufs, c_bufs, ready,
-                empty, loaded, M, N, K, TOKENS, GATE_STRIDE, HAS_BIAS, HAS_GATE, ONE_SAMPLE, ADD, EVEN_N,
-                NC, CM, BN, BK, STAGES, GROUP_M, CBUFS, 0,
+                r_desc, c_desc, low_desc, up_desc, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs,
+                b1_bufs, c_bufs, ready, empty, loaded, M, N, K, TOKENS, GATE_STRIDE, HAS_BIAS, HAS_GATE, ONE_SAMPLE,
+                ADD, EVEN_N, RANKS, NC, CM, BN, BK, STAGES, GROUP_M, CBUFS, 0,
             )),
             (multiply, (
-                r_desc, c_desc, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs, b1_bufs, c_bufs, ready,
-                empty, loaded, M, N, K, TOKENS, GATE_STRIDE, HAS_BIAS, HAS_GATE, ONE_SAMPLE, ADD, EVEN_N,
-                NC, CM, BN, BK, STAGES, GROUP_M, CBUFS, 1,
+                r_desc, c_desc, low_desc, up_desc, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs,
+                b1_bufs, c_bufs, ready, empty, loaded, M, N, K, TOKENS, GATE_STRIDE, HAS_BIAS, HAS_GATE, ONE_SAMPLE,
+                ADD, EVEN_N, RANKS, NC, CM, BN, BK, STAGES, GROUP_M, CBUFS, 1,
             )),
             (multiply, (
-                r_desc, c_desc, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs, b1_bufs, c_bufs, ready,
-                empty, loaded, M, N, K, TOKENS, GATE_STRIDE, HAS_BIAS, HAS_GATE, ONE_SAMPLE, ADD, EVEN_N,
-                NC, CM, BN, BK, STAGES, GROUP_M, CBUFS, 2,
+                r_desc, c_desc, low_desc, up_desc, scale_ptr, weight_scale_ptr, bias_ptr, gate_ptr, a_bufs, b_bufs,
+                b1_bufs, c_bufs, ready, empty, loaded, M, N, K, TOKENS, GATE_STRIDE, HAS_BIAS, HAS_GATE, ONE_SAMPLE,
+                ADD, EVEN_N, RANKS, NC, CM, BN, BK, STAGES, GROUP_M, CBUFS, 2,
             )),
             (load_tiles, (
-                a_desc, b_desc, a_bufs, b_bufs, b1_bufs, ready, empty, M, N, K, NC, CM, BN, BK, STAGES, GROUP_M,
+                a_desc, b_desc, low_desc, up_desc, owner_ptr, a_bufs, b_bufs, b1_bufs, ready, empty, M, N, K, UNIT,
+                RANKS, NC, CM, BN, BK, STAGES, GROUP_M,
             )),
         ], [4, 4, 1], [REGS, REGS, 24])  # fmt: skip
 
@@ -298,11 +346,13 @@ def _processors(device: torch.device) -> int:
 
 
 def _boxes(options: dict[str, Any], out_bits: int) -> list[tuple[list[int], NVMMASharedLayout]]:
-    """What one TMA transfer of codes, weight, residual and y covers, and how it lies in shared memory."""
+    """What one TMA transfer of codes, weight, residual, y, low and up covers, and how it lies in shared memory."""
     cm, bn, bk = options["CM"], options["BN"], options["BK"]
     codes = NVMMASharedLayout(swizzle_byte_width=bk, element_bitwidth=8, rank=2)
     values = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=out_bits, rank=2)
-    return [([cm, bk], codes), ([bn - 128 if bn > 128 else bn, bk], codes), ([cm, 64], values), ([cm, 64], values)]
+    ranks = NVMMASharedLayout(swizzle_byte_width=bk, element_bitwidth=16, rank=2)
+    box, rows = ([cm, 64], values), bn - 128 if bn > 128 else bn
+    return [([cm, bk], codes), ([rows, bk], codes), box, box, ([cm, bk // 2], ranks), ([rows, bk // 2], ranks)]
 
 
 def _descriptor(tensor: Tensor, box: tuple[list[int], NVMMASharedLayout]) -> TensorDescriptor:
@@ -321,28 +371,33 @@ def launch(
     bias: Tensor | None,
     y: Tensor,
     options: dict[str, Any],
-    added: tuple[Tensor, Tensor | None, int] | None = None,
+    ending: Ending,
 ) -> None:
     """Write the product to y [M, N], bf16 or fp16; everything dense, K % 16 == 0, N % 8 == 0, 16-byte aligned.
 
-    added: residual [M, N], gate [B, N] or None, tokens of a sample; CBUFS must then hold the whole tile, BN / 64
+    With a residual CBUFS must hold the whole tile, BN / 64. With a branch, of one 16-bit type and R % 8 == 0, no tile
+    may have columns of two layers.
     """
     m, k = codes.shape
     n = weight.shape[0]
     values = tuple([options[name] for name in OPTIONS])
     nc, cm, bn = values[:3]
-    residual, gate, tokens = added or (y, None, m)
+    residual, gate, tokens, low, up, owner = ending
+    tokens = m if gate is None else tokens
     one_sample = tokens == m or tokens % cm == 0
-    flags = (bias is not None, gate is not None, one_sample, added is not None, n % bn == 0)
+    flags = (bias is not None, gate is not None, one_sample, residual is not None, n % bn == 0)
     vectors = (scale, weight_scale, weight_scale if bias is None else bias, weight_scale if gate is None else gate)
-    sizes = (m, n, k, tokens, 0 if gate is None else gate.stride(0))
+    sizes = (m, n, k, ending.unit(n), tokens, 0 if gate is None else gate.stride(0))
+    ranks = 0 if up is None else up.shape[1]
     tiles = -(-m // (nc * cm)) * -(-n // bn)
     programs = options["PROGRAMS"]
     grid = (min(tiles, programs * _processors(y.device)), 1, 1)
-    key = (y.device, y.dtype, vectors[2].dtype, vectors[3].dtype, programs, flags, values)
+    branch = (ranks, owner is None, None if low is None else low.dtype)
+    key = (y.device, y.dtype, vectors[2].dtype, vectors[3].dtype, programs, flags, branch, values)
     kernel, boxes = _compiled.get(key) or (None, _boxes(options, 8 * y.itemsize))
-    described = map(_descriptor, (codes, weight, residual, y), boxes)
-    args = (*described, *vectors, *sizes, *flags, *values, REGISTERS[nc])
+    tensors = (codes, weight, y if residual is None else residual, y, low, up)
+    described = [None if t is None else _descriptor(t, box) for t, box in zip(tensors, boxes, strict=True)]
+    args = (*described, *vectors, owner, *sizes, *flags, ranks, *values, REGISTERS[nc])
     if kernel is not None:
         kernel[grid](*args)
         return

@@ -113,7 +113,7 @@ def run(
     tensors = operands(codes, scale, weight, weight_scale, bias)
     residual = rows_contiguous(residual)
     measured = launch_table.lookup(op, codes.device, m, n, k)
-    if hopper.launch(op, tensors, y, measured, (residual, gate, tokens)):
+    if hopper.launch(op, tensors, y, measured, hopper.Ending(residual, gate, tokens)):
         return y
     portable = None if measured is None or "variant" in measured else measured
     options, one_sample = launch_options(m, n, tokens, portable)

@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import launch_table
 from ..quant_token import FLOATS
+from . import hopper
 from .int8_linear import dot_dtype, grid, int8_options, operands, tile_product
 from .int8_linear_add import gate_tile
 from .low_rank_down import rows_of
@@ -20,7 +22,7 @@ from .tiles import ROUND_EACH_STEP, await_inputs, overlap, rows_contiguous, scal
 
 @triton.jit
 def add_branch(
-    y, low_ptr, up_ptr, owner_ptr, rm, rn, M, N, R, LOW_STRIDE,
+    y, low_ptr, up_ptr, owner_ptr, rm, rn, M, N, R, UNIT, LOW_STRIDE,
     HAS_OWNER: tl.constexpr, DOT: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """y [BM, BN] + low times up, BR ranks at a time, for each layer that has columns in the tile."""
@@ -30,7 +32,7 @@ def add_branch(
     up_at = up_ptr + rn.to(tl.int64)[None, :] * R + rr[:, None]
     # One stage: the buffers of the int8 product already fill the shared memory.
     if HAS_OWNER:
-        owner = tl.load(owner_ptr + rn).to(tl.int32)
+        owner = tl.load(owner_ptr + rn // UNIT).to(tl.int32)
         for layer in tl.range(tl.min(owner, axis=0), tl.max(owner, axis=0) + 1, num_stages=1):
             for r in tl.range(0, R, BR, num_stages=1):
                 low = tl.load(low_at + layer * R + r, mask=(r + rr)[None, :] < R, other=0.0)
@@ -47,7 +49,7 @@ def add_branch(
 @triton.jit(do_not_specialize=["M", "TOKENS"])
 def int8_linear_low_rank_kernel(
     x_ptr, w_ptr, scale_ptr, weight_scale_ptr, bias_ptr, low_ptr, up_ptr, owner_ptr, residual_ptr, gate_ptr, y_ptr,
-    M, N, K, R, LOW_STRIDE, TOKENS, GATE_STRIDE,
+    M, N, K, R, UNIT, LOW_STRIDE, TOKENS, GATE_STRIDE,
     HAS_BIAS: tl.constexpr, HAS_OWNER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_GATE: tl.constexpr,
     ONE_SAMPLE: tl.constexpr, EVEN_K: tl.constexpr, DOT: tl.constexpr, BR: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
@@ -59,7 +61,7 @@ def int8_linear_low_rank_kernel(
     rm = pid_m * BM + tl.arange(0, BM)
     rn = pid_n * BN + tl.arange(0, BN)
     y = scaled(acc, scale_ptr, weight_scale_ptr, bias_ptr, rm, rn, M, N, HAS_SCALE=True, HAS_BIAS=False)
-    y = add_branch(y, low_ptr, up_ptr, owner_ptr, rm, rn, M, N, R, LOW_STRIDE, HAS_OWNER, DOT, BR)
+    y = add_branch(y, low_ptr, up_ptr, owner_ptr, rm, rn, M, N, R, UNIT, LOW_STRIDE, HAS_OWNER, DOT, BR)
     if HAS_BIAS:
         y += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
     if HAS_GATE:
@@ -106,27 +108,29 @@ def matmul_low_rank(
     stream: list[Tensor],
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Launch the kernel."""
-    y = torch.empty((len(codes), len(weight)), dtype=out_dtype, device=codes.device)
+    """Launch a kernel: Hopper's own where it is faster, else the portable one; the bits are the same."""
+    (m, k), n = codes.shape, len(weight)
+    y = torch.empty((m, n), dtype=out_dtype, device=codes.device)
     if y.numel() == 0:
         return y
     tensors = operands(codes, scale, weight, weight_scale, bias)
-    residual, gate = [*(rows_of(t) for t in stream), None, None][:2]
-    _launch(tensors, branch, None if residual is None else rows_contiguous(residual), gate, y)
+    low, up, owner = rows_of(branch[0]), rows_contiguous(branch[1]), [*branch[2:], None][0]
+    residual = rows_contiguous(stream[0]) if stream else None
+    gate = rows_of(stream[1]) if len(stream) > 1 else None
+    ending = hopper.Ending(residual, gate, m if gate is None else m // len(gate), low, up, owner)
+    like = "int8_linear_add" if stream else "int8_linear"  # a branch is a few more blocks of K: the same tiles are due
+    if not hopper.launch(like, tensors, y, launch_table.lookup(like, y.device, m, n, k), ending):
+        _launch(tensors, y, ending)
     return y
 
 
-def _launch(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
-    branch: list[Tensor],
-    residual: Tensor | None,
-    gate: Tensor | None,
-    y: Tensor,
-) -> None:
+def _launch(tensors: tuple[Any, ...], y: Tensor, ending: hopper.Ending) -> None:
+    """Launch the portable kernel."""
     codes, scale, weight, weight_scale, bias = tensors
-    low, up, *owner = branch
+    residual, gate, tokens, low, up, owner = ending
+    assert low is not None
+    assert up is not None
     (m, n), k, rank = y.shape, codes.shape[1], up.shape[1]
-    low, tokens = rows_of(low), m if gate is None else m // gate.shape[0]
     options, one_sample = launch_options(m, n, tokens, rank, low.dtype)
     int8_linear_low_rank_kernel[grid(m, n, options)](
         codes,
@@ -135,8 +139,8 @@ def _launch(
         weight_scale,
         weight_scale if bias is None else bias,
         low,
-        rows_contiguous(up),
-        *(owner or [low]),
+        up,
+        low if owner is None else owner,
         y if residual is None else residual,
         y if gate is None else gate,
         y,
@@ -144,11 +148,12 @@ def _launch(
         n,
         k,
         rank,
+        ending.unit(n),
         row_stride(low),
         tokens,
         n if gate is None else row_stride(gate),
         HAS_BIAS=bias is not None,
-        HAS_OWNER=bool(owner),
+        HAS_OWNER=owner is not None,
         HAS_RESIDUAL=residual is not None,
         HAS_GATE=gate is not None,
         ONE_SAMPLE=one_sample,

@@ -1,13 +1,17 @@
 """The Hopper kernel of the int8 products: on a Hopper GPU equal to the reference bit by bit, elsewhere not used."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from vdit_quant.kernels import dispatch, launch_table
 from vdit_quant.kernels import int8_linear as int8_module
 from vdit_quant.kernels import int8_linear_add as add_module
+from vdit_quant.kernels import int8_linear_low_rank as low_rank_module
 from vdit_quant.kernels.int8_linear import int8_linear
 from vdit_quant.kernels.int8_linear_add import int8_linear_add
+from vdit_quant.kernels.int8_linear_low_rank import int8_linear_low_rank
 
 hopper = pytest.importorskip("vdit_quant.kernels._triton.hopper", reason="triton is not installed")
 
@@ -16,6 +20,7 @@ BLOCKER = hopper.KERNELS.reason(DEVICE)
 on_hopper = pytest.mark.skipif(BLOCKER is not None, reason=str(BLOCKER))
 
 SHAPES = [(1, 1152, 1152), (17, 1152, 1152), (1000, 1096, 1152), (4429, 1096, 1040), (8191, 1152, 4608)]
+PORTABLE = {"BM": 128, "BN": 128, "BK": 128, "GROUP_M": 8, "num_warps": 4, "num_stages": 3}
 HALVES = [torch.bfloat16, torch.float16]
 
 
@@ -71,6 +76,52 @@ def test_int8_linear_add(samples: int, tokens: int, options: hopper.Options, mak
 
 
 @on_hopper
+@pytest.mark.parametrize("options", hopper.STORED, ids=name)
+@pytest.mark.parametrize("rank", [8, 32, 64, 72, 128])
+def test_low_rank(rank: int, options: hopper.Options, make_layer, ran: list[bool]) -> None:
+    """One layer, and three joined ones, by every tile: the bits of the portable kernel, which the reference is close
+    to."""
+    for m, n, k in ((17, 1096, 1152), (1000, 2304, 1040), (4429, 2304, 4608)):
+        for dtype in HALVES:
+            a = make_layer(m, k, n, dtype=dtype, device="cuda")
+            low, up = (torch.randn(rows, rank * layers, device="cuda").to(dtype) for rows, layers in ((m, 3), (n, 1)))
+            owner = torch.arange(3, dtype=torch.uint8, device="cuda")
+            for branch in ([low[:, rank : 2 * rank], up], *([[low, up, owner]] if n == 2304 else [])):
+                args = (a.codes, a.scale, a.weight, a.weight_scale, a.bias, branch, [], dtype)
+                got = low_rank_on_hopper("int8_linear", options, args)
+                with launch_table.forced("int8_linear", PORTABLE):
+                    assert torch.equal(got, int8_linear_low_rank(*args))
+                assert relative(got, low_rank_module._reference(*args)) < torch.finfo(dtype).eps
+    assert ran == [True, False] * (len(ran) // 2)
+
+
+@on_hopper
+@pytest.mark.parametrize("options", hopper.ADDED, ids=name)
+@pytest.mark.parametrize(("samples", "tokens"), [(3, 43), (2, 256), (1, 4429)])
+def test_low_rank_add(samples: int, tokens: int, options: hopper.Options, make_layer, ran: list[bool]) -> None:
+    for n, k, rank in ((1152, 1152, 32), (1096, 1040, 96)):
+        a = make_layer(samples * tokens, k, n, dtype=torch.bfloat16, device="cuda")
+        low, up = (torch.randn(rows, rank, device="cuda").bfloat16() for rows in (samples * tokens, n))
+        residual, gate = torch.randn(samples * tokens, n, device="cuda").bfloat16(), make_layer(samples, 2 * n, 1).x
+        for stream in ([residual], [residual, gate.cuda().bfloat16()[:, n:]]):
+            args = (a.codes, a.scale, a.weight, a.weight_scale, a.bias, [low, up], stream, torch.bfloat16)
+            got = low_rank_on_hopper("int8_linear_add", options, args)
+            with launch_table.forced("int8_linear_add", PORTABLE):
+                assert torch.equal(got, int8_linear_low_rank(*args))
+            assert relative(got, low_rank_module._reference(*args)) < torch.finfo(torch.bfloat16).eps
+    assert ran == [True, False] * (len(ran) // 2)
+
+
+def low_rank_on_hopper(op: str, options: hopper.Options, args: tuple[Any, ...]) -> torch.Tensor:
+    with launch_table.forced(op, options):
+        return int8_linear_low_rank(*args)
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.float() - want.float()).norm() / want.float().norm())
+
+
+@on_hopper
 def test_a_row_has_the_same_bits_in_every_kernel(make_layer, ran: list[bool]) -> None:
     a = make_layer(8192, 1152, 3456, device="cuda")
     rest = (a.weight, a.weight_scale, a.bias, torch.bfloat16)
@@ -103,6 +154,13 @@ def test_few_tokens_stay_with_the_portable_kernel(op: str) -> None:
     assert hopper.heuristic(op, 64, 12288, 3072) is None
     assert hopper.heuristic(op, 512, 1152, 1152) is None
     assert hopper.heuristic(op, 8192, 1152, 1152)["variant"] == "hopper"
+
+
+def test_a_tile_is_part_of_one_layer() -> None:
+    sizes = {hopper.heuristic("int8_linear", 8192, 3456, 1152, unit)["BN"] for unit in (1152, 2304, 1728)}
+    assert 256 not in sizes
+    assert hopper.heuristic("int8_linear", 8192, 3 * 96, 1152, 96) is None
+    assert hopper.Ending(owner=torch.zeros(3)).unit(3456) == 1152
 
 
 def test_the_estimate_counts_waves() -> None:

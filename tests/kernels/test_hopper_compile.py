@@ -16,8 +16,12 @@ import torch
 
 SHARED = 227 * 1024
 """Bytes of shared memory that the programs of one Hopper processor can use."""
-OPS = {"int8_linear": "IGMMA", "int8_linear_add": "IGMMA", "attention": "HGMMA"}
-"""Op -> its matrix instruction."""
+OPS = {
+    "int8_linear": ["IGMMA"], "int8_linear_add": ["IGMMA"], "low_rank-32": ["HGMMA", "IGMMA"],
+    "low_rank-128": ["HGMMA", "IGMMA"], "low_rank-32-add": ["HGMMA", "IGMMA"], "low_rank-96-add": ["HGMMA", "IGMMA"],
+    "attention": ["HGMMA"],
+}  # fmt: skip
+"""Op, for `int8_linear_low_rank` with its rank, -> its matrix instructions."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +53,7 @@ def test_every_tile_fits_and_spills_nothing(op: str, compiled: dict[str, list[di
         if "stack" not in tile:
             pytest.skip("NVIDIA's cuobjdump is not part of this Triton")
         assert tile["stack"] == 0, tile
-        assert tile["mma"] == [OPS[op]], tile
+        assert tile["mma"] == OPS[op], tile
         # One wait for each instruction is what the assembler resorts to where registers do not suffice.
         assert tile["mma_waits"] < 0.8, tile
 
@@ -65,8 +69,13 @@ def int8_tiles(op: str) -> Iterator[tuple[dict[str, Any], Any]]:
     codes, weight = (torch.zeros(rows, k, dtype=torch.int8) for rows in (m, n))
     residual, gate = (torch.zeros(rows, n, dtype=torch.bfloat16) for rows in (m, samples))
     tensors = (codes, torch.ones(m), weight, torch.ones(n), gate[0])
-    added = (residual, gate, m // samples) if op == "int8_linear_add" else None
-    for options in hopper.ADDED if added else hopper.STORED:
+    added = hopper.Ending(residual, gate, m // samples) if "add" in op else hopper.Ending()
+    if "low_rank" in op:
+        rank = int(op.split("-")[1])
+        low, up = (torch.zeros(rows, rank, dtype=torch.bfloat16) for rows in (m, n))
+        owner = None if "add" in op else torch.zeros(2, dtype=torch.uint8)
+        added = added._replace(low=low, up=up, owner=owner)
+    for options in hopper.ADDED if added.residual is not None else hopper.STORED:
         int8_hopper._compiled.clear()
         int8_hopper.launch(*tensors, torch.empty_like(residual), options, added)
         yield options, int8_hopper.int8_hopper_kernel.compiled

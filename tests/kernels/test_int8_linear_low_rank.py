@@ -62,7 +62,7 @@ def test_empty_batch(make_layer) -> None:
         ([(3, 4), (6, 4)], [], r"a float up \[5, R\], found torch.float32 of shape \(6, 4\)"),
         ([(3, 8), (5, 4)], [], r"a low of 4 columns, found torch.float32 of shape \(3, 8\)"),
         ([(3, 6), (5, 4), (5,)], [], r"a low of 4 columns a layer, found torch.float32 of shape \(3, 6\)"),
-        ([(3, 8), (5, 4), (5,)], [], r"owner torch.uint8 of 5, found torch.float32 of shape \(5,\)"),
+        ([(3, 8), (5, 4), (5,)], [], r"an owner torch.uint8 of a length that divides 5, found torch.float32 of shape"),
         ([(3, 4), (5, 4)], [(3, 4)], r"a residual torch.float32 of shape \(3, 5\), found"),
         ([(3, 4), (5, 4)], [(3, 5), (2, 5)], "gate with a number of rows that divides M=3"),
         ([(3, 4), (5, 4)], [(3, 5)] * 3, "stream to be"),

@@ -28,7 +28,7 @@ OPS = {"int8_linear_low_rank": int8_linear_low_rank}
 
 def examples(a: Any) -> dict[str, list[tuple[Any, ...]]]:
     low, up = a.x[:, :4], a.x[0].view(8, 8)[:, :4]
-    owner = torch.tensor([0] * 5 + [2] * 3, dtype=torch.uint8)
+    owner = torch.tensor([0, 0, 2, 2], dtype=torch.uint8)
     first = (a.codes, a.scale, a.weight, a.weight_scale)
     return {
         "int8_linear_low_rank": [
@@ -53,7 +53,7 @@ def compile_cases() -> Iterator[Compile]:
     ):  # fmt: skip
         types = {**LINEAR, "x_ptr": "*i8", "y_ptr": "*bf16", "R": "i32", "owner_ptr": "*u8", "residual_ptr": "*bf16"}
         types |= {"gate_ptr": "*bf16", "up_ptr": "*bf16", "low_ptr": POINTERS[dtype]}
-        types |= dict.fromkeys(("LOW_STRIDE", "TOKENS", "GATE_STRIDE"), "i32")
+        types |= dict.fromkeys(("UNIT", "LOW_STRIDE", "TOKENS", "GATE_STRIDE"), "i32")
         options, one_sample = file.launch_options(m, 4608, tokens, rank, dtype)
         constants = {"EVEN_K": True, "DOT": file.dot_dtype(dtype), "ONE_SAMPLE": one_sample, **flags}
         constants |= {**options, **file.ROUND_EACH_STEP}
