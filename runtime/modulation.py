@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..quantize.layer import rotate
 from ..quantize.spec import LayerSpec
 from .linear import CompressedLinear
-from .parts import Part, is_stale, merge
-from .stage import Place, is_plain, layers_at, reads_alike
+from .parts import Part, is_stale, merge, reads_alike
+from .stage import Place, is_plain, layers_at
 
 
 class Modulation:

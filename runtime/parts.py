@@ -113,3 +113,18 @@ def _join(layers: list[CompressedLinear]) -> Part:
 def _owners(sizes: list[int]) -> Tensor:
     """uint8 [sum of sizes]: the number of the layer that each belongs to."""
     return torch.arange(len(sizes), dtype=torch.uint8).repeat_interleave(torch.tensor(sizes))
+
+
+def reads_alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether both do the same to one input before they quantise or multiply it."""
+    assert isinstance(one, CompressedLinear)
+    assert isinstance(other, CompressedLinear)
+    if any(getattr(one.spec, part) != getattr(other.spec, part) for part in ("activation", "pre_scale", "hadamard")):
+        return False
+    if one.in_features != other.in_features:
+        return False
+    if one.tensors()["weight"].device != other.tensors()["weight"].device:  # blocks may be moved one by one
+        return False
+    names = ("pre_quant_scale", "hadamard_signs")
+    pairs = [(one._buffers.get(name), other._buffers.get(name)) for name in names]
+    return all(a is None or (b is not None and are_equal(a, b)) for a, b in pairs)

@@ -9,8 +9,9 @@ Each line is one kernel where the layers allow it: their inputs are scaled, rota
 with one scale for each token, and their weights are exactly int8; or all of it in fp8. For low-rank branches the first
 line has another one, their down-projection, which reads what the codes are made of; the up-projection is the end of the
 product. Where the layers do not allow it (a LoRA layer, float activations), the same calls run them as they are. What a
-stage computes in one kernel it rounds once, at the end. A product in fp8 is a vendor's, which adds nothing: `add` is a
-second kernel behind it, and in `norm_sum` the norm's kernel adds.
+stage computes in one kernel it rounds once, at the end. Of int4 activations the first line is a chain of kernels, as of
+a layer by itself, but run once for all of them. A product in fp8 is a vendor's, which adds nothing: `add` is a second
+kernel behind it, and in `norm_sum` the norm's kernel adds.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ from ..kernels.int8_linear_add import int8_linear_add
 from ..kernels.int8_linear_low_rank import int8_linear_low_rank
 from ..kernels.low_rank_down import act_down, norm_down
 from ..kernels.transform import join_vectors
-from ..quantize.spec import FormatSpec, LayerSpec
+from ..quantize.format import activation_codes, activation_ops
+from ..quantize.layer import rotate
+from ..quantize.spec import LayerSpec
 from .linear import CompressedLinear
-from .parts import Part, are_equal, is_stale, merge
+from .parts import Part, is_stale, merge, reads_alike
 
 
 class Rows(NamedTuple):
@@ -127,40 +130,60 @@ class Stage:
     def norm(self, x: Tensor, norm: Norm, shift: Tensor | None = None, scale: Tensor | None = None) -> Rows:
         """x: float [M, K] normalised, then `* (1 + scale[b]) + shift[b]` with shift and scale [B, K], B dividing M."""
         mod = [] if shift is None or scale is None else [shift, scale]
-        if not self.ready():
+        fused = self.ready()
+        form = self._form() if fused else None
+        if form is None:
             y = norms.Norm(mod, list(norm.affine), norm.kind, norm.eps).apply(x)
-            return Rows(y.to(x.dtype), None, x.dtype)
-        form, last = self._norm_end(norm)
-        codes, row_scale = norms.NORM_QUANT[form](x, mod, *last)
+            return self._rows(y.to(x.dtype), fused)
+        codes, row_scale = norms.NORM_QUANT[form](x, mod, *self._norm_end(norm))
         return Rows(codes, row_scale, x.dtype, self._norm_lows(x, norm, mod))
 
     def norm_sum(
         self, total: Sum, norm: Norm, shift: Tensor | None = None, scale: Tensor | None = None
     ) -> tuple[Tensor, Rows]:
         """The sum [M, K], and `norm` of it."""
-        if total.branch is not None and self.ready():
-            form, last = self._norm_end(norm)
-            if form in norms.GATE_NORM_QUANT:
-                mod = [] if shift is None or scale is None else [shift, scale]
-                stream = [t for t in total if t is not None]
-                h, codes, row_scale = norms.GATE_NORM_QUANT[form](stream, mod, *last)
-                return h, Rows(codes, row_scale, h.dtype, self._norm_lows(h, norm, mod))
+        form = self._form() if total.branch is not None and self.ready() else None
+        if form in norms.GATE_NORM_QUANT:
+            mod = [] if shift is None or scale is None else [shift, scale]
+            stream = [t for t in total if t is not None]
+            h, codes, row_scale = norms.GATE_NORM_QUANT[form](stream, mod, *self._norm_end(norm))
+            return h, Rows(codes, row_scale, h.dtype, self._norm_lows(h, norm, mod))
         h = value_of(total)
         return h, self.norm(h, norm, shift, scale)
 
     def act(self, x: Tensor, act: str = "none", prefix: Tensor | None = None) -> Rows:
         """x: float [M, K], or [M, 2K] for a gated activation, through the activation function called `act`; beside the
         columns of `prefix` [M, P], when given, which come first and as they are."""
-        if not self.ready():
+        fused = self.ready()
+        form = self._form() if fused else None
+        if form is None:
             y = activated(x, act)
-            return Rows(y if prefix is None else torch.cat([prefix, y], dim=1), None, x.dtype)
-        codes, row_scale = act_quant(x, act, *self._transform(), prefix)
+            return self._rows(y if prefix is None else torch.cat([prefix, y], dim=1), fused)
+        codes, row_scale = act_quant(x, act, *self._transform(), form, prefix)
         own = self.layers[0]._buffers.get("pre_quant_scale")
         return Rows(codes, row_scale, x.dtype, self._lows(lambda down: act_down(x, act, own, down, prefix)))
 
     def _norm_lows(self, x: Tensor, norm: Norm, mod: list[Tensor]) -> tuple[Tensor | None, ...]:
         own = self.layers[0]._buffers.get("pre_quant_scale")
         return self._lows(lambda down: norm_down(x, mod, list(norm.affine), own, down, norm.kind, norm.eps))
+
+    def _form(self) -> str | None:
+        """The form of `kernels.transform.FORMS` that the input gets; None where it is quantised by itself."""
+        spec = self.layers[0].spec
+        assert isinstance(spec, LayerSpec)
+        assert spec.activation is not None
+        return spec.activation.resolve().row_form(spec.activation)
+
+    def _rows(self, y: Tensor, fused: bool) -> Rows:
+        """y: float [M, K] as the layers read it; quantised once for all of them if they are `fused`."""
+        if not fused:
+            return Rows(y, None, y.dtype)
+        first = self.layers[0]
+        assert isinstance(first, CompressedLinear)
+        scaled = y * first.tensors()["pre_quant_scale"].to(y.dtype) if first.spec.pre_scale else y
+        held = activation_codes(rotate(scaled, first.tensors(), first.spec), first.spec.activation)
+        assert held is not None
+        return Rows(*held, y.dtype, self._lows(lambda down: act_down(scaled, "none", None, down)))
 
     def _lows(self, project: Callable[[Tensor], Tensor]) -> tuple[Tensor | None, ...]:
         return tuple(None if part.down is None else project(part.down) for part in self.parts)
@@ -206,22 +229,19 @@ class Stage:
         stream = [residual] if gate is None else [residual, gate]
         return Sum(int8_linear_low_rank(*args, part.branch(low), stream, residual.dtype))
 
-    def _norm_end(self, norm: Norm) -> tuple[str, tuple[Any, ...]]:
-        """The form of the rows, and the arguments of a producer of `NORM_QUANT` after its modulation."""
-        pre_scale, signs, *rotation, form = self._transform()
+    def _norm_end(self, norm: Norm) -> tuple[Any, ...]:
+        """The arguments of a producer of `NORM_QUANT` after its modulation."""
+        pre_scale, signs, *rotation = self._transform()
         transform = [t for t in (pre_scale, signs) if t is not None]
-        return form, (list(norm.affine), transform, norm.kind, norm.eps, *rotation)
+        return list(norm.affine), transform, norm.kind, norm.eps, *rotation
 
-    def _transform(self) -> tuple[Tensor | None, Tensor | None, int, str, str]:
-        """pre_scale, signs, block_size and kind of the rotation: what is done to the input before it is quantised; and
-        the form that it then gets."""
+    def _transform(self) -> tuple[Tensor | None, Tensor | None, int, str]:
+        """pre_scale, signs, block_size and kind of the rotation: what is done to the input before it is quantised."""
         spec = self.layers[0].spec
         assert isinstance(spec, LayerSpec)
-        form = _form(spec.activation)
-        assert form is not None
         if spec.hadamard is None:
-            return *self.vectors, 0, "sylvester", form
-        return *self.vectors, spec.hadamard.block_size, spec.hadamard.kind, form
+            return *self.vectors, 0, "sylvester"
+        return *self.vectors, spec.hadamard.block_size, spec.hadamard.kind
 
 
 def layers_at(places: Sequence[Place]) -> tuple[nn.Module, ...]:
@@ -243,11 +263,6 @@ def is_plain(layer: nn.Module) -> bool:
     return not layer._forward_hooks and not layer._forward_pre_hooks and "forward" not in layer.__dict__
 
 
-def _form(activation: FormatSpec | None) -> str | None:
-    """The form of `kernels.transform.FORMS` that activations of this format have; None where none is theirs."""
-    return None if activation is None else activation.resolve().row_form(activation)
-
-
 def _refusal(layer: nn.Module) -> str | None:
     if not is_plain(layer):
         return "a layer is not compressed, or is wrapped"
@@ -255,9 +270,9 @@ def _refusal(layer: nn.Module) -> str | None:
     spec = layer.spec
     if spec.activation is None:
         return "activations stay in the compute dtype"
-    form = _form(spec.activation)
-    if form is None:
-        return f"no fused kernel quantises activations to {spec.activation.format}"
+    form = spec.activation.resolve().row_form(spec.activation)
+    if form is None and activation_ops(spec.activation) is None:
+        return f"activations in {spec.activation.format} have no int8 codes"
     tensors = {name: t.to("meta") for name, t in layer.tensors().items()}
     fmt, is_fp8 = spec.weight.resolve(), form == "fp8"
     if (fmt.to_fp8 if is_fp8 else fmt.to_int8)(tensors, layer.in_features, spec.weight) is None:
@@ -267,21 +282,6 @@ def _refusal(layer: nn.Module) -> str | None:
     device = layer.tensors()["weight"].device
     # of a model on the meta device, which is only looked at, this machine's GPU is asked
     return lacks_fp8(torch.device("cuda") if device.type == "meta" else device) if is_fp8 else None
-
-
-def reads_alike(one: nn.Module, other: nn.Module) -> bool:
-    """Whether both do the same to one input before they quantise or multiply it."""
-    assert isinstance(one, CompressedLinear)
-    assert isinstance(other, CompressedLinear)
-    if any(getattr(one.spec, part) != getattr(other.spec, part) for part in ("activation", "pre_scale", "hadamard")):
-        return False
-    if one.in_features != other.in_features:
-        return False
-    if one.tensors()["weight"].device != other.tensors()["weight"].device:  # blocks may be moved one by one
-        return False
-    names = ("pre_quant_scale", "hadamard_signs")
-    pairs = [(one._buffers.get(name), other._buffers.get(name)) for name in names]
-    return all(a is None or (b is not None and are_equal(a, b)) for a, b in pairs)
 
 
 def _weight(part: Part, k: int, is_fp8: bool = False) -> tuple[Tensor, Tensor]:

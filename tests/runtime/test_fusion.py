@@ -156,14 +156,13 @@ def case(request: pytest.FixtureRequest) -> Case:
 FUSED = (
     "w8-a8tok", "w4g16-a8tok-h16", "w3g32-a8tok", "wvq2-a8tok", "wvq3-a8tok", "wt-a8tok", "wfp4-a8tok",
     "wfp4-ae2m1tok-h16", "we2m1g32-ae2m1tok", "wfp4-ae2m1g16-h32", "w8-ae2m1g32", "wvq3-ae2m1tok", "wt-ae2m1tok",
-    "w8-a8tok-r4", "w4g16-a8tok-s-h16-r8", "wfp4-ae2m1g16-h32-r16", "wvq2-a8tok-r5",
-    "wf8-af8tok", "wf8-af8tok-h16",
+    "w8-a8tok-r4", "w4g16-a8tok-s-h16-r8", "wfp4-ae2m1g16-h32-r16", "wvq2-a8tok-r5", "w4g16-a4g16-s-h16-r4",
+    "w4-a4tok", "wf8-af8tok", "wf8-af8tok-h16",
 )  # fmt: skip
 NOT_FUSED = {
     "w4g16": "activations stay in the compute dtype",
-    "wmxfp4g32-amxfp4g32": "no fused kernel quantises activations to mxfp4",
+    "wmxfp4g32-amxfp4g32": "activations in mxfp4 have no int8 codes",
     "wmxfp4g32-ae2m1tok": "format mxfp4 is not exact in int8",
-    "w4g16-a4g16-h16-r4": "no fused kernel quantises activations to int4",
     "w4g16-r4": "activations stay in the compute dtype",
     "wmxfp4g32-a8tok-r4": "format mxfp4 is not exact in int8",
     "wf8-a8tok": "format fp8 is not exact in int8",
