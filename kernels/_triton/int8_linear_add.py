@@ -84,11 +84,12 @@ def example(op: str, m: int, n: int, k: int, device: torch.device) -> tuple[Any,
 
 def launch_options(m: int, n: int, tokens: int, options: dict[str, int] | None = None) -> tuple[dict[str, int], bool]:
     """Tile, and whether every tile lies in one sample of `tokens` rows."""
-    options = dict(options or int8_options(m, n))
-    one_sample = tokens == m or tokens % options["BM"] == 0
-    if not one_sample and options["BM"] == 128:
-        options["num_warps"] = 8  # a gate for every row: four warps would spill
-    return options, one_sample
+    chosen = dict(options or int8_options(m, n))
+    one_sample = tokens == m or tokens % chosen["BM"] == 0
+    # the residual of the tile beside its sums: four warps spill on some GPUs, and with a gate for every row on all
+    if chosen["BM"] == 128 and (options is None or not one_sample):
+        chosen["num_warps"] = 8
+    return chosen, one_sample
 
 
 def run(

@@ -33,6 +33,9 @@ RESIDENT_WARPS = 16
 LANE = 8
 """Channels that a lane holds side by side: 16 bytes of a 2-byte type."""
 
+AMD = torch.version.hip is not None
+"""Whether the GPUs of this torch are AMD's."""
+
 GLUON = GluonFile("gluon_producers", "the portable Triton producers run")
 
 
@@ -264,7 +267,7 @@ def _power_of_two(n: int) -> int:
 
 
 @cache
-def launch_options(k: int, block_size: int, group: int = 0) -> dict[str, Any]:
+def launch_options(k: int, block_size: int, group: int = 0, amd: bool = AMD) -> dict[str, Any]:
     """Tokens, chunk width (at least a group) and warps of a program, and the type of the rotation's operands.
 
     None of it may depend on M: the order of the sums, and so a token's codes, follow from it.
@@ -284,6 +287,8 @@ def launch_options(k: int, block_size: int, group: int = 0) -> dict[str, Any]:
         elif chunk < 128:
             r = 1  # chunks spread thin take many registers
         warps = 4 if r * k <= 128 * 80 else 8
+        if amd:  # every warp holds H beside its tokens, and has twice the lanes: with more of either it spills
+            r, warps = min(r, 4), 4
     width = min(chunk, max(block_size, group, 32 * LANE * warps // r, 16))
     return {"R": r, "W": width, "num_warps": warps, "DOT": "fp16", "MIN_ROWS": 16, "num_stages": 1}
 
@@ -298,9 +303,9 @@ def chunks(k: int, width: int) -> tuple[int, int]:
 DOT_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "bf16x2": torch.bfloat16, "tf32": torch.float32}
 
 
-def tile_options(k: int, transform: Transform) -> dict[str, Any]:
+def tile_options(k: int, transform: Transform, amd: bool = AMD) -> dict[str, Any]:
     """Every constexpr that a producer takes for its tiles and its transform, and the launch options."""
-    options = launch_options(k, transform.block_size, transform.fp4_group or 0)
+    options = launch_options(k, transform.block_size, transform.fp4_group or 0, amd)
     first, rest = chunks(k, options["W"])
     flat = options["R"] * options["W"] < 32 * LANE * options["num_warps"]
     return options | {

@@ -24,18 +24,19 @@ OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 def compile_case(case: _case.Compile, architecture: str) -> dict[str, Any]:
     """Compile one kernel and return its register, stack and shared memory use and its matrix instructions."""
-    options = {name: value for name, value in case.constants.items() if name in OPTIONS}
+    amd = architecture.startswith("gfx")
+    given = {**case.constants, **case.amd} if amd else case.constants
+    options = {name: value for name, value in given.items() if name in OPTIONS}
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(case.kernel.arg_names):
-        if name in case.constants:
+        if name in given:
             signature[name] = "constexpr"
-            constants[(index,)] = case.constants[name]
+            constants[(index,)] = given[name]
             continue
         signature[name] = case.types[name]
         if name not in UNALIGNED:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    amd = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture), 32)
     compiled = triton.compile(source, target=pretend(target), options=options)
     if amd:

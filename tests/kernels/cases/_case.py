@@ -84,6 +84,7 @@ class Compile:
     units: architecture -> the matrix instruction that it must use
     mixed: whether it may use others beside
     ptx: architecture -> what its PTX must contain
+    amd: constants and options that are others on AMD's GPUs
     """
 
     name: str
@@ -94,6 +95,7 @@ class Compile:
     units: Units = field(default_factory=dict)
     mixed: bool = False
     ptx: Mapping[str, str] = field(default_factory=dict)
+    amd: Mapping[str, Any] = field(default_factory=dict)
 
 
 def names() -> list[str]:

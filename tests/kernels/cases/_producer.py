@@ -21,10 +21,10 @@ WIDTHS = [64, 192, 448]
 ROTATIONS = [(0, ""), (16, "regular"), (64, "sylvester"), (128, "sylvester")]
 
 
-def tile_constants(k: int, block_size: int, out: str = "int8") -> dict[str, Any]:
+def tile_constants(k: int, block_size: int, out: str = "int8", amd: bool = False) -> dict[str, Any]:
     """Tiles for rows of k channels; with a rotation also a channel scale and signs."""
     vectors = (torch.ones(k), torch.ones(k, dtype=torch.int8)) if block_size else (None, None)
-    return dict(twin("act_quant").tile_options(k, Transform(*vectors, block_size, "sylvester", *FORMS[out])))
+    return dict(twin("act_quant").tile_options(k, Transform(*vectors, block_size, "sylvester", *FORMS[out]), amd))
 
 
 def transform_of(

@@ -53,7 +53,8 @@ def compile_cases() -> Iterator[Compile]:
         on, units = TWO if (k, size) in ((1152, 16), (13824, 128)) else HOPPER, {}
         if (k, size) == (4608, 128):
             on, units = EVERYWHERE, FLOAT
-        yield Compile(f"K={k} b={size}", kernel, types, constants, on, units, mixed=True)
+        amd = tile_constants(k, size, amd=True)
+        yield Compile(f"K={k} b={size}", kernel, types, constants, on, units, mixed=True, amd=amd)
     for act in ("gelu", "swiglu", "geglu"):
         yield Compile(f"K=12288 {act}", kernel, types, {"ACT": act, **tile_constants(12288, 0)})
     for k, size in ((1152, 0), (3072, 128), (4608, 0), (15360, 0)):

@@ -10,7 +10,7 @@ from vdit_quant.kernels import attention as module
 from vdit_quant.kernels import sdpa
 from vdit_quant.kernels.attention import attend
 
-from ._case import FLOAT, FLOATS, NVIDIA, TOLERANCE, Compile, assert_as_good_as, relative_rms, run_twin, twin
+from ._case import EVERYWHERE, FLOAT, FLOATS, TOLERANCE, Compile, assert_as_good_as, relative_rms, run_twin, twin
 
 OPS = {"attention": attend}
 LIMITS = [
@@ -54,8 +54,7 @@ def compile_cases() -> Iterator[Compile]:
     types |= dict.fromkeys(strides, "i32")
     for d in (64, 72, 128):
         constants = {"D": d, "HAS_MASK": d == 72, "ALIGN": 8, **file.launch_options(d, torch.bfloat16)}
-        units = FLOAT if d == 72 else {"90": "HGMMA"}
-        yield Compile(f"d={d}", file.attention_kernel, types, constants, NVIDIA if d == 72 else ("90",), units)
+        yield Compile(f"d={d}", file.attention_kernel, types, constants, EVERYWHERE, FLOAT)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from ._case import (
     GROUPED,
     GROUPED_LAYERS,
     HOPPER,
+    INT8,
     LINEAR,
     POINTERS,
     SHAPES,
@@ -54,17 +55,18 @@ def compile_cases() -> Iterator[Compile]:
     types = {"w_ptr": "*u8", "group_ptr": "*u8", "out_ptr": "*i8", "WORDS": "i32", **SIZES}
     for group in (0, 32):
         constants = {"GROUP": group, **decode.bytes_options(1152)}
-        yield Compile(f"by bytes group={group}", decode.int4_bytes_kernel, types, constants)
-        constants = {"GROUP": group, **decode.words_options(1 << 20)}
         on = EVERYWHERE if group else HOPPER
-        yield Compile(f"by words group={group}", decode.int4_words_kernel, types, constants, on)
+        yield Compile(f"by bytes group={group}", decode.int4_bytes_kernel, types, constants, on)
+        constants = {"GROUP": group, **decode.words_options(1 << 20)}
+        yield Compile(f"by words group={group}", decode.int4_words_kernel, types, constants, EVERYWHERE)
     i8, bf16 = torch.int8, torch.bfloat16
     for m, dtype, group in ((1, i8, 64), (64, i8, 0), (64, i8, 128), (1, bf16, 16), (64, bf16, 64)):
         types = {**LINEAR, "w_ptr": "*u8", "group_ptr": "*u8", "x_ptr": POINTERS[dtype], "y_ptr": "*bf16"}
         dot = file.tl.int8 if dtype == i8 else file.dot_dtype(dtype)
         constants = {"HAS_BIAS": True, "EVEN_K": True, "INT8": dtype == i8, "DOT": dot, "GROUP": group}
         constants |= file.fused_options(m) | (file.ROUND_EACH_STEP if dtype == i8 else {})
-        yield Compile(f"M={m} {dtype} group={group}", file.int4_linear_kernel, types, constants)
+        on, units = (EVERYWHERE, INT8) if (m, group) == (64, 128) else (HOPPER, {})
+        yield Compile(f"M={m} {dtype} group={group}", file.int4_linear_kernel, types, constants, on, units)
     file = twin("int4_weight_linear")
     types = {**LINEAR, "w_ptr": "*u8", "group_ptr": "*u8", "x_ptr": "*bf16", "y_ptr": "*bf16"}
     for m, n, group in ((1, 6912, 64), (2, 193536, 64), (64, 6912, 64), (16, 6912, 32), (1, 6912, 0)):

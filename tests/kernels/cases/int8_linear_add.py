@@ -7,7 +7,7 @@ import torch
 from vdit_quant.kernels import int8_linear_add as module
 from vdit_quant.kernels.int8_linear_add import int8_linear_add
 
-from ._case import FLOATS, INT8, LAYERS, LINEAR, Compile, run_twin, twin
+from ._case import EVERYWHERE, FLOATS, HOPPER, INT8, LAYERS, LINEAR, Compile, run_twin, twin
 
 OPS = {"int8_linear_add": int8_linear_add}
 
@@ -29,8 +29,9 @@ def compile_cases() -> Iterator[Compile]:
         options, one = file.launch_options(m, 1152, tokens)
         constants = {"HAS_BIAS": True, "HAS_GATE": gate, "ONE_SAMPLE": one, "EVEN_K": True}
         constants |= {**options, **file.ROUND_EACH_STEP}
-        units, name = INT8 if m == 8192 else {}, f"M={m} tokens={tokens} gate={gate}"
-        yield Compile(name, file.int8_linear_add_kernel, types, constants, units=units)
+        on, units = (EVERYWHERE if gate else HOPPER, INT8) if m == 8192 else (HOPPER, {})
+        name = f"M={m} tokens={tokens} gate={gate}"
+        yield Compile(name, file.int8_linear_add_kernel, types, constants, on, units)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

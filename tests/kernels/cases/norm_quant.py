@@ -22,10 +22,10 @@ from vdit_quant.kernels.transform import Transform
 
 from ._case import (
     E4M3,
+    EVERYWHERE,
     FLOAT,
     FLOATS,
     HOPPER,
-    NVIDIA,
     TOLERANCE,
     TWO,
     WITH_FP8,
@@ -94,9 +94,10 @@ def compile_cases() -> Iterator[Compile]:
             constants = {"HAS_BRANCH": gated, "HAS_GATE": gated, "HAS_MOD": True, "LAYER": True, "AFFINE": 0}
             constants |= tile_constants(k, size)
             on, units = TWO if (k, size) in ((1152, 0), (2240, 64), (5120, 128)) else HOPPER, {}
-            if (k, size) == (1152, 128):
-                on, units = NVIDIA, FLOAT  # hot, but AMD's compiler spills it
-            yield Compile(f"K={k} b={size} gated={gated}", kernel, types, constants, on, units, mixed=True)
+            if gated and (k, size) in ((1152, 0), (1152, 128), (3072, 128)):
+                on, units = EVERYWHERE, FLOAT if size else {}
+            amd = tile_constants(k, size, amd=True)
+            yield Compile(f"K={k} b={size} gated={gated}", kernel, types, constants, on, units, mixed=True, amd=amd)
     for k, gated in ((1152, True), (1152, False), (3072, True), (3072, False)):
         constants = {"HAS_BRANCH": gated, "HAS_GATE": gated, "HAS_MOD": True, "LAYER": True, "AFFINE": 0}
         constants |= tile_constants(k, 0, "fp8")

@@ -8,7 +8,7 @@ from vdit_quant.kernels import packed_decode as module
 from vdit_quant.kernels.pack import WIDTHS, pack_bits
 from vdit_quant.kernels.packed_decode import packed_to_int8
 
-from ._case import GROUPED, GROUPED_LAYERS, Compile, run_twin, twin
+from ._case import EVERYWHERE, GROUPED, GROUPED_LAYERS, HOPPER, Compile, run_twin, twin
 
 OPS = {"packed_to_int8": packed_to_int8}
 
@@ -28,7 +28,8 @@ def compile_cases() -> Iterator[Compile]:
     types = {"w_ptr": "*u8", "group_ptr": "*u8", "out_ptr": "*i8", "N": "i32", "K": "i32"}
     for bits, odd, group in ((2, True, 64), (3, False, 0), (3, False, 64), (6, False, 128)):
         constants = {"BITS": bits, "ODD": odd, "GROUP": group, **file.launch_options(1152)}
-        yield Compile(f"bits={bits} group={group}", file.packed_to_int8_kernel, types, constants)
+        on = EVERYWHERE if (bits, group) == (3, 64) else HOPPER
+        yield Compile(f"bits={bits} group={group}", file.packed_to_int8_kernel, types, constants, on)
 
 
 def _packed(a: Any, bits: int) -> torch.Tensor:
