@@ -181,6 +181,33 @@ def test_old_shapes_are_dropped_beyond_the_limit() -> None:
     assert len(graphed(model)._graphs) == 2
 
 
+class Wide(Denoiser):
+    """Takes 64 MiB for each row of its input."""
+
+    def forward(self, x: Tensor, timestep: Tensor, scale: float = 1.0, extra: object = None) -> tuple[Tensor, ...]:
+        room = x.new_empty(len(x), 1 << 24)
+        return (super().forward(x, timestep, scale)[0] + room[:, :8].zero_(),)
+
+
+@pytest.mark.gpus(1)
+@torch.no_grad()
+def test_a_graph_that_finds_no_memory_beside_another_takes_its_place(caplog: pytest.LogCaptureFixture) -> None:
+    model, t = replay_graphs(Wide().cuda()), torch.zeros(1, device="cuda")
+    gc.collect()
+    torch.cuda.empty_cache()
+    limit = torch.cuda.memory_reserved() + 1000 * 2**20
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
+    try:
+        for rows in (6, 10, 6):
+            x = torch.randn(rows, 8, device="cuda")
+            assert torch.equal(model(x, t)[0], model.layer(x) + t)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert graphed(model).captures == 3
+    assert graphed(model).failure is None
+    assert caplog.records == []
+
+
 class Dropping(Denoiser):
     """Lets go of other models while it is captured, and gives Python's garbage collector cause to free them."""
 
