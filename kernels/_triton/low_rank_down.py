@@ -171,7 +171,8 @@ def launch_options(rank: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
         return {"BM": 32, "BR": min(ranks, 32), "BK": 32, "num_warps": 4, "num_stages": 2}
     ranks = min(ranks, MAX_RANKS)
-    return {"BM": 64, "BR": ranks, "BK": 128 if ranks <= 32 else 64, "num_warps": 8, "num_stages": 3}
+    block, stages = (128, 3) if ranks <= 32 else (64, 3) if ranks < MAX_RANKS else (64, 2)
+    return {"BM": 64, "BR": ranks, "BK": block, "num_warps": 8, "num_stages": stages}
 
 
 def rows_of(tensor: Tensor) -> Tensor:
