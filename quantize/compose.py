@@ -7,7 +7,6 @@ input `R^T diag(s) G diag(s) R`.
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -56,7 +55,7 @@ class Choices:
     unbiased   scale every rounded row so that its output, projected on the exact output, is the exact output
     noise      count what quantised activations add: their error, measured on recorded rows, joins the Gram matrix
     branch     what the low-rank branch starts from: error (of the rounded weight), or the weight itself
-    rounds     alternations of quantising and splitting off the low-rank branch, of which the best is kept
+    rounds     alternations of quantising and splitting off the low-rank branch
     vectors    how codebooks are made, for methods that say more of it than `rounding`, `damp` and `act_order`
     """
 
@@ -128,7 +127,9 @@ def compress_linear(layer: FloatLayer, stats: LayerStats | None, spec: LayerSpec
         error = quantize_activation(rows, spec.activation) - rows
         gram = gram + error.square().mean(0).diag()
     if spec.rank:
-        return {**tensors, **split_low_rank(weight, gram, spec, choices, tensors.get("hadamard_signs"))}
+        branch = split_low_rank(weight, gram, spec, choices, tensors.get("hadamard_signs"))
+        tensors.update(branch)
+        weight = weight - _branch_weight(branch, spec, tensors.get("hadamard_signs"))
     return {**tensors, **round_weight(weight, gram, spec, choices)}
 
 
@@ -198,34 +199,27 @@ def fit_scales(weight: Tensor, gram: Tensor | None, spec: LayerSpec, choices: Ch
 def split_low_rank(
     weight: Tensor, gram: Tensor | None, spec: LayerSpec, choices: Choices, signs: Tensor | None
 ) -> Tensors:
-    """The branch `U D` that absorbs what rounding loses, and the rounded rest: alternates rounding `W - U D` with the
-    best rank-r fit of what is left of W, both as the inputs see it (the alternation of DiTAS and LoftQ, Li et al. 2023,
-    arXiv 2310.08659), and keeps the round that errs least: rounding is no projection, so the last need not be it.
+    """The branch `U D` that absorbs what rounding loses: alternates rounding `W - U D` with the best rank-r fit of what
+    is left of W, both as the inputs see it (the alternation of DiTAS and LoftQ, Li et al. 2023, arXiv 2310.08659).
     With `branch = "weight"` the first fit is that of W itself (SVDQuant, Li et al. 2024, arXiv 2411.05007): what is
     left is small, so that noise of quantised activations passes through little weight.
 
     weight, gram  in the space the codes live in; the branch itself reads the unrotated input
     """
-    fmt, k = spec.weight.resolve(), weight.shape[1]
-    stored = round_weight(weight, gram, spec, choices) if choices.branch == "error" else None
-    best: Tensors = {}
-    least = math.inf
-    for _ in range(max(1, choices.rounds)):
-        if stored is None:
-            up, down = weighted_low_rank(weight, None, spec.rank)
-        else:
-            up, down = weighted_low_rank(weight - fmt.decode(stored, k, spec.weight), gram, spec.rank)
+    fmt = spec.weight.resolve()
+    branch: Tensors = {}
+    for number in range(max(1, choices.rounds)):
+        target = weight
+        if number or choices.branch == "error":
+            rest = weight - _branch_weight(branch, spec, signs) if branch else weight
+            stored = round_weight(rest, gram, spec, choices)
+            target = weight - fmt.decode(stored, weight.shape[1], spec.weight)
+        up, down = weighted_low_rank(target, gram if number or choices.branch == "error" else None, spec.rank)
         if spec.hadamard is not None:
             assert signs is not None
             down = unrotate_rows(down, signs, spec.hadamard)
         branch = {"proj_up": up.to(LOW_RANK_DTYPE), "proj_down": down.to(LOW_RANK_DTYPE)}
-        rest = weight - _branch_weight(branch, spec, signs)
-        stored = round_weight(rest, gram, spec, choices)
-        change = fmt.decode(stored, k, spec.weight) - rest
-        error = float(((change if gram is None else change @ gram) * change).double().sum())
-        if not best or error < least:
-            best, least = {**branch, **stored}, error
-    return best
+    return branch
 
 
 def _branch_weight(branch: Tensors, spec: LayerSpec, signs: Tensor | None) -> Tensor:
