@@ -11,7 +11,7 @@ from vdit_quant.kernels.block_fp4_linear import block_fp4_linear
 from vdit_quant.kernels.block_scales import decode_blocks
 from vdit_quant.kernels.quant_token_block_fp4 import quant_token_block_fp4
 from vdit_quant.quantize.format import quantize_activation
-from vdit_quant.quantize.layer import run_layer
+from vdit_quant.quantize.layer import layer_ops, run_layer
 from vdit_quant.quantize.spec import FormatSpec, LayerSpec
 from vdit_quant.runtime.describe import reasons
 
@@ -162,8 +162,9 @@ def test_gpus_without_block_scaled_products_run_decoded_and_it_is_said(
         "decoded to bfloat16: block-scaled products need compute capability 10.0, 10.3, 12.0; "
         f"this GPU has {capability[0]}.{capability[1]}"
     )
-    specs = [LayerSpec(spec, spec) for spec in FORMATS.values()]
-    assert reasons(specs, torch.device("cuda", 0)) == [f"block_fp4_linear: triton, {found.note}"]
+    ops = {op for spec in FORMATS.values() for op in layer_ops(LayerSpec(spec, spec))}
+    choices = [dispatch.explain(op, "cuda:0") for op in ops]
+    assert reasons(choices) == [f"block_fp4_linear: triton, {found.note}"]
 
 
 def test_gpus_with_them_run_them_once_they_have_given_the_right_numbers(file, monkeypatch: pytest.MonkeyPatch) -> None:
