@@ -1,5 +1,7 @@
 """Linear layers with block-scaled FP4 weights and activations (W4A4): MXFP4 or NVFP4 on both sides."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -84,31 +86,15 @@ def block_fp4_linear(
 
 
 @block_fp4_linear.register_fake
-def _(
-    codes: Tensor,
-    block_scale: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    weight_block_scale: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    _check(codes, block_scale, scale, weight, weight_block_scale, weight_scale, bias, out_dtype)
-    return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=out_dtype)
+def _(*args: Any) -> Tensor:
+    _check(*args)
+    codes, weight, out_dtype = args[0], args[3], args[-1]
+    y: Tensor = codes.new_empty((codes.shape[0], weight.shape[0]), dtype=out_dtype)
+    return y
 
 
 @block_fp4_linear.register_cuda
-def _(
-    codes: Tensor,
-    block_scale: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    weight_block_scale: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    args = (codes, block_scale, scale, weight, weight_block_scale, weight_scale, bias, out_dtype)
+def _(*args: Any) -> Tensor:
     _check(*args)
-    return dispatch.run(OP, _reference, *args)
+    found: Tensor = dispatch.run(OP, _reference, *args)
+    return found
