@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 NAMESPACE = "vdit_quant"
 FAKES: dict[Any, Callable[..., Any]] = {}
@@ -47,3 +48,18 @@ class Op:
 def define_op(name: str) -> Callable[[Callable[..., Any]], Op]:
     """Decorator: the function becomes the op `vdit_quant::<name>`, its definition on every device."""
     return lambda reference: Op(name, reference)
+
+
+class Rehearsal(TorchDispatchMode):
+    """Answers the ops of the package by their shapes alone, on real tensors with empty ones; all else runs."""
+
+    def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Called with each op before it is answered."""
+        raise NotImplementedError
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in FAKES:
+            return func(*args, **kwargs)
+        self.note(func, args, kwargs)
+        return FAKES[func](*args, **kwargs)

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..kernels import dispatch
-from ..kernels.op import FAKES
+from ..kernels.op import Rehearsal
 
 
 def compile_ahead(call: Callable[[], object], where: AbstractContextManager[object] | None = None) -> int:
@@ -34,15 +33,16 @@ def compile_ahead(call: Callable[[], object], where: AbstractContextManager[obje
     with where or nullcontext():
         ahead = _Ahead()
         try:
-            with ahead, suppress(torch.OutOfMemoryError):
+            # a function from torch.compile that dynamo first meets in here would stay uncompiled for good
+            with ahead, torch.compiler.set_stance("force_eager"), suppress(torch.OutOfMemoryError):
                 call()
         finally:
             ahead.finish()
     return len(ahead.seen)
 
 
-class _Ahead(TorchDispatchMode):
-    """Sends the ops of the package to threads and answers with empty tensors; all else runs."""
+class _Ahead(Rehearsal):
+    """Sends the ops of the package to threads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,15 +50,13 @@ class _Ahead(TorchDispatchMode):
         self.seen: set[Any] = set()
         self._stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func not in FAKES:
-            return func(*args, **(kwargs or {}))
+    def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         key = func, *map(_traits, pytree.tree_leaves((args, kwargs)))
-        if key not in self.seen:
-            self.seen.add(key)
-            threads = self._threads.setdefault(func, ThreadPoolExecutor(1))
-            threads.submit(contextvars.copy_context().run, self._launch, func, args, kwargs or {})
-        return FAKES[func](*args, **(kwargs or {}))
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        threads = self._threads.setdefault(func, ThreadPoolExecutor(1))
+        threads.submit(contextvars.copy_context().run, self._launch, func, args, kwargs)
 
     def _launch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # on the caller's stream, where the memory of these tensors is reused in order

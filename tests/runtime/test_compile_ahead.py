@@ -69,6 +69,20 @@ def test_the_call_itself_is_as_before(everywhere: None) -> None:
     assert torch.equal(layer(x), before)
 
 
+def test_a_compiled_part_of_the_call_is_compiled_by_the_call_itself(everywhere: None) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    part, x = torch.compile(lambda x: x.sin() + 1, backend=backend), torch.randn(4, 32)
+    assert compile_ahead(lambda: layer(part(x))) == 2
+    assert not graphs
+    assert torch.equal(part(x), x.sin() + 1)
+    assert len(graphs) == 1
+
+
 def test_an_error_of_a_launch_is_left_for_the_call(everywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("does not compile")
