@@ -15,21 +15,21 @@ SETTING = {"machine": "A GPU", "versions": {"torch": "9.9"}, "forwards": 50}
 
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch, root: Path) -> Any:
+def script(monkeypatch: pytest.MonkeyPatch, root: Path) -> Any:
     """Imports a script of benchmarks/ by name."""
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     return importlib.import_module
 
 
 @pytest.fixture
-def denoiser(benchmark: Any) -> ModuleType:
-    module: ModuleType = benchmark("denoiser")
+def denoiser(script: Any) -> ModuleType:
+    module: ModuleType = script("denoiser")
     return module
 
 
 @pytest.fixture
-def scaling(benchmark: Any) -> ModuleType:
-    module: ModuleType = benchmark("scaling")
+def scaling(script: Any) -> ModuleType:
+    module: ModuleType = script("scaling")
     return module
 
 
@@ -92,8 +92,8 @@ def test_models_measured_apart_carry_their_own_caption(denoiser: ModuleType) -> 
     assert text.count("torch 9.8") == 1
 
 
-def test_the_marked_region_is_replaced_and_must_be_there(benchmark: Any, tmp_path: Path) -> None:
-    render, document = benchmark("_render"), tmp_path / "page.md"
+def test_the_marked_region_is_replaced_and_must_be_there(script: Any, tmp_path: Path) -> None:
+    render, document = script("_render"), tmp_path / "page.md"
     document.write_text("before\n<!-- x:begin -->\nold\n<!-- x:end -->\nafter\n", encoding="utf-8")
     render.rewrite(document, "x", "new")
     assert document.read_text(encoding="utf-8") == "before\n<!-- x:begin -->\nnew\n<!-- x:end -->\nafter\n"
@@ -125,10 +125,10 @@ def test_scaling_compares_with_the_faster_baseline(scaling: ModuleType) -> None:
     assert series == {"w8a8": [(1, 0.8), (2, 1.5)], "w4a8": [(2, 1.2)]}
 
 
-def test_plots_are_pictures(denoiser: ModuleType, scaling: ModuleType, benchmark: Any, tmp_path: Path) -> None:
+def test_plots_are_pictures(denoiser: ModuleType, scaling: ModuleType, script: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     denoiser.plot({"models": {"a": model()}}, tmp_path / "bars.png")
-    benchmark("_render").plot_lines(scaling.curves(points()), "speed", tmp_path / "lines.png")
+    script("_render").plot_lines(scaling.curves(points()), "speed", tmp_path / "lines.png")
     for name in ("bars", "lines"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
