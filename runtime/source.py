@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..quantize import registry
 from ..quantize.errors import InputError
+from . import models
 from .checkpoint import Checkpoint, file_traits, read_json
 from .demo import DEMO, demo_path
 
@@ -112,13 +114,14 @@ def _download(repo: str) -> Path:
 
 
 def model_class(config: dict[str, Any], where: Path) -> Any:
-    """The diffusers class that a transformer's config names. Raises InputError when diffusers has none."""
+    """The class that a transformer's config names, of diffusers or of `models`. Raises InputError for another one."""
     import diffusers
 
     name = config.get("_class_name")
     if not isinstance(name, str):
         raise InputError(f"{where}: config.json has no _class_name; expected a diffusers transformer")
-    kind = getattr(diffusers, name, None)
+    own = {kind.__name__: kind for n in registry.names(models) for kind in [registry.find(models, n, "MODEL")]}
+    kind = own.get(name) or getattr(diffusers, name, None)
     if kind is None or not hasattr(kind, "from_config"):
         raise InputError(f"{where}: diffusers {diffusers.__version__} has no model class '{name}'")
     return kind

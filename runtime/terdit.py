@@ -5,8 +5,8 @@
     alphas  float [1]        a of w = a q, of any sign; [N] is read as one a row
     bias    float [N]        optional
 
-The architecture is not one of diffusers: the artifact is loaded with `load_into` by the model's own class. What that
-class adds for ternary training, an RMSNorm behind every adaLN layer, is a module of it like any other.
+The published models are Large-DiTs with an RMSNorm behind every modulation layer (`models.large_dit`), so `load` makes
+them. A model of another architecture is loaded with `load_into` by a class of its own.
 """
 
 from __future__ import annotations
@@ -30,14 +30,23 @@ Headers = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def import_terdit(
-    checkpoint: str | Path, output: str | Path, activation: FormatSpec | None = None, overwrite: bool = False
+    checkpoint: str | Path,
+    output: str | Path,
+    activation: FormatSpec | None = None,
+    overwrite: bool = False,
+    heads: int = 32,
+    sample_size: int = 32,
 ) -> dict[str, tuple[int, int]]:
     """Writes the artifact of a TerDiT checkpoint and returns the (N, K) of its ternary layers by name.
 
-    checkpoint  a safetensors file of one partition, in the layout above
-    activation  what activations are quantised to; None: they stay in the compute dtype
+    checkpoint   a safetensors file of one partition, in the layout above
+    activation   what activations are quantised to; None: they stay in the compute dtype
+    heads        attention heads of a Large-DiT, which the file does not tell; every published one has 32
+    sample_size  latent pixels a side of a Large-DiT: 32 for images of 256 pixels
     Raises InputError, with nothing left half written, for a file that is none, or holds a layer in another layout.
     """
+    from .models import large_dit  # needs diffusers, which importing this module must not
+
     path, spec = Path(checkpoint), LayerSpec(FormatSpec("ternary"), activation)
     headers, read = _open(path)
     shapes = ternary_layers(headers, path)
@@ -60,11 +69,14 @@ def import_terdit(
         return read(name)
 
     provenance = {"source": path.name, "layout": "TerDiT"}
+    plain = {name: shapes.get(name.removesuffix(".weight"), shape) for name, (shape, _) in headers.items()}
+    plain = {name: shape for name, shape in plain.items() if not name.endswith(".alphas")}
+    known = large_dit.find_config(plain, heads, sample_size)
     with staged(Path(output), overwrite) as folder:
         write_tensors(folder, entries, get)
         linears = [name.removesuffix(".weight") for name in entries if name.endswith(".weight")]
         config = make_config(dict.fromkeys(shapes, spec), linears, provenance, {})
-        write_json(folder / "config.json", {"quantization_config": config.to_dict()})
+        write_json(folder / "config.json", {**(known or {}), "quantization_config": config.to_dict()})
     return shapes
 
 

@@ -16,6 +16,7 @@ from vdit_quant.quantize import registry
 from vdit_quant.runtime import families
 from vdit_quant.runtime.attach import linear_layers
 from vdit_quant.runtime.family import Fold, block_of, find_family
+from vdit_quant.runtime.models import large_dit
 from vdit_quant.runtime.step import StepTracker
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
@@ -63,6 +64,13 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]], int, dic
         2 * 4 + 2,
         {"img_ids": torch.randint(4, (16, 3)), "txt_ids": torch.zeros(3, 3)},
     ),
+    "large_dit": (
+        "LargeDiT",
+        {**HEADS, "num_layers": 2, "sample_size": 8, "ff_inner_dim": 48, "num_kv_heads": 1, "qk_norm": True},
+        {"hidden_states": (4, 8, 8)},
+        0,
+        {"class_labels": torch.tensor([3, 5, 1000, 1000])},
+    ),
     "wan": ("WanTransformer3DModel", WAN, VIDEO, 2 * 2, {}),
     "wan-i2v": (
         "WanTransformer3DModel",
@@ -79,6 +87,8 @@ TRAPS = {  # layers that a careless pattern takes for embedders or for the model
     "transformer_blocks.2.norm1_context.linear": "modulation",
     "transformer_blocks.1.norm1.linear": "modulation",
     "blocks.1.attn2.add_v_proj": "attention",
+    "layers.1.adaLN_modulation.1": "modulation",
+    "final_layer.adaLN_modulation.1": "output",
     "proj_out": "output",
     "norm_out.linear": "output",
 }
@@ -88,7 +98,7 @@ DEAD = {"transformer_blocks.2.attn.add_q_proj"}  # SD3's last block throws its t
 def _build(name: str) -> nn.Module:
     kind, arguments, _, _, _ = CASES[name]
     torch.manual_seed(1)
-    model = getattr(diffusers, kind)(**arguments)
+    model = getattr(diffusers, kind, large_dit.LargeDiT)(**arguments)
     with torch.no_grad():  # nothing may start at zero, or parts of a block would not be seen
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -196,7 +206,7 @@ def test_a_doubled_batch_is_unconditional_first_as_pipelines_build_it(case: tupl
     inputs = _inputs(name)
     with StepTracker(model, find_family(model)) as tracker:
         model(**inputs)
-        by_label = name == "dit"
+        by_label = name in ("dit", "large_dit")
         assert tracker.branches.tolist() == ([0, 0, 1, 1] if by_label else [0, 0, 0, 0])
         model(**inputs)  # the same timestep again: the pipeline's second call of this step
         assert tracker.branches.tolist() == ([0, 0, 1, 1] if by_label else [1, 1, 1, 1])
