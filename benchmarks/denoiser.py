@@ -19,6 +19,7 @@ import copy
 import gc
 import itertools
 import json
+import math
 import random
 import statistics
 import time
@@ -64,12 +65,13 @@ WAYS = (
 
 @dataclass
 class Path_:
-    """One way to run a model: its module, how to call it, and what was measured."""
+    """One way to run a model: its module, how to call it, what was measured, and about how long a forward takes."""
 
     name: str
     module: nn.Module
     call: Callable[[], Tensor]
     found: dict[str, Any]
+    seconds: float = 0.0
 
 
 def main() -> None:
@@ -77,8 +79,9 @@ def main() -> None:
     # a graph that another back-end's attention was traced into must never be taken from a cache on disk
     functorch_config.enable_autograd_cache = False
     found = json.loads(options.json.read_text(encoding="utf-8")) if options.json.is_file() else {"models": {}}
+    deadline = time.perf_counter() + options.limit
     for name in [] if options.render else options.model or MODELS:
-        for result in measure_model(name, options):
+        for result in measure_model(name, options, deadline):
             found["models"][name] = result
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -102,6 +105,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--model", action="append", choices=sorted(MODELS), help="may be given again. Default: all")
     add("--way", action="append", choices=WAYS, help="may be given again. Default: all")
     add("--rounds", type=int, default=5, help="rounds of ten forwards, each in a new order")
+    add("--limit", type=float, default=math.inf, help="seconds; a way that would end after them is left out")
     add("--json", type=Path, default=Path("benchmarks/results/denoiser.json"))
     add("--markdown", type=Path, action="append", default=[], help="document with the marked region; may be repeated")
     add("--plot", type=Path, help="PNG to draw; needs matplotlib")
@@ -109,9 +113,10 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def measure_model(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Every way of one model: errors, first call, latency, memory; a way that fails is listed with its reason. Once
-    without other libraries, whose compilation can take longer than everything else, then with them."""
+def measure_model(name: str, options: argparse.Namespace, deadline: float = math.inf) -> Iterator[dict[str, Any]]:
+    """Every way of one model: errors, first call, latency, memory; a way that fails is listed with its reason, and so
+    is one that there was no time for. Once without other libraries, whose compilation can take longer than everything
+    else, then with them."""
     shape, batch, label = MODELS[name]
     bench = Bench.of(shape, batch)
     ways = options.way or WAYS
@@ -121,6 +126,9 @@ def measure_model(name: str, options: argparse.Namespace) -> Iterator[dict[str, 
         if not part:
             continue
         for way in part:
+            if time.perf_counter() + sum(11 * options.rounds * path.seconds for path in paths) > deadline:
+                failed[way] = "no time was left"
+                continue
             try:
                 paths.append(bench.prepare(way))
                 print(f"{name} {way}: {paths[-1].found}", flush=True)
@@ -225,12 +233,15 @@ class Bench:
         found: dict[str, Any] = {"first_call_s": time.perf_counter() - start, "error": relative(out, self.truth)}
         if own is not None:
             found |= {"from_unfused": relative(out, own), "allowed": self.allowed(self.recipe(way))}
+        start = time.perf_counter()
         for _ in range(3):
             call()
+        torch.cuda.synchronize()
+        seconds = (time.perf_counter() - start) / 3
         weights = bytes_of(module)
         # a graph holds the memory of its forward all along, where no peak shows it
         peak = None if way.endswith("graph") else weights + working_bytes(call)
-        return Path_(way, module, call, {**found, "weight_bytes": weights, "peak_bytes": peak})
+        return Path_(way, module, call, {**found, "weight_bytes": weights, "peak_bytes": peak}, seconds)
 
     def module(self, way: str) -> tuple[nn.Module, Any, list[SDPBackend] | None, Tensor | None]:
         """The module of a way, what to call, the attention back-ends to prefer (None: torch's own choice), and for a

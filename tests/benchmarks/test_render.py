@@ -1,6 +1,7 @@
 """What the speed benchmarks publish, from made-up results, and that a compilation is never reused by mistake."""
 
 import importlib
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -200,3 +201,7 @@ def test_what_other_libraries_do_to_a_run_loses_nothing_of_it(denoiser: ModuleTy
     assert (list(own["rows"]), own["failed"]) == (["w8a8"], {})
     assert list(all_["rows"]) == ["w8a8", "torchao-int8"]
     assert all_["failed"] == {"torchao-fp8": "RuntimeError: no such kernel"}
+    monkeypatch.setattr(Bench, "prepare", lambda self, way: denoiser.Path_(way, self.base, None, {}, seconds=1.0))
+    options = denoiser.arguments().parse_args(["--way", "w8a8", "--way", "w4a8", "--rounds", "2"])
+    (short,) = denoiser.measure_model("dit-xl-b2", options, time.perf_counter() + 15)  # two rounds take 22 seconds
+    assert (list(short["rows"]), short["failed"]) == (["w8a8"], {"w4a8": "no time was left"})
