@@ -18,24 +18,27 @@ from .family import find_family
 from .fused_ops import Steps, fused_ops
 from .fusion import report
 from .load import linear_shapes, parse_device
-from .source import find_source
+from .source import find_source, known_class
+from .stand_in import stand_in
 
 
 def describe_artifact(path: str | Path, device: str | None = None) -> dict[str, Any]:
     """Layers grouped by spec and pattern with true bytes, the kernels each will run on `device`, and the reasons.
 
+    A model whose class is not here is described by its files alone, each layer by itself.
     Raises InputError when the folder is not a complete artifact.
     """
     source = find_source(path)
     config = read_config(source.transformer)
-    skeleton = source.skeleton()
+    known = known_class(source.config) is not None
+    skeleton = source.skeleton() if known else stand_in(config, source.checkpoint)
     shapes = linear_shapes(skeleton)
     check_tensors(config, shapes, source.checkpoint)
     specs = config.resolve(shapes)
     place = parse_device(device)
     attach(skeleton, specs)
-    blocks = report(skeleton, find_family(skeleton).block_names(skeleton))
-    fused = {} if place.type == "cpu" else fused_ops(skeleton)
+    blocks = report(skeleton, find_family(skeleton).block_names(skeleton)) if known else {}
+    fused = fused_ops(skeleton) if known and place.type != "cpu" else {}
     groups: dict[tuple[str, LayerSpec, Steps | None], list[str]] = {}
     for name, spec in specs.items():
         groups.setdefault((re.sub(r"\.\d+\.", ".*.", name, count=1), spec, fused.get(name)), []).append(name)
@@ -49,6 +52,7 @@ def describe_artifact(path: str | Path, device: str | None = None) -> dict[str, 
     compressed = sum(row["bytes"] for row in rows)
     return {
         "class": source.config.get("_class_name"),
+        "known": known,
         "version": source.config["quantization_config"]["version"],
         "provenance": config.provenance,
         "plans": config.plans,

@@ -120,11 +120,20 @@ def model_class(config: dict[str, Any], where: Path) -> Any:
     name = config.get("_class_name")
     if not isinstance(name, str):
         raise InputError(f"{where}: config.json has no _class_name; expected a diffusers transformer")
-    own = {kind.__name__: kind for n in registry.names(models) for kind in [registry.find(models, n, "MODEL")]}
-    kind = own.get(name) or getattr(diffusers, name, None)
-    if kind is None or not hasattr(kind, "from_config"):
+    kind = known_class(config)
+    if kind is None:
         raise InputError(f"{where}: diffusers {diffusers.__version__} has no model class '{name}'")
     return kind
+
+
+def known_class(config: dict[str, Any]) -> Any:
+    """As `model_class`; None for another one."""
+    import diffusers
+
+    own = {kind.__name__: kind for n in registry.names(models) for kind in [registry.find(models, n, "MODEL")]}
+    name = str(config.get("_class_name"))
+    kind = own.get(name) or getattr(diffusers, name, None)
+    return kind if hasattr(kind, "from_config") else None
 
 
 def load_transformer(source: Source, dtype: torch.dtype, device: str | torch.device = "cpu") -> nn.Module:

@@ -22,7 +22,10 @@ def run(
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    console.print(bold(artifact), f": {found['class']}, schema {found['version']}", sep="")
+    console.print(bold(artifact), f": {found['class'] or 'no class'}, schema {found['version']}", sep="")
+    if not found["known"]:
+        console.print("  a model of another class than diffusers has: layers as the files tell them, each by itself;")
+        console.print("  vdit_quant.load_into(model, folder) loads it")
     for key, value in found["provenance"].items():
         if not isinstance(value, dict):
             console.print(f"  {key}: {value}")
