@@ -18,11 +18,32 @@ from ..norm_quant import Norm
 from ..quant_token import FLOATS
 from .act_quant import activate
 from .int8_linear import dot_dtype
-from .rows import row_stride
-from .tiles import ROUND_EACH_STEP, await_inputs, overlap, rows_contiguous
+from .rows import AMD, row_stride
+from .tiles import INTERPRETED, ROUND_EACH_STEP, await_inputs, overlap, rows_contiguous
 
 MAX_RANKS = 128
 """Ranks of a program: with more, others read the same rows again."""
+MAX_PARTS = 8
+"""Programs that share a tile's sum over K at most: tiles alone are too few to hide what each waits for."""
+
+
+@triton.jit
+def tanh(t):
+    """To 2**-11, in one instruction."""
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [t], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def activate_fast(x, ACT: tl.constexpr):
+    """`activate` for what is rounded to bfloat16 next: its sigmoids are (1 + tanh) / 2."""
+    half = 0.5 * x
+    if ACT == "gelu_tanh":
+        x = tl.fma(half, tanh(x * tl.fma(x * x, 0.0356774081, 0.7978845608)), half)
+    elif ACT == "silu" or ACT == "swiglu":
+        x = tl.fma(half, tanh(half), half)
+    else:
+        x = activate(x, ACT)
+    return x
 
 
 @triton.jit
@@ -71,6 +92,8 @@ def add_product(acc, y, down_ptr, column, K, RANK, EVEN_K: tl.constexpr, DOT: tl
 
 @triton.jit
 def store_low(low_ptr, acc, M, RANK):
+    """To low [M, RANK], or to this program's part of [PARTS, M, RANK]."""
+    low_ptr += tl.program_id(2).to(tl.int64) * M * RANK
     rm = tl.program_id(0) * acc.shape[0] + tl.arange(0, acc.shape[0])
     rr = tl.program_id(1) * acc.shape[1] + tl.arange(0, acc.shape[1])
     at = low_ptr + rm.to(tl.int64)[:, None] * RANK + rr[None, :]
@@ -80,13 +103,13 @@ def store_low(low_ptr, acc, M, RANK):
 @triton.jit(do_not_specialize=["M", "TOKENS"])
 def norm_down_kernel(
     x_ptr, shift_ptr, mod_scale_ptr, weight_ptr, bias_ptr, pre_scale_ptr, down_ptr, low_ptr, x_stride, shift_stride,
-    mod_scale_stride, M, K, RANK, TOKENS, eps,
+    mod_scale_stride, M, K, CHUNK, RANK, TOKENS, eps,
     LAYER: tl.constexpr, HAS_MOD: tl.constexpr, AFFINE: tl.constexpr, HAS_PRE_SCALE: tl.constexpr,
     ONE_SAMPLE: tl.constexpr, EVEN_K: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
-    """BM rows, BR ranks; ONE_SAMPLE: no tile crosses from one sample of TOKENS rows into the next. Rows are read twice:
-    for their moments, and for the product."""
+    """BM rows, BR ranks, CHUNK columns, a multiple of BK; ONE_SAMPLE: no tile crosses from one sample of TOKENS rows
+    into the next. Rows are read for their moments, and then the columns for the product."""
     await_inputs()
     row = tl.minimum(tl.program_id(0) * BM + tl.arange(0, BM), M - 1)
     at = row.to(tl.int64)[:, None] * x_stride
@@ -108,7 +131,8 @@ def norm_down_kernel(
     else:
         sample = (row // TOKENS).to(tl.int64)[:, None]
     acc = tl.zeros((BM, BR), tl.float32)
-    for start in range(0, K, BK):
+    first = tl.program_id(2) * CHUNK
+    for start in range(first, tl.minimum(first + CHUNK, K), BK):
         k = (start + column)[None, :]
         x = load_block(x_ptr, at, k, K, EVEN_K)
         if LAYER:
@@ -126,33 +150,50 @@ def norm_down_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def act_down_kernel(
-    x_ptr, prefix_ptr, pre_scale_ptr, down_ptr, low_ptr, x_stride, prefix_stride, M, K, PREFIX, RANK,
-    ACT: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_PRE_SCALE: tl.constexpr, EVEN_K: tl.constexpr, DOT: tl.constexpr,
-    BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    x_ptr, prefix_ptr, pre_scale_ptr, down_ptr, low_ptr, x_stride, prefix_stride, M, K, PREFIX, CHUNK, RANK,
+    ACT: tl.constexpr, FAST: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_PRE_SCALE: tl.constexpr, EVEN_K: tl.constexpr,
+    DOT: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """BM rows, BR ranks. EVEN_K: BK divides both PREFIX, the columns of the prefix, and K."""
+    """BM rows, BR ranks, CHUNK columns, a multiple of BK. EVEN_K: BK divides both PREFIX, the columns of the prefix,
+    and K. FAST: for bfloat16, on NVIDIA's GPUs."""
     await_inputs()
     row = tl.minimum(tl.program_id(0) * BM + tl.arange(0, BM), M - 1).to(tl.int64)[:, None]
     column = tl.arange(0, BK)
+    first = tl.program_id(2) * CHUNK
+    end = tl.minimum(first + CHUNK, K)
     acc = tl.zeros((BM, BR), tl.float32)
     if HAS_PREFIX:
-        for start in range(0, PREFIX, BK):
+        stop = tl.minimum(end, PREFIX)
+        for start in range(first, stop, BK):
             k = (start + column)[None, :]
-            y = load_block(prefix_ptr, row * prefix_stride, k, PREFIX, EVEN_K)
+            y = load_block(prefix_ptr, row * prefix_stride, k, stop, EVEN_K)
             if HAS_PRE_SCALE:
-                y = y * load_block(pre_scale_ptr, 0, k, PREFIX, EVEN_K)
+                y = y * load_block(pre_scale_ptr, 0, k, stop, EVEN_K)
             acc = add_product(acc, y, down_ptr, start + column, K, RANK, EVEN_K, DOT)
-    for start in range(PREFIX, K, BK):
+        first = tl.maximum(first, PREFIX)
+    for start in range(first, end, BK):
         k = (start + column)[None, :]
-        y = load_block(x_ptr, row * x_stride - PREFIX, k, K, EVEN_K)
+        y = load_block(x_ptr, row * x_stride - PREFIX, k, end, EVEN_K)
         if ACT == "swiglu" or ACT == "geglu":
-            y = y * activate(load_block(x_ptr, row * x_stride + (K - 2 * PREFIX), k, K, EVEN_K), ACT)
+            gate = load_block(x_ptr, row * x_stride + (K - 2 * PREFIX), k, end, EVEN_K)
+            y = y * (activate_fast(gate, ACT) if FAST else activate(gate, ACT))
         else:
-            y = activate(y, ACT)
+            y = activate_fast(y, ACT) if FAST else activate(y, ACT)
         if HAS_PRE_SCALE:
-            y = y * load_block(pre_scale_ptr, 0, k, K, EVEN_K)
+            y = y * load_block(pre_scale_ptr, 0, k, end, EVEN_K)
         acc = add_product(acc, y, down_ptr, start + column, K, RANK, EVEN_K, DOT)
     store_low(low_ptr, acc, M, RANK)
+
+
+@triton.jit(do_not_specialize=["SIZE"])
+def add_parts_kernel(parts_ptr, low_ptr, SIZE, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """low [SIZE]: the sum of fp32 [PARTS, SIZE], from the first part to the last."""
+    await_inputs()
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts_ptr + part * SIZE.to(tl.int64) + at, mask=at < SIZE, other=0.0)
+    tl.store(low_ptr + at, total.to(low_ptr.dtype.element_ty), mask=at < SIZE)
 
 
 def limits(op: str, dtype: torch.dtype | None = None, **_: Any) -> str | None:
@@ -171,8 +212,31 @@ def launch_options(rank: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
         return {"BM": 32, "BR": min(ranks, 32), "BK": 32, "num_warps": 4, "num_stages": 2}
     ranks = min(ranks, MAX_RANKS)
-    block, stages = (128, 3) if ranks <= 32 else (64, 3) if ranks < MAX_RANKS else (64, 2)
-    return {"BM": 64, "BR": ranks, "BK": block, "num_warps": 8, "num_stages": stages}
+    stages = 4 if ranks <= 32 else 3 if ranks < MAX_RANKS else 2
+    # with eight warps Hopper's product would split the ranks, and each half would make all of its input anew
+    return {"BM": 64, "BR": ranks, "BK": 64, "num_warps": 4, "num_stages": stages}
+
+
+def split(k: int, block: int) -> tuple[int, int]:
+    """Parts of a sum over K and the columns of one, a multiple of the block. K alone tells: not how many rows there are
+    decides the order of a row's sum."""
+    blocks = triton.cdiv(k, block)
+    chunk = triton.cdiv(blocks, min(MAX_PARTS, max(1, k // 1152)))
+    return triton.cdiv(blocks, chunk), chunk * block
+
+
+def parts_of(low: Tensor, parts: int) -> Tensor:
+    """What the parts of a sum are written to: `low` itself where there is one."""
+    return low if parts == 1 else low.new_empty((parts, *low.shape), dtype=torch.float32)
+
+
+def added(parts: Tensor, low: Tensor) -> Tensor:
+    """`low`, with the sum of the parts in it."""
+    if parts is not low:
+        block = 1024
+        programs = (triton.cdiv(low.numel(), block),)
+        add_parts_kernel[programs](parts, low, low.numel(), len(parts), block, num_warps=4, **overlap(low.device))
+    return low
 
 
 def rows_of(tensor: Tensor) -> Tensor:
@@ -190,7 +254,9 @@ def run_norm(x: Tensor, norm: Norm, pre_scale: Tensor | None, down: Tensor) -> T
     shift, mod_scale = [rows_of(t) for t in norm.mod] or [x, x]
     weight, bias = [*(rows_contiguous(t) for t in norm.affine), x, x][:2]
     tokens = m // shift.shape[0] if norm.mod else m
-    norm_down_kernel[triton.cdiv(m, options["BM"]), triton.cdiv(rank, options["BR"])](
+    parts, chunk = split(k, options["BK"])
+    target = parts_of(low, parts)
+    norm_down_kernel[triton.cdiv(m, options["BM"]), triton.cdiv(rank, options["BR"]), parts](
         x,
         shift,
         mod_scale,
@@ -198,10 +264,11 @@ def run_norm(x: Tensor, norm: Norm, pre_scale: Tensor | None, down: Tensor) -> T
         bias,
         x if pre_scale is None else rows_contiguous(pre_scale),
         rows_contiguous(down),
-        low,
+        target,
         *(row_stride(t) for t in (x, shift, mod_scale)),
         m,
         k,
+        chunk,
         rank,
         tokens,
         norm.eps,
@@ -216,7 +283,7 @@ def run_norm(x: Tensor, norm: Norm, pre_scale: Tensor | None, down: Tensor) -> T
         **ROUND_EACH_STEP,
         **overlap(x.device),
     )
-    return low
+    return added(target, low)
 
 
 def run_act(x: Tensor, act: str, pre_scale: Tensor | None, down: Tensor, prefix: Tensor | None = None) -> Tensor:
@@ -226,21 +293,25 @@ def run_act(x: Tensor, act: str, pre_scale: Tensor | None, down: Tensor, prefix:
     if len(x) == 0:
         return low
     options, x = launch_options(rank, x.dtype), rows_of(x)
+    parts, chunk = split(k, options["BK"])
+    target = parts_of(low, parts)
     first = x if prefix is None else rows_of(prefix)
     width = 0 if prefix is None else prefix.shape[1]
-    act_down_kernel[triton.cdiv(len(x), options["BM"]), triton.cdiv(rank, options["BR"])](
+    act_down_kernel[triton.cdiv(len(x), options["BM"]), triton.cdiv(rank, options["BR"]), parts](
         x,
         first,
         x if pre_scale is None else rows_contiguous(pre_scale),
         rows_contiguous(down),
-        low,
+        target,
         row_stride(x),
         row_stride(first),
         len(x),
         k,
         width,
+        chunk,
         rank,
         ACT=act,
+        FAST=x.dtype == torch.bfloat16 and not INTERPRETED and not AMD,
         HAS_PREFIX=prefix is not None,
         HAS_PRE_SCALE=pre_scale is not None,
         EVEN_K=k % options["BK"] == 0 and width % options["BK"] == 0,
@@ -249,7 +320,7 @@ def run_act(x: Tensor, act: str, pre_scale: Tensor | None, down: Tensor, prefix:
         **ROUND_EACH_STEP,
         **overlap(x.device),
     )
-    return low
+    return added(target, low)
 
 
 def run(op: str, *args: Any) -> Tensor:

@@ -50,7 +50,9 @@ def compile_cases() -> Iterator[Compile]:
     for rank, dtype in ((32, torch.bfloat16), (128, torch.bfloat16), (96, torch.float16), (32, torch.float32)):
         types = dict.fromkeys((f"{name}_ptr" for name in (*names, "low")), POINTERS[dtype])
         types |= {"pre_scale_ptr": "*fp32", "down_ptr": "*bf16", "eps": "fp32"}
-        types |= dict.fromkeys((*(f"{name}_stride" for name in names), "M", "K", "RANK", "TOKENS", "PREFIX"), "i32")
+        types |= dict.fromkeys(
+            (*(f"{name}_stride" for name in names), "M", "K", "CHUNK", "RANK", "TOKENS", "PREFIX"), "i32"
+        )
         constants = {"HAS_PRE_SCALE": rank == 96, "EVEN_K": True, "DOT": file.dot_dtype(dtype)}
         constants |= {**file.launch_options(rank, dtype), **file.ROUND_EACH_STEP}
         on, units = (EVERYWHERE, FLOAT) if rank == 32 and dtype != torch.float32 else (("90",), {})
@@ -61,7 +63,12 @@ def compile_cases() -> Iterator[Compile]:
         for act in ("none", "gelu_tanh", "geglu"):
             extra = {"ACT": act, "HAS_PREFIX": act == "gelu_tanh"}
             some = on if act != "geglu" else tuple(a for a in on if a in NVIDIA)  # AMD's compiler spills it
-            yield Compile(f"{act} R={rank} {dtype}", file.act_down_kernel, types, {**constants, **extra}, some, units)
+            for fast in (False, True) if dtype == torch.bfloat16 and act == "gelu_tanh" else (False,):
+                name, where = f"{act} R={rank} {dtype} fast={fast}", tuple(a for a in some if a in NVIDIA or not fast)
+                given = {**constants, **extra, "FAST": fast}
+                yield Compile(name, file.act_down_kernel, types, given, where, units if where else {})
+    types = {"parts_ptr": "*fp32", "low_ptr": "*bf16", "SIZE": "i32"}
+    yield Compile("sum of parts", file.add_parts_kernel, types, {"PARTS": 4, "BLOCK": 1024, "num_warps": 4}, EVERYWHERE)
 
 
 def _close(got: Tensor, want: Tensor) -> bool:
@@ -90,6 +97,19 @@ def interpreter_act_equals_reference(act: str, make_layer) -> None:
         assert _close(
             run_twin("act_down", wide, act, pre_scale, part, columns), act_down(wide, act, pre_scale, part, columns)
         )
+
+
+def interpreter_parts_of_a_sum_are_added(make_layer) -> None:
+    k, file = 2440, twin("act_down")
+    assert file.split(k, 32)[0] == 2
+    x, down, b = make_layer(3, k, 1).x, make_layer(20, k, 2).x, make_layer(1, 2 * k, 3).x
+    mod = list(b.chunk(2, dim=1))
+    got = run_twin("norm_down", x, Norm(mod, [], "layer", 1e-6), None, down)
+    assert _close(got, norm_down(x, mod, [], None, down, "layer", 1e-6))
+    for width in (0, 40, 1290):  # a prefix that ends in the first part, and in the second
+        wide, prefix = x[:, width:], x[:, :width] if width else None
+        got = run_twin("act_down", wide, "gelu_tanh", b[0, :k].abs(), down, prefix)
+        assert _close(got, act_down(wide, "gelu_tanh", b[0, :k].abs(), down, prefix))
 
 
 def interpreter_empty_batches() -> None:
