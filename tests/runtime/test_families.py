@@ -43,6 +43,13 @@ def _wan() -> Any:
     )
 
 
+def _cogvideox() -> Any:
+    return diffusers.CogVideoXTransformer3DModel(
+        **HEADS, in_channels=4, out_channels=4, num_layers=2, time_embed_dim=32, text_embed_dim=24, sample_width=8,
+        sample_height=8, sample_frames=5, max_text_seq_length=3,
+    )  # fmt: skip
+
+
 def _text(tokens: int = 3) -> torch.Tensor:
     return torch.randn(2, tokens, 24)
 
@@ -104,6 +111,16 @@ MODELS: dict[str, tuple[Any, tuple[str, ...], Any, dict[str, str]]] = {
             "timestep": TIME,
         },
         {"blocks.0.attn2.to_k": "attention", "blocks.1.ffn.net.2": "feed_forward"},
+    ),
+    "cogvideox": (
+        _cogvideox,
+        ("transformer_blocks.",),
+        lambda: {
+            "hidden_states": torch.randn(2, 2, 4, 8, 8),
+            "encoder_hidden_states": _text(),
+            "timestep": TIME,
+        },
+        {"transformer_blocks.0.norm2.linear": "modulation", "transformer_blocks.1.attn1.to_out.0": "attention"},
     ),
 }
 

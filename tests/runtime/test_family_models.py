@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vdit_quant.calibrate import offload
 from vdit_quant.calibrate.replay import BlockChain
 from vdit_quant.quantize import registry
+from vdit_quant.quantize.errors import InputError
 from vdit_quant.runtime import families
 from vdit_quant.runtime.attach import linear_layers
 from vdit_quant.runtime.family import Fold, block_of, find_family
@@ -70,6 +71,14 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]], int, dic
         {"hidden_states": (4, 8, 8)},
         0,
         {"class_labels": torch.tensor([3, 5, 1000, 1000])},
+    ),
+    "cogvideox": (
+        "CogVideoXTransformer3DModel",
+        {**HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 2, "time_embed_dim": 24, "text_embed_dim": 24,
+         "sample_width": 8, "sample_height": 8, "sample_frames": 5, "max_text_seq_length": 3},
+        {"hidden_states": (2, 4, 8, 8), "encoder_hidden_states": (3, 24)},
+        2,
+        {},
     ),
     "wan": ("WanTransformer3DModel", WAN, VIDEO, 2 * 2, {}),
     "wan-i2v": (
@@ -223,6 +232,13 @@ def test_a_family_says_what_its_model_must_be_given(case: tuple[str, nn.Module])
         given = tuple(inputs[key].shape[1:])
         assert len(given) == len(shape)
         assert all(size in (None, found) for size, found in zip(shape, given, strict=True)), key
+
+
+def test_a_model_that_gets_its_positions_from_the_pipeline_is_not_sampled_without_it() -> None:
+    kind, arguments, _, _, _ = CASES["cogvideox"]
+    model = getattr(diffusers, kind)(**arguments, use_rotary_positional_embeddings=True)
+    with pytest.raises(InputError, match="name the pipeline's folder"):
+        find_family(model).condition_shapes(model)
 
 
 def test_the_image_families_know_their_latents(case: tuple[str, nn.Module]) -> None:
