@@ -46,6 +46,7 @@ MODELS: dict[str, tuple[Shape, int, str]] = {
     "dit-xl-b2": (random_models.dit_xl(), 2, "DiT-XL/2, batch 2, 256 tokens"),
     "pixart-b2": (random_models.pixart_sigma(), 2, "PixArt-Sigma, batch 2, 4096 tokens"),
     "flux-b1": (random_models.flux(), 1, "FLUX-shaped, 4 + 8 blocks, batch 1, 4096 + 512 tokens"),
+    "cogvideox-b1": (random_models.cogvideox(), 1, "CogVideoX-5B-shaped, 6 blocks, batch 1, 17550 + 226 tokens"),
 }
 RECIPES = (
     "w8a8", "w8a8-fp8", "w4a8", "w4a8-mod4", "w4a4", "fp4", "w3a8", "w2a8", "ternary-a8", "svdquant-w4a8",

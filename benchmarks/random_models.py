@@ -82,6 +82,22 @@ def flux(double: int = 4, single: int = 8, side: int = 64) -> Shape:
     return Shape("FluxTransformer2DModel", config, inputs, _positions(side, side, 512))
 
 
+def cogvideox(blocks: int = 6) -> Shape:
+    """CogVideoX-5B's blocks, fewer of them: 49 frames of 480 x 720 pixels are 17,550 tokens, beside 226 of text."""
+    config = {
+        "num_layers": blocks, "num_attention_heads": 48, "attention_head_dim": 64, "time_embed_dim": 512,
+        "use_rotary_positional_embeddings": True,
+    }  # fmt: skip
+
+    def extra(batch: int, device: str) -> dict[str, Any]:
+        angles = torch.arange(17550, device=device)[:, None] / 10000 ** (torch.arange(32, device=device) / 32)
+        angles = angles.repeat_interleave(2, 1)
+        return {"image_rotary_emb": (angles.cos(), angles.sin())}
+
+    inputs = {"hidden_states": (13, 16, 60, 90), "encoder_hidden_states": (226, 4096)}
+    return Shape("CogVideoXTransformer3DModel", config, inputs, extra)
+
+
 def build(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> nn.Module:
     """The model with random weights. Repeated embedders are equal, as they are in a trained DiT."""
     torch.manual_seed(seed)

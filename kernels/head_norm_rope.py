@@ -1,4 +1,4 @@
-"""From merged q/k/v projections to attention's inputs: RMSNorm, rotary embedding and joining of two streams."""
+"""From merged q/k/v projections to attention's inputs: norms, rotary embedding and joining of two streams."""
 
 from typing import Any
 
@@ -17,7 +17,8 @@ def _check_stream(name: str, qkv: Tensor, weights: list[Tensor], heads: int) -> 
     ok = qkv.dim() == 3 and qkv.dtype in FLOATS and qkv.shape[2] > 0 and qkv.shape[2] % (6 * heads) == 0
     expect(ok, OP, f"{name} float32, bfloat16 or float16 [B, T, 3 * {heads} * hd] with an even hd", qkv)
     width = qkv.shape[2] // 3
-    expect(len(weights) in (0, 2), OP, f"no norm weights of {name}, or those of q and k", len(weights))
+    ok = len(weights) in (0, 2, 4)
+    expect(ok, OP, f"no norm weights of {name}, or those of q and k, and their biases or none", len(weights))
     for weight in weights:
         ok = (
             weight.dtype in FLOATS
@@ -51,17 +52,19 @@ def _check(
         expect(ok, OP, f"rope torch.float32 of shape ({tokens}, {qkv.shape[2] // (3 * heads)})", table)
 
 
-def _normed(part: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of [B, T, H, hd] over the last axis, or over the last two for a weight of H * hd."""
-    rows = part.flatten(2) if weight.shape[0] > part.shape[3] else part
-    rows = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps) * weight.float()
-    return rows.view(part.shape)
+def _normed(part: Tensor, affine: list[Tensor], eps: float) -> Tensor:
+    """RMSNorm, with a bias LayerNorm, of [B, T, H, hd] over the last axis, or over the last two for H * hd weights."""
+    rows = part.flatten(2) if affine[0].shape[0] > part.shape[3] else part
+    if len(affine) > 1:
+        rows = rows - rows.mean(-1, keepdim=True)
+    rows = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps) * affine[0].float()
+    return (rows + affine[1].float() if len(affine) > 1 else rows).view(part.shape)
 
 
 def _stream(qkv: Tensor, weights: list[Tensor], heads: int, eps: float) -> Tensor:
     q, k, v = qkv.float().unflatten(2, (3, heads, -1)).unbind(2)
     if weights:
-        q, k = _normed(q, weights[0], eps), _normed(k, weights[1], eps)
+        q, k = _normed(q, weights[::2], eps), _normed(k, weights[1::2], eps)
     return torch.stack([q, k, v])
 
 
@@ -101,12 +104,14 @@ def head_norm_rope(
 ) -> Tensor:
     """out = [rope(norm(q)), rope(norm(k)), v] of the tokens of `qkv` followed by those of `other`, rounded once.
 
-    norm(x) = x / sqrt(mean(x^2) + eps) * weight, over each head or over all of them, as long as the weight is.
+    norm(x) = x / sqrt(mean(x^2) + eps) * weight, over each head or over all of them, as long as the weight is; with
+    biases norm(x) = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias.
     rope(x)[2i] = x[2i] cos[2i] - x[2i+1] sin[2i], rope(x)[2i+1] = x[2i+1] cos[2i+1] + x[2i] sin[2i+1]
     (Su et al. 2021, arXiv 2104.09864, neighbouring channels paired).
 
     qkv: fp32 | bf16 | fp16 [B, T1, 3 * H * hd], q before k before v; the rows may be those of a wider tensor
-    weights: [] for no norm, or float [hd] each (norm per head), or float [H * hd] each (one norm over all heads)
+    weights: [] for no norm, or those of q and k, and their biases if they have any: float [hd] each (norm per head), or
+        float [H * hd] each (one norm over all heads)
     other: qkv.dtype [B, T2, 3 * H * hd] or None, and its own norm weights; FLUX has the text first, SD3 the image
     rope: [] for none, or [cos, sin], fp32 [T1 + T2, hd]
     returns: qkv.dtype [3, B, T1 + T2, H, hd], contiguous: `q, k, v = out`

@@ -258,9 +258,14 @@ def is_plain(layer: nn.Module) -> bool:
     """Whether calling `layer` does what its tensors say and nothing else: no hook, no wrapper, no lifted quantiser."""
     if not isinstance(layer, CompressedLinear) or layer.is_lifted:
         return False
+    return not is_hooked(layer)
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether a call of `layer` does something that was put on it."""
     if torch.compiler.is_compiling():  # hooks put on a layer after compiling are not seen by torch.compile either
-        return True
-    return not layer._forward_hooks and not layer._forward_pre_hooks and "forward" not in layer.__dict__
+        return False
+    return bool(layer._forward_hooks or layer._forward_pre_hooks) or "forward" in layer.__dict__
 
 
 def _refusal(layer: nn.Module) -> str | None:

@@ -18,15 +18,35 @@ MAX_WIDTH = 16384
 
 
 @triton.jit
-def normed(x, weight_ptr, at, mask, eps, HEADS, HEAD, ALL: tl.constexpr):
-    """RMSNorm of a [heads, channels] tile over each row, or with ALL over the whole tile."""
+def mean_of(x, HEADS, HEAD, ALL: tl.constexpr):
+    """The mean of each row of a [heads, channels] tile, or with ALL of the whole tile, to be broadcast over it."""
     if ALL:
-        mean = tl.sum(tl.sum(x * x, 1), 0) / (HEADS * HEAD)
-        return x * tl.rsqrt(mean + eps) * tl.load(weight_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(x * x, 1) / HEAD
-    c = tl.arange(0, x.shape[1])
-    weight = tl.load(weight_ptr + c, mask=c < HEAD, other=0.0).to(tl.float32)
-    return x * tl.rsqrt(mean + eps)[:, None] * weight[None, :]
+        mean = tl.full((1, 1), tl.sum(tl.sum(x, 1), 0) / (HEADS * HEAD), tl.float32)
+    else:
+        mean = (tl.sum(x, 1) / HEAD)[:, None]
+    return mean
+
+
+@triton.jit
+def load_affine(ptr, at, mask, HEAD, ALL: tl.constexpr):
+    """A weight or bias in fp32, to be broadcast over a [heads, channels] tile."""
+    if ALL:
+        found = tl.load(ptr + at, mask=mask, other=0.0)
+    else:
+        c = tl.arange(0, at.shape[1])
+        found = tl.load(ptr + c, mask=c < HEAD, other=0.0)[None, :]
+    return found.to(tl.float32)
+
+
+@triton.jit
+def normed(x, weight_ptr, bias_ptr, at, mask, eps, HEADS, HEAD, LAYER: tl.constexpr, ALL: tl.constexpr):
+    """RMSNorm, or LAYER norm, of a [heads, channels] tile over each row, or with ALL over the whole tile."""
+    if LAYER:
+        x = tl.where(mask, x - mean_of(x, HEADS, HEAD, ALL), 0.0)
+    x = x * tl.rsqrt(mean_of(x * x, HEADS, HEAD, ALL) + eps) * load_affine(weight_ptr, at, mask, HEAD, ALL)
+    if LAYER:
+        x += load_affine(bias_ptr, at, mask, HEAD, ALL)
+    return x
 
 
 @triton.jit
@@ -42,9 +62,9 @@ def rotated(x, cos, sin):
 
 @triton.jit(do_not_specialize=["TOKENS", "OFFSET", "BATCHES"])
 def head_norm_rope_kernel(
-    x_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, y_ptr, eps, x_b, x_t, TOKENS, OFFSET, BATCHES,
-    HEADS: tl.constexpr, HEAD: tl.constexpr, NORM: tl.constexpr, ALL: tl.constexpr, ROPE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x_ptr, q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr, cos_ptr, sin_ptr, y_ptr, eps, x_b, x_t, TOKENS, OFFSET,
+    BATCHES, HEADS: tl.constexpr, HEAD: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr, ALL: tl.constexpr,
+    ROPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Token program_id(0) of batch row program_id(1); it becomes token OFFSET + program_id(0) of TOKENS."""
     await_inputs()
@@ -61,8 +81,8 @@ def head_norm_rope_kernel(
     k = tl.load(x_ptr + HEADS * HEAD + at, mask=mask, other=0.0).to(tl.float32)
     v = tl.load(x_ptr + 2 * HEADS * HEAD + at, mask=mask, other=0.0)
     if NORM:
-        q = normed(q, q_weight_ptr, at, mask, eps, HEADS, HEAD, ALL)
-        k = normed(k, k_weight_ptr, at, mask, eps, HEADS, HEAD, ALL)
+        q = normed(q, q_weight_ptr, q_bias_ptr, at, mask, eps, HEADS, HEAD, LAYER, ALL)
+        k = normed(k, k_weight_ptr, k_bias_ptr, at, mask, eps, HEADS, HEAD, LAYER, ALL)
     if ROPE:
         cos = tl.load(cos_ptr + token * HEAD + c, mask=c < HEAD, other=0.0)
         sin = tl.load(sin_ptr + token * HEAD + c, mask=c < HEAD, other=0.0)
@@ -119,11 +139,12 @@ def run(
     offset = 0
     for x, own in streams:
         x = x if x.stride(2) == 1 else x.contiguous()
-        q_weight, k_weight = (rows_contiguous(weight) for weight in own) if own else (y, y)
+        affine = [*map(rows_contiguous, own), y, y, y, y][:4]
         if x.numel():
             head_norm_rope_kernel[(x.shape[1], batch)](
-                x, q_weight, k_weight, cos, sin, y, eps, x.stride(0), x.stride(1), tokens, offset, batch,
-                HEADS=heads, HEAD=head_dim, NORM=bool(own), ALL=bool(own) and own[0].shape[0] > head_dim,
+                x, *affine, cos, sin, y, eps, x.stride(0), x.stride(1), tokens, offset, batch,
+                HEADS=heads, HEAD=head_dim, NORM=bool(own), LAYER=len(own) > 2,
+                ALL=bool(own) and own[0].shape[0] > head_dim,
                 ROPE=bool(rope), **launch_options(heads, head_dim), **overlap(x.device),
             )  # fmt: skip
         offset += x.shape[1]

@@ -10,6 +10,7 @@ from ..fusion import FusedBlock
 from ..stage import Norm, Place, Stage
 
 ACTIVATIONS = {"GEGLU": "geglu", "SwiGLU": "swiglu"}
+_HEAD_NORMS = {("RMSNorm", True, False), ("LayerNorm", True, True)}  # class, with a weight, with a bias
 
 
 def activation_of(module: Any) -> str | None:
@@ -21,8 +22,10 @@ def activation_of(module: Any) -> str | None:
 
 
 def norm_weights(*norms: Any) -> list[Tensor]:
-    """The weights of the norms of q and k; none when the attention has no such norms."""
-    return [norm.weight.detach() for norm in norms if norm is not None]
+    """The weights of the norms of q and k, and their biases if they have any; none when there are no such norms."""
+    known = [norm for norm in norms if norm is not None]
+    affine = [norm.weight for norm in known] + [norm.bias for norm in known if getattr(norm, "bias", None) is not None]
+    return [tensor.detach() for tensor in affine]
 
 
 def heads_refusal(norms: list[Any]) -> str | None:
@@ -30,13 +33,14 @@ def heads_refusal(norms: list[Any]) -> str | None:
     known = [norm for norm in norms if norm is not None]
     if len(known) not in (0, len(norms)):
         return "norms on some of q and k only"
-    if any(type(n).__name__ != "RMSNorm" or n.weight is None or n.eps != known[0].eps for n in known):
+    kinds = {(type(n).__name__, n.weight is not None, getattr(n, "bias", None) is not None, n.eps) for n in known}
+    if len(kinds) > 1 or any(kind[:3] not in _HEAD_NORMS for kind in kinds):
         return "norms of q and k that are not known"
     return None
 
 
 class Stream:
-    """The stages of one of the two streams of a double block."""
+    """The stages of one of the two streams of a double block, or of both where they have the same layers."""
 
     def __init__(self, norm1: Any, norm2: Any, qkv: list[Place], out: Place, ff: Any) -> None:
         self.norm1, self.norm2 = Norm.of(norm1.norm), Norm.of(norm2)

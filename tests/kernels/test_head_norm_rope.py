@@ -50,6 +50,17 @@ def test_equals_the_chain_of_diffusers(dtype: torch.dtype, across: bool, relativ
         assert relative_rms(part, exact) <= max(relative_rms(usual, exact), 2.4e-7)
 
 
+@pytest.mark.parametrize("across", [False, True])
+def test_with_biases_the_norm_is_a_layer_norm(across: bool) -> None:
+    size = WIDTH if across else HEAD
+    qkv, affine = stream(7, 0) + 3, weights(size) + [w.flip(0) for w in weights(size)]
+    got = head_norm_rope(qkv, affine, None, [], [], HEADS, 1e-6)
+    for part, x, weight, bias in zip(got, qkv.chunk(3, -1), affine[:2], affine[2:], strict=False):
+        x = x if across else x.unflatten(2, (HEADS, HEAD))
+        want = torch.nn.functional.layer_norm(x, (size,), weight, bias, 1e-6).view(part.shape)
+        torch.testing.assert_close(part, want, atol=1e-5, rtol=1e-5)
+
+
 def test_rounds_once(relative_rms) -> None:
     qkv, own, tables = stream(7, 0, torch.bfloat16), weights(HEAD, torch.bfloat16), rope(7)
     got = head_norm_rope(qkv, own, None, [], tables, HEADS, 1e-6)
@@ -89,7 +100,7 @@ def test_rotation_keeps_the_length_of_every_pair() -> None:
         ({"qkv": torch.zeros(2, 5, 40)}, "qkv float32, bfloat16 or float16"),
         ({"qkv": torch.zeros(5, 3 * WIDTH)}, "qkv float32, bfloat16 or float16"),
         ({"heads": 0}, "heads > 0"),
-        ({"weights": weights(HEAD)[:1]}, "no norm weights of qkv, or those of q and k, found 1"),
+        ({"weights": weights(HEAD)[:1]}, "no norm weights of qkv, or those of q and k, and .*, found 1"),
         ({"weights": weights(HEAD + 1)}, r"norm weights of qkv \[16\] \(per head\) or \[48\]"),
         ({"weights": [weights(HEAD)[0], weights(WIDTH)[0]]}, "norm weights of qkv"),
         ({"other": torch.zeros(1, 5, 3 * WIDTH)}, r"other torch.float32 \[2, T, 144\]"),

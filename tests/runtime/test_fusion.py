@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vdit_quant.kernels import dispatch
@@ -29,6 +30,8 @@ HEADS = {"num_attention_heads": 2, "attention_head_dim": 32}
 COMPRESSED = ("attention", "feed_forward")
 torch.manual_seed(0)
 IDS = {"img_ids": torch.randint(4, (16, 3)), "txt_ids": torch.zeros(5, 3)}
+ANGLES = (9 * torch.rand(32, 16)).repeat_interleave(2, 1)
+ROTARY = (ANGLES.cos(), ANGLES.sin())
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,14 @@ CASES = {
         {"hidden_states": (4, 2, 8, 8), "encoder_hidden_states": (5, 24)},
         {},
     ),
+    "cogvideox": Case(
+        "CogVideoXTransformer3DModel",
+        {**HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 3, "time_embed_dim": 32, "text_embed_dim": 24,
+         "sample_width": 8, "sample_height": 8, "sample_frames": 5, "max_text_seq_length": 5,
+         "use_rotary_positional_embeddings": True},
+        {"hidden_states": (2, 4, 8, 8), "encoder_hidden_states": (5, 24)},
+        {"image_rotary_emb": ROTARY},
+    ),
 }  # fmt: skip
 
 
@@ -105,7 +116,7 @@ def call(
     if case.kind.startswith("Flux"):  # scaled in its own dtype
         timestep = timestep.to(made["hidden_states"].dtype)
     device = next(model.parameters()).device
-    made = {name: t.to(device) for name, t in {**made, "timestep": timestep, **case.extra}.items()}
+    made = pytree.tree_map(lambda t: t.to(device), {**made, "timestep": timestep, **case.extra})
     out: Tensor = model(**made, return_dict=False)[0]
     return out.cpu()
 

@@ -19,17 +19,19 @@ def examples(a: Any) -> dict[str, list[tuple[Any, ...]]]:
         "head_norm_rope": [
             (each, [a.x[0, :8]] * 2, each, [], [a.x[:2, :8]] * 2, 2, 1e-6),
             (joint, [a.x[0, :16]] * 2, None, [], [], 2, 1e-6),
+            (joint, [a.x[0, :8]] * 4, None, [], [], 2, 1e-6),
         ]
     }
 
 
 def compile_cases() -> Iterator[Compile]:
     file = twin("head_norm_rope")
-    types = {**dict.fromkeys(("x_ptr", "q_weight_ptr", "k_weight_ptr", "y_ptr"), "*bf16"), "eps": "fp32"}
+    types = {**dict.fromkeys(("x_ptr", "q_weight_ptr", "k_weight_ptr", "q_bias_ptr", "k_bias_ptr"), "*bf16")}
+    types |= {"y_ptr": "*bf16", "eps": "fp32"}
     types |= {**dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32"), **dict.fromkeys(("x_b", "x_t"), "i32")}
     types |= dict.fromkeys(("TOKENS", "OFFSET", "BATCHES"), "i32")
-    for heads, head_dim, every in ((24, 128, False), (38, 64, False), (40, 128, True)):
-        constants = {"HEADS": heads, "HEAD": head_dim, "NORM": True, "ALL": every, "ROPE": True}
+    for heads, head_dim, every in ((24, 128, False), (38, 64, False), (48, 64, False), (40, 128, True)):
+        constants = {"HEADS": heads, "HEAD": head_dim, "NORM": True, "ALL": every, "ROPE": True, "LAYER": heads == 48}
         constants |= file.launch_options(heads, head_dim)
         on = EVERYWHERE if heads == 24 else HOPPER
         yield Compile(f"{heads}x{head_dim} all={every}", file.head_norm_rope_kernel, types, constants, on)
@@ -44,10 +46,12 @@ def interpreter_equals_reference(heads: int, head_dim: int, every: bool, dtype: 
     first, second = (torch.randn(2, t, 4 * width, generator=g).to(dtype)[..., : 3 * width] for t in (3, 4))
     weights = [torch.randn(width if every else head_dim, generator=g).to(dtype) for _ in range(4)]
     rope = [torch.randn(7, head_dim, generator=g) for _ in range(2)]
+    first += 1  # a mean that a norm may take away
     for args in (
         (first, weights[:2], second, weights[2:], rope, heads, 1e-6),
         (first, [], second, weights[2:], [], heads, 1e-6),
         (second, weights[:2], None, [], [table[:4] for table in rope], heads, 1e-6),
+        (first, weights, second, weights[::-1], rope, heads, 1e-6),
     ):
         got, want = run_twin("head_norm_rope", *args), head_norm_rope(*args)
         assert got.dtype == dtype
@@ -70,6 +74,7 @@ def cuda_equals_reference(heads: int, head_dim: int, every: bool, dtype: torch.d
         (first, weights[:2], second, weights[2:], rope, heads, 1e-6),
         (second, weights[:2], None, [], [], heads, 1e-6),
         (first[:1], [], None, [], [table[:77] for table in rope], heads, 1e-6),
+        (first + 1, weights, second, weights[::-1], rope, heads, 1e-6),
     ):
         wide: list[Any] = [[x.float() for x in a] if isinstance(a, list) else a for a in args]
         wide[0], wide[2] = args[0].float(), None if args[2] is None else args[2].float()
