@@ -33,7 +33,7 @@ class LargeDiT(ModelMixin, ConfigMixin):
     The timestep and label embeddings are as wide as a token, but no wider than 1024.
     """
 
-    _no_split_modules = ("Block",)
+    _no_split_modules = ("LargeDiTBlock",)
 
     @register_to_config
     def __init__(
@@ -60,9 +60,8 @@ class LargeDiT(ModelMixin, ConfigMixin):
         self.t_embedder = nn.ModuleDict({"mlp": mlp})
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, condition)})
         heads = num_attention_heads, num_kv_heads or num_attention_heads, attention_head_dim
-        self.layers = nn.ModuleList(
-            Block(width, condition, heads, ff_inner_dim, norm_eps, qk_norm, modulation_norm) for _ in range(num_layers)
-        )
+        rest = ff_inner_dim, norm_eps, qk_norm, modulation_norm
+        self.layers = nn.ModuleList(LargeDiTBlock(width, condition, heads, *rest) for _ in range(num_layers))
         self.final_layer = Final(width, condition, pixels * out_channels)
 
     def forward(
@@ -86,7 +85,7 @@ class LargeDiT(ModelMixin, ConfigMixin):
         return Transformer2DModelOutput(sample=out) if return_dict else (out,)
 
 
-class Block(nn.Module):
+class LargeDiTBlock(nn.Module):
     def __init__(
         self,
         width: int,
