@@ -7,13 +7,16 @@ from importlib import import_module, metadata
 
 from .runtime.registration import register_with_diffusers
 
-__all__ = ["InputError", "compare", "compress", "fuse", "load", "load_into", "prune_model", "replay_graphs"]
+__all__ = [
+    "InputError", "compare", "compress", "fuse", "join_lora", "load", "load_into", "prune_model", "replay_graphs",
+]  # fmt: skip
 
 _PLACES = {
     "InputError": ".quantize.errors",
     "compress": ".calibrate.pipeline",
     "compare": ".evaluate.compare",
     "fuse": ".runtime.fusion",
+    "join_lora": ".runtime.adapter",
     "load": ".runtime.load",
     "load_into": ".runtime.load",
     "prune_model": ".prune.pipeline",
