@@ -66,6 +66,7 @@ def killed(
         for stage, (model, keep, steps) in cases.items():
             folder, few = tmp_path_factory.mktemp(stage), {**FEW, "samples": 8, "batch_size": 2}
             options = {"keep": keep, **few, "search": "5", "recover": str(steps), "save_steps": 10}
+            options["device"] = "cpu"  # as in the processes that are killed, which see no GPU
             program = ("-c", KILLED, stage, str(KILLED_AT[stage]), *_line(model, options))
             found[stage] = (pool.submit(python, *program, cwd=folder), folder, model, options)
         yield found

@@ -14,6 +14,7 @@ from vdit_quant.prune.writer import read_record
 from vdit_quant.runtime.checkpoint import WEIGHTS
 
 FEW = {"keep": 1, "criterion": "sensitivity", "samples": 16, "steps": 2, "batch_size": 6, "recover": "5", "lr": 1e-3}
+FEW["device"] = "cpu"  # as in the processes, which see no GPU
 PROGRAM = f"""
 import os, sys
 rank, port, *paths = sys.argv[1:]

@@ -186,6 +186,14 @@ def test_equal_runs_give_equal_bytes(demo_artifact: Artifact, quick: dict[str, i
         assert path.read_bytes() == (demo_artifact("w4a8") / path.relative_to(again)).read_bytes(), path
 
 
+@pytest.mark.gpus(1)
+@pytest.mark.parametrize("bits", ["w4a8", "w4a4"])
+def test_on_a_gpu_equal_runs_give_equal_bytes(bits: str, quick: dict[str, int], tmp_path: Path) -> None:
+    one, other = (compress(None, tmp_path / name, bits=bits, device="cuda", **quick) for name in ("one", "other"))
+    for path in (path for path in other.rglob("*") if path.is_file()):
+        assert path.read_bytes() == (one / path.relative_to(other)).read_bytes(), path
+
+
 def test_the_artifact_is_as_small_as_it_says(demo: Path, demo_artifact: Artifact) -> None:
     sizes = [(folder / "transformer" / WEIGHTS).stat().st_size for folder in (demo, demo_artifact("w4a8"))]
     assert sizes[1] < 0.65 * sizes[0]  # the demo's embedding tables, which stay, are a third of it
