@@ -97,7 +97,7 @@ def allocate_bits(
             table = measure_samples(sampler, probe, sizing.offered, compressor, scoring, workspace, progress)
         else:
             model, family = sampler.denoiser, sampler.family
-            calls = capture(model, family, lambda: sampler.run(probe), probe_steps(workload.steps))
+            calls = capture(model, family, lambda: sampler.run(probe, decode=False), probe_steps(workload.steps))
             steps = [float(t) for call in calls if call.timesteps is not None for t in call.timesteps]
             drift = drift_of(sampler.scheduler, steps, guidance_of(sampler, workload))
             scoring = dataclasses.replace(scoring, drift=drift)

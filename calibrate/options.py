@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..evaluate.sampling import Workload
+from ..evaluate.size import parse_size
 from ..quantize.allocate import Budget
 from ..quantize.errors import InputError, unknown
 from ..quantize.recipe import Recipe, load_shipped
@@ -31,6 +32,8 @@ class Options:
     full_steps  how many first and last sampling steps run with activations in the compute dtype
     keep        globs of layers that keep their precision
     steps, samples, seed, guidance   the sampling run that statistics are taken from
+    size        of its samples in pixels, "512x768" or for videos "33x480x832"; None: the pipeline's own default
+    batch_size  samples run at a time
     conditions  a conditions file for that run, for a bare transformer (see `evaluate/conditions.py`)
     device, dtype   where, and in which compute dtype, the model runs
     stats_gb    memory that statistics may take at a time; more blocks than fit mean more sampling runs.
@@ -40,7 +43,7 @@ class Options:
     overwrite   replace an existing output
     i_know      use formats that are known to destroy a model that was not trained with them
 
-    Raises InputError for fewer steps or samples than 1, a seed out of range, or an unknown sensitivity.
+    Raises InputError for fewer steps or samples than 1, a seed out of range, no size, or an unknown sensitivity.
     """
 
     bits: str = "w4a8"
@@ -56,6 +59,8 @@ class Options:
     samples: int = 32
     seed: int = 0
     guidance: float | None = None
+    size: str | None = None
+    batch_size: int = 16
     conditions: str | None = None
     device: str | None = None
     dtype: str | None = None
@@ -66,11 +71,13 @@ class Options:
     i_know: bool = False
 
     def __post_init__(self) -> None:
-        for name, least, most in (("steps", 1, None), ("samples", 1, None), ("seed", 0, MAX_SEED)):
+        counts = (("steps", 1, None), ("samples", 1, None), ("batch_size", 1, None), ("seed", 0, MAX_SEED))
+        for name, least, most in counts:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least or (most is not None and value > most):
                 bounds = f"from {least}" if most is None else f"from {least} to {most}"
-                raise InputError(f"--{name} {value}: expected a whole number {bounds}")
+                raise InputError(f"--{name.replace('_', '-')} {value}: expected a whole number {bounds}")
+        parse_size(self.size)
         if self.sensitivity not in SENSITIVITIES:
             raise unknown("--sensitivity", self.sensitivity, SENSITIVITIES)
 
@@ -90,7 +97,8 @@ class Options:
 
     def workload(self) -> Workload:
         seed = CALIBRATION_SEEDS + self.seed
-        return Workload(self.samples, self.steps, seed, self.guidance, conditions=self.conditions, dtype=self.dtype)
+        run = (self.samples, self.steps, seed, self.guidance, self.batch_size, self.conditions, self.dtype)
+        return Workload(*run, parse_size(self.size))
 
 
 def parse_full_steps(text: str) -> tuple[int, int]:

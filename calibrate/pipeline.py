@@ -262,4 +262,8 @@ def open_tuner(source: Source | ModelSource, settings: Options, device: torch.de
         return BlockTuner(source.model, find_family(source.model), source.run, settings.steps, progress)
     sampler, workload = make_sampler(source, torch.float32, device), settings.workload()
     few = dataclasses.replace(workload, samples=min(workload.samples, TUNED_SAMPLES))
-    return BlockTuner(sampler.denoiser, sampler.family, lambda: sampler.run(few), settings.steps, progress)
+
+    def sample() -> None:
+        sampler.run(few, decode=False)
+
+    return BlockTuner(sampler.denoiser, sampler.family, sample, settings.steps, progress)

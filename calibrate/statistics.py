@@ -89,7 +89,7 @@ def _stream(
         with tracker, BlockChain(model, blocks, tracker, workspace.folder) as chain:
             progress.stage("sampling, a block at a time", len(list(sampler.batches(workload))) * workload.steps)
             with Recorder(model, family, _needs(outside[1]), workload.steps) as recorder:
-                sampler.run(workload, lambda done, _: progress.advance(done, f"sampler call {done}"))
+                sampler.run(workload, lambda done, _: progress.advance(done, f"sampler call {done}"), decode=False)
             chain.stop()
             progress.note(f"inputs of {len(chain.places)} calls kept, {chain.bytes / 1e6:,.0f} MB of them in memory")
             if outside[1][1]:
@@ -133,7 +133,8 @@ class _Runner:
         calls = len(list(self.sampler.batches(workload))) * workload.steps
         self.progress.stage(title, calls)
         with Recorder(self.sampler.denoiser, self.sampler.family, needs, workload.steps) as recorder:
-            self.sampler.run(workload, lambda done, _: self.progress.advance(done, f"sampler call {done}"))
+            told = self.progress.advance
+            self.sampler.run(workload, lambda done, _: told(done, f"sampler call {done}"), decode=False)
         return recorder.result()
 
 

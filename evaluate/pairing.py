@@ -61,6 +61,15 @@ def check_schedulers(model: Source, baseline: Source) -> None:
         )
 
 
+def calibrated_size(model: Path) -> str | None:
+    """The size of the samples that an artifact was calibrated on, where it was asked for."""
+    source = find_source(model)
+    if not is_artifact(source.transformer):
+        return None
+    size = read_config(source.transformer).provenance.get("workload", {}).get("size")
+    return size if isinstance(size, str) else None
+
+
 def default_baseline(model: Path) -> str:
     """The model that an artifact or a pruned model says it was made from. Raises InputError when it says nothing, or
     what lies there now is another checkpoint."""

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..quantize.errors import InputError
+from ..quantize.errors import InputError, reason_of
 from ..runtime.checkpoint import read_json
 from ..runtime.family import Family, find_family
 from ..runtime.source import Source, load_pipeline, load_transformer
 from ..runtime.step import StepTracker
 from .conditions import Conditions, fingerprint, random_conditions, read_conditions
+from .size import show_size, size_arguments
 from .timesteps import count_tokens, set_timesteps
 
 Progress = Callable[[int, int], None]
@@ -30,6 +31,7 @@ class Workload:
     guidance_scale  None: the pipeline's own default
     conditions      a conditions file (see `conditions.py`), for a bare transformer; None: the family's random ones
     dtype           name of the compute dtype; None: bfloat16 on an accelerator, float32 on a CPU
+    size            (height, width) or (frames, height, width) in pixels, of a pipeline's samples; None: its own default
     """
 
     samples: int = 8
@@ -39,10 +41,12 @@ class Workload:
     batch_size: int = 16
     conditions: str | None = None
     dtype: str | None = None
+    size: tuple[int, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The settings for a record; the conditions file by its contents, wherever it lies."""
-        return {**asdict(self), "conditions": self.conditions and fingerprint(self.conditions)}
+        size = None if self.size is None else show_size(self.size)
+        return {**asdict(self), "conditions": self.conditions and fingerprint(self.conditions), "size": size}
 
     def generators(self, start: int, stop: int) -> list[torch.Generator]:
         """One CPU generator a sample, so that a sample's noise depends on nothing but its own number."""
@@ -74,16 +78,27 @@ class Sampler:
         """All conditions of a workload; depends on the model's configuration and the seed only."""
         raise NotImplementedError
 
-    def sample_batch(self, workload: Workload, conditions: Any, start: int, stop: int) -> Tensor:
+    def sample_batch(
+        self, workload: Workload, conditions: Any, start: int, stop: int, decode: bool = True
+    ) -> Tensor:
         """Samples start..stop of the workload: float [stop - start, ...]. Equal calls give equal samples, also where
         pipeline or scheduler draw noise from torch's own generators, whose state is left as it was.
 
-        Raises InputError when the scheduler does not take the workload's steps.
+        decode  False: latents will do, where the pipeline can give them
+        Raises InputError when the scheduler does not take the workload's steps, the pipeline not its size, or memory
+        does not hold as many samples at a time.
         """
-        with _seeded(workload.batch_seed(start)):
-            return self._sample(workload, conditions, start, stop)
+        try:
+            with _seeded(workload.batch_seed(start)):
+                return self._sample(workload, conditions, start, stop, decode)
+        except torch.OutOfMemoryError as error:
+            count = stop - start
+            raise InputError(
+                f"no memory to sample {count} at a time ({reason_of(error)}); --batch-size {max(1, count // 4)} and a "
+                "smaller --size take less, and calibrate --offload holds one block at a time"
+            ) from error
 
-    def _sample(self, workload: Workload, conditions: Any, start: int, stop: int) -> Tensor:
+    def _sample(self, workload: Workload, conditions: Any, start: int, stop: int, decode: bool) -> Tensor:
         raise NotImplementedError
 
     def batches(self, workload: Workload) -> Iterator[tuple[int, int]]:
@@ -91,7 +106,13 @@ class Sampler:
             yield start, min(workload.samples, start + workload.batch_size)
 
     @torch.no_grad()
-    def run(self, workload: Workload, progress: Progress | None = None, keep_trajectory: bool = False) -> Samples:
+    def run(
+        self,
+        workload: Workload,
+        progress: Progress | None = None,
+        keep_trajectory: bool = False,
+        decode: bool = True,
+    ) -> Samples:
         """Samples the workload. `progress` is called with (calls of the denoiser so far, expected calls)."""
         conditions = self.conditions(workload)
         images, trajectories = [], []
@@ -104,7 +125,7 @@ class Sampler:
                     watch.on_step = _step_progress(progress, number, len(spans), workload.steps)
                 handle = self.denoiser.register_forward_pre_hook(watch)
                 try:
-                    images.append(self.sample_batch(workload, conditions, start, stop).float().cpu())
+                    images.append(self.sample_batch(workload, conditions, start, stop, decode).float().cpu())
                 finally:
                     handle.remove()
                 trajectories.append(watch.latents)
@@ -152,6 +173,8 @@ class PipelineSampler(Sampler):
         self.denoiser, self.scheduler = pipe.transformer, pipe.scheduler
         self.family = find_family(self.denoiser)
         self.accepts = inspect.signature(pipe.__call__).parameters
+        if "prompt" in self.accepts and hasattr(getattr(pipe, "vae", None), "enable_slicing"):
+            pipe.vae.enable_slicing()  # large pictures are decoded one by one: all at once take more than the denoiser
 
     def conditions(self, workload: Workload) -> dict[str, list[Any]]:
         if workload.conditions is not None:
@@ -168,16 +191,24 @@ class PipelineSampler(Sampler):
             return {"prompt": [prompts[(workload.seed + i) % len(prompts)] for i in range(workload.samples)]}
         raise InputError(f"{type(self.pipe).__name__} takes neither class_labels nor prompt; give your own data")
 
-    def _sample(self, workload: Workload, conditions: Any, start: int, stop: int) -> Tensor:
+    def _sample(self, workload: Workload, conditions: Any, start: int, stop: int, decode: bool) -> Tensor:
         set_timesteps(self.scheduler, workload.steps)  # the pipeline does it again; a wrong number is an error here
         options = {"guidance_scale": workload.guidance_scale} if workload.guidance_scale is not None else {}
-        out = self.pipe(
-            **{name: values[start:stop] for name, values in conditions.items()},
-            generator=workload.generators(start, stop),
-            num_inference_steps=workload.steps,
-            output_type="pt",
-            **options,
-        )
+        size = size_arguments(workload.size, self.accepts, type(self.pipe).__name__)
+        try:
+            out = self.pipe(
+                **{name: values[start:stop] for name, values in conditions.items()},
+                generator=workload.generators(start, stop),
+                num_inference_steps=workload.steps,
+                output_type="pt" if decode or "prompt" not in self.accepts else "latent",
+                **options,
+                **size,
+            )
+        except ValueError as error:
+            if workload.size is None:
+                raise
+            shown, kind = show_size(workload.size), type(self.pipe).__name__
+            raise InputError(f"--size {shown}: {kind} does not take it: {reason_of(error)}") from error
         return out.images if hasattr(out, "images") else out.frames
 
 
@@ -191,6 +222,8 @@ class DenoiserSampler(Sampler):
         self.family = find_family(denoiser)
 
     def conditions(self, workload: Workload) -> Conditions:
+        if workload.size is not None:
+            raise InputError("--size is for a pipeline; a bare transformer samples latents as its conditions file says")
         count, seed = workload.samples, workload.seed
         if workload.conditions is None:
             return random_conditions(self.denoiser, self.family, count, seed)
@@ -201,7 +234,7 @@ class DenoiserSampler(Sampler):
             )
         return found
 
-    def _sample(self, workload: Workload, conditions: Conditions, start: int, stop: int) -> Tensor:
+    def _sample(self, workload: Workload, conditions: Conditions, start: int, stop: int, decode: bool) -> Tensor:
         model: Any = self.denoiser
         device, dtype = model.device, model.dtype
         scale = self.default_guidance if workload.guidance_scale is None else workload.guidance_scale

@@ -39,6 +39,11 @@ def run(
     samples: Annotated[int, typer.Option(min=1, help="Samples of the calibration run.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of the calibration run.")] = 0,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of the calibration run.")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Size of its samples: 512x512, or with frames 33x480x832. Default: the pipeline's own."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples run at a time.")] = 16,
     conditions: Annotated[
         Path | None, typer.Option(help="Conditions file (safetensors) for a bare transformer's calibration run.")
     ] = None,
@@ -78,6 +83,8 @@ def run(
         samples=samples,
         seed=seed,
         guidance=guidance,
+        size=size,
+        batch_size=batch_size,
         conditions=None if conditions is None else str(conditions),
         device=device,
         dtype=dtype,

@@ -17,6 +17,10 @@ def run(
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
     seed: Annotated[list[int] | None, typer.Option(help="Seed; may be given again. Default: 1 and 2.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's own.")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Size of the samples: 512x512, or with frames 33x480x832. Default: as it was calibrated."),
+    ] = None,
     conditions: Annotated[
         Path | None, typer.Option(help="Conditions file (safetensors) for a bare transformer.")
     ] = None,
@@ -30,19 +34,22 @@ def run(
 ) -> None:
     """Compare an artifact or a pruned model with full precision: same conditions, same noise, sample by sample."""
     from ...evaluate.compare import compare
-    from ...evaluate.pairing import default_baseline
+    from ...evaluate.pairing import calibrated_size, default_baseline
     from ...evaluate.sampling import Workload
+    from ...evaluate.size import parse_size
     from ...kernels import dispatch
     from ..compare_table import print_comparison
     from ..console import console, reporting
 
+    given, pixels = str(conditions) if conditions else None, parse_size(size or calibrated_size(artifact))
+    workload = Workload(samples, steps, 0, guidance, batch_size, given, dtype, pixels)
     against = baseline or default_baseline(artifact)
     folder = output or Path(f"{artifact.name}-compare")
     with reporting() as reporter, dispatch.use(strict=strict or None):
         result = compare(
             artifact,
             against,
-            Workload(samples, steps, 0, guidance, batch_size, str(conditions) if conditions else None, dtype),
+            workload,
             tuple(seed or (1, 2)),
             device,
             folder / "samples.png",

@@ -1,0 +1,161 @@
+"""Pipelines with text encoders, tiny and random, from calibration to comparison."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+import vdit_quant
+from vdit_quant.evaluate.sampling import Workload, make_sampler
+from vdit_quant.quantize.errors import InputError
+from vdit_quant.runtime.source import find_source
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
+T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+CLIP = {
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "projection_dim": 16, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def _tokenizer(length: int) -> Any:
+    """Every word is unknown to it but it pads, ends and cuts as those of the encoders do."""
+    words = ["<pad>", "</s>", "<unk>", "a", "of", "the", "in", "with"]
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    ends = [("</s>", 1)]
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=ends)
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=length, **special)
+
+
+def _t5() -> tuple[Any, Any]:
+    return transformers.T5EncoderModel(transformers.T5Config(**T5)).eval(), _tokenizer(64)
+
+
+def _clip(kind: str) -> tuple[Any, Any]:
+    return getattr(transformers, kind)(transformers.CLIPTextConfig(**CLIP)).eval(), _tokenizer(77)
+
+
+def _vae() -> Any:
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return diffusers.AutoencoderKL(block_out_channels=(32, 32), latent_channels=4, shift_factor=0.0, **blocks).eval()
+
+
+def _flux() -> Any:
+    model = diffusers.FluxTransformer2DModel(
+        **HEADS, in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=32, pooled_projection_dim=16,
+        axes_dims_rope=(4, 4, 8), guidance_embeds=True,
+    )  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return diffusers.FluxPipeline(scheduler, _vae(), *_clip("CLIPTextModel"), *_t5(), model)
+
+
+def _sd3() -> Any:
+    model = diffusers.SD3Transformer2DModel(
+        **HEADS, sample_size=16, in_channels=4, out_channels=4, num_layers=2, joint_attention_dim=32,
+        caption_projection_dim=32, pooled_projection_dim=32, pos_embed_max_size=16,
+    )  # fmt: skip
+    clips = [*_clip("CLIPTextModelWithProjection"), *_clip("CLIPTextModelWithProjection")]
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return diffusers.StableDiffusion3Pipeline(model, scheduler, _vae(), *clips, *_t5())
+
+
+def _wan() -> Any:
+    model = diffusers.WanTransformer3DModel(
+        **HEADS,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=16,
+        ffn_dim=48,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+    vae = diffusers.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval()
+    encoder = transformers.UMT5EncoderModel(transformers.UMT5Config(**T5)).eval()
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
+    return diffusers.WanPipeline(_tokenizer(64), encoder, vae, scheduler, model)
+
+
+def _cogvideox() -> Any:
+    model = diffusers.CogVideoXTransformer3DModel(
+        **HEADS, in_channels=4, out_channels=4, num_layers=2, time_embed_dim=16, text_embed_dim=32, sample_width=2,
+        sample_height=2, sample_frames=9, max_text_seq_length=16, use_rotary_positional_embeddings=True,
+    )  # fmt: skip
+    blocks = {"down_block_types": ("CogVideoXDownBlock3D",) * 4, "up_block_types": ("CogVideoXUpBlock3D",) * 4}
+    vae = diffusers.AutoencoderKLCogVideoX(
+        **blocks, block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2
+    )
+    encoder, tokenizer = _t5()
+    return diffusers.CogVideoXPipeline(tokenizer, encoder, vae.eval(), model, diffusers.CogVideoXDDIMScheduler())
+
+
+PIPELINES: dict[str, tuple[Callable[[], Any], str]] = {
+    "flux": (_flux, "32x32"),
+    "sd3": (_sd3, "32x32"),
+    "wan": (_wan, "5x32x32"),
+    "cogvideox": (_cogvideox, "9x16x16"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The pipeline of a name on disk, made once."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            torch.manual_seed(0)
+            made[name] = tmp_path_factory.mktemp("pipelines") / name
+            PIPELINES[name][0]().save_pretrained(made[name])
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_calibrated_compared_and_loaded(
+    name: str, folder: Callable[[str], Path], cli: Callable[..., Any], plain_recipe: Callable[[str], Any]
+) -> None:
+    size = PIPELINES[name][1]
+    recipe = Path("recipe.toml")
+    recipe.write_text('[[step]]\nmethod = "gptq"\nspec = "w8-a8tok"\nroles = ["attention", "feed_forward"]\n')
+    few = ("--steps", "2", "--samples", "3", "--batch-size", "2", "--device", "cpu")
+    done = cli("calibrate", folder(name), "-o", "out", "--recipe", recipe, "--size", size, *few)
+    assert done.code == 0, done.err
+    recorded = json.loads(Path("out/transformer/config.json").read_text())["quantization_config"]["provenance"]
+    assert recorded["workload"]["size"] == size
+    done = cli("compare", "out", "--samples", "2", "--steps", "2", "--device", "cpu")  # at that size, unasked
+    assert done.code == 0, done.err
+    result = json.loads(Path("out-compare/comparison.json").read_text())
+    assert result["workload"]["size"] == size
+    assert result["psnr"] > 25
+    assert Path("out-compare/samples.png").read_bytes().startswith(b"\x89PNG")
+    pipe = vdit_quant.load("out", device="cpu")
+    assert type(pipe).__name__ == json.loads((folder(name) / "model_index.json").read_text())["_class_name"]
+
+
+def test_statistics_are_taken_without_decoding(
+    folder: Callable[[str], Path], tmp_path: Path, plain_recipe: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diffusers.AutoencoderKL, "decode", lambda *_: pytest.fail("pictures were decoded"))
+    step = {"method": "gptq", "spec": "w8-a8tok", "roles": ["attention"]}
+    recipe = type(plain_recipe("w8-a8tok")).from_dict({"step": [step]}, "mine")
+    settings = {"steps": 1, "samples": 1, "size": "32x32", "device": "cpu"}
+    assert vdit_quant.compress(folder("flux"), tmp_path / "out", recipe=recipe, **settings).exists()
+
+
+def test_a_size_that_a_pipeline_refuses_is_one_clear_error(folder: Callable[[str], Path]) -> None:
+    sampler = make_sampler(find_source(folder("wan")), torch.float32, "cpu")
+    with pytest.raises(InputError, match=r"--size 5x33x32: WanPipeline does not take it: .*divisible"):
+        sampler.run(Workload(1, 1, size=(5, 33, 32)))
+    with pytest.raises(InputError, match="FluxPipeline makes no videos"):
+        make_sampler(find_source(folder("flux")), torch.float32, "cpu").run(Workload(1, 1, size=(5, 32, 32)))
