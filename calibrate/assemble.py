@@ -67,10 +67,10 @@ def write_artifact(
         return parts[part][name].to(entries[name][1])
 
     with staged(target, overwrite) as folder:
-        inner = folder / "transformer" if source.is_pipeline else folder
+        inner = folder / source.component if isinstance(source, Source) and source.is_pipeline else folder
         inner.mkdir(exist_ok=True)
         if isinstance(source, Source) and source.is_pipeline:
-            copy_pipeline(source.root, folder)
+            copy_pipeline(source.root, folder, skip=source.component)
         elif isinstance(source, Source) and source.scheduler is not None:  # what the artifact is sampled with
             copy_pipeline(source.scheduler, folder / "scheduler", skip="")
         write_tensors(inner, entries, get)

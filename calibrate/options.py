@@ -31,6 +31,7 @@ class Options:
     sensitivity how a layer's share of the error is measured for that: drift (cheap), or samples
     full_steps  how many first and last sampling steps run with activations in the compute dtype
     keep        globs of layers that keep their precision
+    component   which denoiser of a pipeline that has two (Wan 2.2): transformer or transformer_2; None: the first
     steps, samples, seed, guidance   the sampling run that statistics are taken from
     size        of its samples in pixels, "512x768" or for videos "33x480x832"; None: the pipeline's own default
     batch_size  samples run at a time
@@ -55,6 +56,7 @@ class Options:
     budget: str | None = None
     sensitivity: str = "drift"
     keep: tuple[str, ...] = ()
+    component: str | None = None
     steps: int = 20
     samples: int = 32
     seed: int = 0

@@ -88,7 +88,7 @@ def plan_job(
 
     Raises InputError for everything that can be refused so early.
     """
-    source, device = open_source(model, data), pick_device(settings.device)
+    source, device = open_source(model, data, settings.component), pick_device(settings.device)
     recipe, notes = settle_training(source, settings.resolve_recipe(), settings, device)
     target = Path(output) if output is not None else default_output(source.label, recipe)
     check_target(target, source if isinstance(source, Source) else None, settings.overwrite)
@@ -103,7 +103,8 @@ def plan_job(
     if settings.budget is not None:
         require_disk_source(source)
         sizing = prepare_untimed(plan, settings.budget, settings.sensitivity, device, settings.offload)
-    return Job(settings, source, recipe, target, plan, plans, device, sizing, (*notes, *untrained_notes(plan)))
+    notes = (*notes, *untrained_notes(plan), *left_notes(source, target))
+    return Job(settings, source, recipe, target, plan, plans, device, sizing, notes)
 
 
 def run_job(job: Job, progress: Progress) -> Path:
@@ -139,14 +140,30 @@ def run_job(job: Job, progress: Progress) -> Path:
     return job.target
 
 
-def open_source(model: str | Path | nn.Module | None, data: Data | None = None) -> Source | ModelSource:
+def open_source(
+    model: str | Path | nn.Module | None, data: Data | None = None, component: str | None = None
+) -> Source | ModelSource:
     """The source behind what the user named. Raises InputError for an artifact that is already compressed."""
     if isinstance(model, nn.Module):
         return ModelSource(model, data)
-    source = find_source(DEMO if model is None else model)
+    source = find_source(DEMO if model is None else model, component)
     if is_artifact(source.transformer):
-        raise InputError(f"{source.label}: already a compressed artifact; calibrate the original checkpoint")
+        plain = [name for name in source.components if not is_artifact(source.root / name)]
+        hint = f"--component {plain[0]} compresses its other denoiser" if plain else "calibrate the original checkpoint"
+        raise InputError(f"{source.label}: already a compressed artifact; {hint}")
     return source
+
+
+def left_notes(source: Source | ModelSource, target: Path) -> list[str]:
+    """What a run does not say of itself: denoisers of the pipeline that stay as they are."""
+    if isinstance(source, ModelSource):
+        return []
+    left = [n for n in source.components if n != source.component and not is_artifact(source.root / n)]
+    return [
+        f"{name}, another denoiser of this pipeline, stays as it is; compress it afterwards: "
+        f"vdit-quant calibrate {target} --component {name} -o {target}-2"
+        for name in left
+    ]
 
 
 def default_output(label: str, recipe: Recipe) -> Path:
@@ -180,6 +197,8 @@ def run_time_plans(source: Source | ModelSource, settings: Options) -> dict[str,
         return {}
     if isinstance(source, ModelSource):
         raise InputError("full_steps needs the model's sampler; name a model folder instead of a model object")
+    if len(source.components) > 1:
+        raise InputError(f"--full-steps counts the steps of one denoiser; {source.label} has two")
     scheduler = load_scheduler(source)
     model = source.skeleton()
     family, tokens = find_family(model), latent_tokens(model, settings.conditions)

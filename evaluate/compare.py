@@ -20,7 +20,7 @@ from ..runtime.load import pick_device, pick_dtype
 from ..runtime.source import find_source
 from ..runtime.writer import write_json
 from .metrics import mean_psnr, relative_error, ssim
-from .pairing import check_pair, same_conditions
+from .pairing import check_pair, same_component, same_conditions
 from .picture import save_pairs
 from .sampling import Sampler, Samples, Workload, make_sampler
 
@@ -115,7 +115,8 @@ def compare(
     check_pair(artifact, baseline)
     for path in filter(None, (record, picture)):
         _check_writable(path)
-    reference = sample_seeds(baseline, workload, seeds, device, "baseline", progress)
+    component = same_component(find_source(artifact), baseline)
+    reference = sample_seeds(baseline, workload, seeds, device, "baseline", progress, component=component)
     run = sample_seeds(artifact, workload, seeds, device, "artifact", progress, baseline)
     result = replace(compare_runs(run, reference), picture=None if picture is None else str(picture))
     if record is not None:
@@ -135,17 +136,19 @@ def sample_seeds(
     role: str = "samples",
     progress: Progress | None = None,
     substitute: str | Path | None = None,
+    component: str | None = None,
 ) -> Run:
     """Samples the workload once for each seed, keeping every step's latents.
 
     role        names it to `progress`
     substitute  the model whose scheduler is used for a bare transformer without one
+    component   of a pipeline with two denoisers, the one whose latents are kept: see `find_source`
     Raises InputError when the model is unusable, or its samples hold NaN or infinity.
     """
     place = pick_device(device)
     dtype = pick_dtype(workload.dtype, place)
     other = None if substitute is None else find_source(substitute)
-    sampler = make_sampler(find_source(model), dtype, place, other)
+    sampler = make_sampler(find_source(model, component), dtype, place, other)
     start = time.perf_counter()
     samples = []
     for seed in seeds:

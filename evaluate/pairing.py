@@ -22,11 +22,17 @@ from .sampling import load_scheduler
 def check_pair(model: str | Path, baseline: str | Path) -> None:
     """Raises InputError unless `model` is a whole artifact or a pruned model, with inputs, outputs and scheduler of
     `baseline`."""
-    ours, theirs = find_source(model), find_source(baseline)
+    ours = find_source(model)
+    theirs = find_source(baseline, same_component(ours, baseline))
     if is_artifact(ours.transformer) or not is_pruned(ours.transformer):
         check_artifact(ours)
     check_same(ours, theirs)
     check_schedulers(ours, theirs)
+
+
+def same_component(source: Source, other: str | Path) -> str | None:
+    """The denoiser of a pipeline `other` that corresponds to a source's."""
+    return source.component if source.component in find_source(other).components else None
 
 
 def check_same(model: Source, baseline: Source) -> None:
@@ -80,7 +86,7 @@ def default_baseline(model: Path) -> str:
         raise InputError(f"{model}: does not say what it was made from; pass --baseline MODEL")
     name, recorded = str(record["source"]), record.get("source_fingerprint")
     try:
-        found = find_source(name).fingerprint()
+        found = find_source(name, same_component(source, name)).fingerprint()
     except InputError as error:
         raise InputError(f"{error}; {model} was made from it; --baseline MODEL compares with another") from None
     if recorded is not None and found != recorded:

@@ -168,9 +168,9 @@ class _Watch:
 class PipelineSampler(Sampler):
     """Samples with a diffusers pipeline: class labels or the prompts that ship with the package."""
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, component: str = "transformer") -> None:
         self.pipe = pipe
-        self.denoiser, self.scheduler = pipe.transformer, pipe.scheduler
+        self.denoiser, self.scheduler = getattr(pipe, component), pipe.scheduler
         self.family = find_family(self.denoiser)
         self.accepts = inspect.signature(pipe.__call__).parameters
         if "prompt" in self.accepts and hasattr(getattr(pipe, "vae", None), "enable_slicing"):
@@ -274,7 +274,7 @@ def make_sampler(
     """The sampler of a model on disk: its pipeline, or for a bare transformer its denoiser with the scheduler that lies
     in or next to its folder. Where there is none it is that of `substitute`, or else a linear-beta DDIM."""
     if source.is_pipeline:
-        return PipelineSampler(load_pipeline(source, dtype, device))
+        return PipelineSampler(load_pipeline(source, dtype, device), source.component)
     owner = source if source.scheduler is not None or substitute is None else substitute
     return DenoiserSampler(load_transformer(source, dtype, device), load_scheduler(owner))
 

@@ -51,15 +51,21 @@ class Adapter:
 
 
 def join_lora(
-    artifact: str | Path, adapter: str | Path, output: str | Path, scale: float = 1.0, overwrite: bool = False
+    artifact: str | Path,
+    adapter: str | Path,
+    output: str | Path,
+    scale: float = 1.0,
+    overwrite: bool = False,
+    component: str | None = None,
 ) -> dict[str, int]:
     """Writes `artifact` with an adapter joined to it as the artifact `output`; returns the rank that each layer got.
 
     adapter  a safetensors file for this model, in diffusers' or peft's layout, or in another that diffusers converts
     scale    of the adapter, times its own alpha / r
+    component  the denoiser that it is for, where a pipeline has two: see `find_source`
     Raises InputError, with nothing left half written, when the adapter does not fit the model.
     """
-    source, target = find_source(artifact), Path(output)
+    source, target = find_source(artifact, component), Path(output)
     config = read_config(source.transformer)
     shapes = linear_shapes(source.skeleton())
     check_tensors(config, shapes, source.checkpoint)
@@ -70,10 +76,10 @@ def join_lora(
     provenance = {**config.provenance, "adapter": {"file": Path(adapter).name, "scale": scale}}
     entries, writer = _entries(source, new, adapters, shapes), _Writer(source, old, adapters)
     with staged(target, overwrite) as folder:
-        inner = folder / "transformer" if source.is_pipeline else folder
+        inner = folder / source.component if source.is_pipeline else folder
         inner.mkdir(exist_ok=True)
         if source.is_pipeline:
-            copy_pipeline(source.root, folder)
+            copy_pipeline(source.root, folder, skip=source.component)
         elif source.scheduler is not None:
             copy_pipeline(source.scheduler, folder / "scheduler", skip="")
         write_tensors(inner, entries, writer.get)

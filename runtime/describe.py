@@ -22,13 +22,14 @@ from .source import find_source, known_class
 from .stand_in import stand_in
 
 
-def describe_artifact(path: str | Path, device: str | None = None) -> dict[str, Any]:
+def describe_artifact(path: str | Path, device: str | None = None, component: str | None = None) -> dict[str, Any]:
     """Layers grouped by spec and pattern with true bytes, the kernels each will run on `device`, and the reasons.
 
-    A model whose class is not here is described by its files alone, each layer by itself.
+    A model whose class is not here is described by its files alone, each layer by itself. `component` as in
+    `find_source`.
     Raises InputError when the folder is not a complete artifact.
     """
-    source = find_source(path)
+    source = find_source(path, component)
     config = read_config(source.transformer)
     known = known_class(source.config) is not None
     skeleton = source.skeleton() if known else stand_in(config, source.checkpoint)
@@ -53,6 +54,8 @@ def describe_artifact(path: str | Path, device: str | None = None) -> dict[str, 
     return {
         "class": source.config.get("_class_name"),
         "known": known,
+        "component": source.component if source.is_pipeline else None,
+        "components": source.components,
         "version": source.config["quantization_config"]["version"],
         "provenance": config.provenance,
         "plans": config.plans,

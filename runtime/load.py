@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from ..quantize.errors import InputError, reason_of, unknown
 from ..quantize.spec import LayerSpec
-from .artifact import check_tensors, read_config
+from .artifact import check_tensors, is_artifact, read_config
 from .attach import attach, linear_layers
 from .checkpoint import Checkpoint
 from .fusion import fuse
@@ -74,12 +75,15 @@ def load(
     Raises InputError when the folder is no artifact, or is damaged, or config and tensors disagree.
     """
     source = find_source(path)
-    check_artifact(source)
+    compressed = [name for name in source.components if is_artifact(source.root / name)] or [source.component]
+    for name in compressed:
+        check_artifact(replace(source, component=name))
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     model: Any = load_pipeline(source, dtype, device) if source.is_pipeline else load_transformer(source, dtype, device)
     if device.type == "cuda" if cuda_graphs is None else cuda_graphs:
-        replay_graphs(model.transformer if source.is_pipeline else model)
+        for denoiser in [getattr(model, name) for name in compressed] if source.is_pipeline else [model]:
+            replay_graphs(denoiser)
     return model
 
 

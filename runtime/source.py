@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,26 +15,34 @@ import torch
 from torch import nn
 
 from ..quantize import registry
-from ..quantize.errors import InputError
+from ..quantize.errors import InputError, unknown
 from . import models
 from .checkpoint import Checkpoint, file_traits, read_json
 from .demo import DEMO, demo_path
 
 COMPONENTS = ("transformer", "transformer_2")
+"""Denoisers of a pipeline: of Wan 2.2's two, the first runs the noisy steps and the second the others."""
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model on disk. `root` is what the user named; `transformer` is the folder of the denoiser inside it."""
+    """A model on disk. `root` is what the user named; `transformer` is the folder of the denoiser inside it, that of
+    `component` in a pipeline."""
 
     root: Path
     label: str
     is_pipeline: bool
+    component: str = COMPONENTS[0]
 
     @property
     def transformer(self) -> Path:
-        return self.root / "transformer" if self.is_pipeline else self.root
+        return self.root / self.component if self.is_pipeline else self.root
+
+    @property
+    def components(self) -> list[str]:
+        """All denoisers of the pipeline; none of a bare transformer."""
+        return [name for name in COMPONENTS if self.is_pipeline and (self.root / name / "config.json").exists()]
 
     @property
     def scheduler(self) -> Path | None:
@@ -73,11 +81,26 @@ class Source:
             raise InputError(f"{path}: no {kind.__name__} can be built from this config ({reason})") from error
 
 
-def find_source(model: str | Path) -> Source:
+def find_source(model: str | Path, component: str | None = None) -> Source:
     """The source behind a path, a hub id (downloaded to the hub cache: configs and safetensors only), or "demo".
 
-    Raises InputError when it is neither a pipeline folder nor a transformer folder.
+    component  which denoiser of a pipeline; None: the first that is compressed, else the first
+    Raises InputError when it is neither a pipeline folder nor a transformer folder, or has no such component.
     """
+    source = _find(model)
+    if component is None:
+        compressed = (name for name in source.components if _is_quantized(source.root / name))
+        return replace(source, component=next(compressed, COMPONENTS[0]))
+    if component not in source.components:
+        raise unknown("component", component, source.components, source.label)
+    return replace(source, component=component)
+
+
+def _is_quantized(folder: Path) -> bool:
+    return "quantization_config" in read_json(folder / "config.json")
+
+
+def _find(model: str | Path) -> Source:
     path = Path(model)
     if path.is_dir():
         return _local(path, str(model))
@@ -166,7 +189,7 @@ def load_pipeline(source: Source, dtype: torch.dtype, device: str | torch.device
     transformer = load_transformer(source, dtype, device)
     with _no_progress_bar():
         pipe = DiffusionPipeline.from_pretrained(
-            source.root, transformer=transformer, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            source.root, dtype=dtype, use_safetensors=True, trust_remote_code=False, **{source.component: transformer}
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)

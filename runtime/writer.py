@@ -17,7 +17,7 @@ from torch import Tensor
 from ..quantize.errors import InputError
 from .artifact import is_artifact
 from .checkpoint import INDEX, WEIGHTS
-from .source import Source
+from .source import COMPONENTS, Source
 
 SHARD_BYTES = 5_000_000_000
 # never copied from a source pipeline: weights in formats that can run code, and hub bookkeeping
@@ -60,7 +60,7 @@ def check_output(output: Path, overwrite: bool, is_ours: Callable[[Path], bool] 
     if not overwrite:
         raise InputError(f"{output} exists; name another output, or pass --overwrite")
     empty = output.is_dir() and not any(output.iterdir())
-    if not empty and not is_ours(output) and not is_ours(output / "transformer"):
+    if not empty and not any(map(is_ours, (output, *(output / name for name in COMPONENTS)))):
         kind = "is no artifact" if is_ours is is_artifact else "was not written by this command"
         raise InputError(f"{output} exists and {kind}, and --overwrite replaces nothing else; name another output")
 
@@ -129,7 +129,7 @@ def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def copy_pipeline(source: Path, target: Path, skip: str = "transformer") -> None:
+def copy_pipeline(source: Path, target: Path, skip: str = COMPONENTS[0]) -> None:
     """Copies a pipeline folder except its `skip` component: configs, tokenizers and safetensors, nothing executable."""
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)

@@ -35,6 +35,9 @@ def run(
     keep: Annotated[
         list[str] | None, typer.Option(help="Glob of layers that keep their precision; may be given again.")
     ] = None,
+    component: Annotated[
+        str | None, typer.Option(help="Which denoiser of a pipeline that has two: transformer or transformer_2.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps of the calibration run.")] = 20,
     samples: Annotated[int, typer.Option(min=1, help="Samples of the calibration run.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of the calibration run.")] = 0,
@@ -76,6 +79,7 @@ def run(
         group_size=group_size,
         params=tuple(set_ or ()),
         keep=tuple(keep or ()),
+        component=component,
         full_steps=parse_full_steps(full_steps),
         budget=budget,
         sensitivity=sensitivity,

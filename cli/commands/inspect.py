@@ -12,17 +12,20 @@ import typer
 def run(
     artifact: Annotated[Path, typer.Argument(help="Folder that `vdit-quant calibrate` wrote.")],
     device: Annotated[str | None, typer.Option(help="Device to explain the kernels for.")] = None,
+    component: Annotated[str | None, typer.Option(help="Which denoiser of a pipeline that has two.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show per-layer formats, true bytes, and the kernel that will run here and why."""
     from ...runtime.describe import describe_artifact
     from ..console import bold, console, human_bytes, table
 
-    found = describe_artifact(artifact, device)
+    found = describe_artifact(artifact, device, component)
     if as_json:
         print(json.dumps(found, indent=2))
         return
     console.print(bold(artifact), f": {found['class'] or 'no class'}, schema {found['version']}", sep="")
+    if len(found["components"]) > 1:
+        console.print(f"  {found['component']} of {' and '.join(found['components'])}: --component names the other")
     if not found["known"]:
         console.print("  a model of another class than diffusers has: layers as the files tell them, each by itself;")
         console.print("  vdit_quant.load_into(model, folder) loads it")

@@ -14,13 +14,14 @@ def run(
     adapter: Annotated[Path, typer.Argument(help="LoRA adapter for the same model, as one safetensors file.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write the new artifact to.")],
     scale: Annotated[float, typer.Option(help="Strength of the adapter, times its own alpha / r.")] = 1.0,
+    component: Annotated[str | None, typer.Option(help="Which denoiser of a pipeline that has two.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
 ) -> None:
     """Join a LoRA adapter to an artifact: nothing is quantised again, and blocks stay fused."""
     from ...runtime.adapter import join_lora
     from ..console import bold, console
 
-    ranks = join_lora(artifact, adapter, output, scale, overwrite)
+    ranks = join_lora(artifact, adapter, output, scale, overwrite, component)
     counts = ", ".join(f"rank {rank} in {count} layers" for rank, count in sorted(Counter(ranks.values()).items()))
     console.print(f"joined {adapter.name}, {counts} ->", bold(output))
     console.print(f"  vdit-quant inspect {output}")

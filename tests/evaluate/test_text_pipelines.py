@@ -12,6 +12,7 @@ import torch
 import vdit_quant
 from vdit_quant.evaluate.sampling import Workload, make_sampler
 from vdit_quant.quantize.errors import InputError
+from vdit_quant.runtime.linear import CompressedLinear
 from vdit_quant.runtime.source import find_source
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -68,21 +69,14 @@ def _sd3() -> Any:
     return diffusers.StableDiffusion3Pipeline(model, scheduler, _vae(), *clips, *_t5())
 
 
-def _wan() -> Any:
-    model = diffusers.WanTransformer3DModel(
-        **HEADS,
-        in_channels=16,
-        out_channels=16,
-        text_dim=32,
-        freq_dim=16,
-        ffn_dim=48,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
+def _wan(denoisers: int = 1) -> Any:
+    config = {**HEADS, "in_channels": 16, "out_channels": 16, "text_dim": 32, "freq_dim": 16, "ffn_dim": 48}
+    made = [diffusers.WanTransformer3DModel(**config, num_layers=2, rope_max_seq_len=32) for _ in range(denoisers)]
+    two = {"transformer_2": made[1], "boundary_ratio": 0.9} if denoisers > 1 else {}
     vae = diffusers.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval()
     encoder = transformers.UMT5EncoderModel(transformers.UMT5Config(**T5)).eval()
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
-    return diffusers.WanPipeline(_tokenizer(64), encoder, vae, scheduler, model)
+    return diffusers.WanPipeline(_tokenizer(64), encoder, vae, scheduler, made[0], **two)
 
 
 def _cogvideox() -> Any:
@@ -102,6 +96,7 @@ PIPELINES: dict[str, tuple[Callable[[], Any], str]] = {
     "flux": (_flux, "32x32"),
     "sd3": (_sd3, "32x32"),
     "wan": (_wan, "5x32x32"),
+    "wan22": (lambda: _wan(2), "5x32x32"),
     "cogvideox": (_cogvideox, "9x16x16"),
 }
 
@@ -141,6 +136,48 @@ def test_calibrated_compared_and_loaded(
     assert Path("out-compare/samples.png").read_bytes().startswith(b"\x89PNG")
     pipe = vdit_quant.load("out", device="cpu")
     assert type(pipe).__name__ == json.loads((folder(name) / "model_index.json").read_text())["_class_name"]
+
+
+def test_both_denoisers_of_a_pipeline_are_compressed_one_after_the_other(
+    folder: Callable[[str], Path], cli: Callable[..., Any]
+) -> None:
+    recipe = Path("recipe.toml")
+    recipe.write_text('[[step]]\nmethod = "gptq"\nspec = "w8-a8tok"\nroles = ["attention", "feed_forward"]\n')
+    few = ("--recipe", recipe, "--steps", "4", "--samples", "2", "--size", "5x32x32", "--device", "cpu")
+    first = cli("calibrate", folder("wan22"), "-o", "one", *few)
+    assert first.code == 0, first.err
+    assert "transformer_2, another denoiser of this pipeline, stays as it is" in " ".join(first.out.split())
+    refused = cli("calibrate", "one", "-o", "two", *few)
+    assert refused.code == 2
+    assert "--component transformer_2 compresses its other denoiser" in refused.err
+    second = cli("calibrate", "one", "--component", "transformer_2", "-o", "two", *few)
+    assert second.code == 0, second.err
+    assert "stays as it is" not in second.out
+    pipe = vdit_quant.load("two", device="cpu")
+    for model in (pipe.transformer, pipe.transformer_2):
+        assert isinstance(model.blocks[0].attn1.to_q, CompressedLinear)
+    assert pipe("a", height=32, width=32, num_frames=5, num_inference_steps=2, output_type="np").frames.shape[0] == 1
+    shown = cli("inspect", "two", "--component", "transformer_2")
+    assert "transformer_2 of transformer and transformer_2" in shown.out
+
+
+def test_the_second_denoiser_may_be_compressed_alone(folder: Callable[[str], Path], cli: Callable[..., Any]) -> None:
+    few = ("--bits", "w8a8", "--method", "rtn", "--component", "transformer_2", "-o", "out", "--device", "cpu")
+    done = cli("calibrate", folder("wan22"), *few)
+    assert done.code == 0, done.err
+    done = cli("compare", "out", "--samples", "1", "--steps", "4", "--size", "5x32x32", "--device", "cpu")
+    assert done.code == 0, done.err
+    assert json.loads(Path("out-compare/comparison.json").read_text())["psnr"] > 25
+    assert "transformer_2 of" in cli("inspect", "out").out
+
+
+def test_what_cannot_be_asked_of_two_denoisers(folder: Callable[[str], Path], cli: Callable[..., Any]) -> None:
+    wrong = cli("calibrate", folder("wan22"), "--component", "transformer_3", "-o", "out")
+    assert wrong.code == 2
+    assert "did you mean 'transformer" in wrong.err
+    steps = cli("calibrate", folder("wan22"), "--bits", "w8a8", "--full-steps", "1,0", "-o", "out")
+    assert steps.code == 2
+    assert "has two" in steps.err
 
 
 def test_statistics_are_taken_without_decoding(
