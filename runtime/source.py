@@ -22,7 +22,7 @@ from .demo import DEMO, demo_path
 
 COMPONENTS = ("transformer", "transformer_2")
 """Denoisers of a pipeline: of Wan 2.2's two, the first runs the noisy steps and the second the others."""
-_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+_BARE_FILES = ("config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.json", "scheduler/*")
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,17 @@ def _local(path: Path, label: str) -> Source:
 
 
 def _download(repo: str) -> Path:
+    """The files of a pipeline, which are often few of those in its repository, or of a bare transformer."""
+    from diffusers import DiffusionPipeline
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=list(_HUB_FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        try:
+            return Path(DiffusionPipeline.download(repo, use_safetensors=True, trust_remote_code=False))
+        except EntryNotFoundError:  # no model_index.json
+            return Path(snapshot_download(repo, allow_patterns=list(_BARE_FILES)))
+    except (HfHubHTTPError, ValueError, OSError) as error:
         raise InputError(f"{repo}: no such folder here, and it could not be downloaded ({error})") from None
 
 
