@@ -70,8 +70,8 @@ def random_conditions(model: nn.Module, family: Family, count: int, seed: int) -
         return Conditions(guided, family.unconditional(model, guided), family.latent_shape(model))
     except NotImplementedError:
         raise InputError(
-            f"{type(model).__name__}: the family '{family.name}' does not know how to call it without data; name a "
-            "whole pipeline folder, give --conditions FILE (safetensors), or pass data= from Python"
+            f"{type(model).__name__}: the family '{family.name}' does not know how to call it without data; give "
+            "--conditions FILE (safetensors) or pass data= from Python; calibrate and compare take a whole pipeline, too"
         ) from None
 
 
