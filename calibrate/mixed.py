@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ..evaluate.sampling import Sampler, Workload
+from ..evaluate.sampling import Sampler
+from ..evaluate.workload import Workload
 from ..quantize.allocate import Budget, LayerCandidates, greedy
 from ..quantize.bit_plan import BitPlan
 from ..quantize.errors import InputError

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..evaluate.sampling import Workload
 from ..evaluate.size import parse_size
+from ..evaluate.workload import Workload
 from ..quantize.allocate import Budget
 from ..quantize.errors import InputError, unknown
 from ..quantize.recipe import Recipe, load_shipped
@@ -35,6 +35,7 @@ class Options:
     steps, samples, seed, guidance   the sampling run that statistics are taken from
     size        of its samples in pixels, "512x768" or for videos "33x480x832"; None: the pipeline's own default
     batch_size  samples run at a time
+    prompts     a text file with a prompt on each line, for a pipeline; None: those that ship with the package
     conditions  a conditions file for that run, for a bare transformer (see `evaluate/conditions.py`)
     device, dtype   where, and in which compute dtype, the model runs
     stats_gb    memory that statistics may take at a time; more blocks than fit mean more sampling runs.
@@ -63,6 +64,7 @@ class Options:
     guidance: float | None = None
     size: str | None = None
     batch_size: int = 16
+    prompts: str | None = None
     conditions: str | None = None
     device: str | None = None
     dtype: str | None = None
@@ -100,7 +102,7 @@ class Options:
     def workload(self) -> Workload:
         seed = CALIBRATION_SEEDS + self.seed
         run = (self.samples, self.steps, seed, self.guidance, self.batch_size, self.conditions, self.dtype)
-        return Workload(*run, parse_size(self.size))
+        return Workload(*run, parse_size(self.size), self.prompts)
 
 
 def parse_full_steps(text: str) -> tuple[int, int]:

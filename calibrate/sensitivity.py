@@ -21,7 +21,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from ..evaluate.sampling import Sampler, Workload
+from ..evaluate.sampling import Sampler
+from ..evaluate.workload import Workload
 from ..quantize.allocate import QUALITY, Candidate, LayerCandidates
 from ..quantize.errors import InputError
 from ..quantize.format import Tensors

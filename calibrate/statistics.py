@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..evaluate.sampling import Workload, make_sampler
+from ..evaluate.sampling import make_sampler
+from ..evaluate.workload import Workload
 from ..quantize.errors import InputError
 from ..quantize.stats import LayerStats
 from ..runtime.family import find_family

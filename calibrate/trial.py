@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..evaluate.metrics import sample_psnr
-from ..evaluate.sampling import Sampler, Workload
+from ..evaluate.sampling import Sampler
+from ..evaluate.workload import Workload
 from ..quantize.allocate import Budget, LayerCandidates, allocate
 from ..quantize.bit_plan import BitPlan
 from ..quantize.format import Tensors

@@ -22,7 +22,8 @@ from ..runtime.writer import write_json
 from .metrics import mean_psnr, relative_error, ssim
 from .pairing import check_pair, same_component, same_conditions
 from .picture import save_pairs
-from .sampling import Sampler, Samples, Workload, make_sampler
+from .sampling import Sampler, Samples, make_sampler
+from .workload import Workload
 
 Progress = Callable[[str, int, int], None]
 PICTURED = 8

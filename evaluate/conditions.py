@@ -71,7 +71,7 @@ def random_conditions(model: nn.Module, family: Family, count: int, seed: int) -
     except NotImplementedError:
         raise InputError(
             f"{type(model).__name__}: the family '{family.name}' does not know how to call it without data; give "
-            "--conditions FILE (safetensors) or pass data= from Python; calibrate and compare take a whole pipeline, too"
+            "--conditions FILE (safetensors) or pass data= from Python; calibrate and compare take a pipeline, too"
         ) from None
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from importlib import resources
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,44 +16,13 @@ from ..runtime.checkpoint import read_json
 from ..runtime.family import Family, find_family
 from ..runtime.source import Source, load_pipeline, load_transformer
 from ..runtime.step import StepTracker
-from .conditions import Conditions, fingerprint, random_conditions, read_conditions
+from .conditions import Conditions, random_conditions, read_conditions
+from .prompts import pick_prompts
 from .size import show_size, size_arguments
 from .timesteps import count_tokens, set_timesteps
+from .workload import Workload
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is sampled: `samples` conditions and noises drawn from `seed`, with the sampler's settings.
-
-    guidance_scale  None: the pipeline's own default
-    conditions      a conditions file (see `conditions.py`), for a bare transformer; None: the family's random ones
-    dtype           name of the compute dtype; None: bfloat16 on an accelerator, float32 on a CPU
-    size            (height, width) or (frames, height, width) in pixels, of a pipeline's samples; None: its own default
-    """
-
-    samples: int = 8
-    steps: int = 20
-    seed: int = 0
-    guidance_scale: float | None = None
-    batch_size: int = 16
-    conditions: str | None = None
-    dtype: str | None = None
-    size: tuple[int, ...] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings for a record; the conditions file by its contents, wherever it lies."""
-        size = None if self.size is None else show_size(self.size)
-        return {**asdict(self), "conditions": self.conditions and fingerprint(self.conditions), "size": size}
-
-    def generators(self, start: int, stop: int) -> list[torch.Generator]:
-        """One CPU generator a sample, so that a sample's noise depends on nothing but its own number."""
-        return [torch.Generator().manual_seed(self.seed * 1_000_003 + i) for i in range(start, stop)]
-
-    def batch_seed(self, start: int) -> int:
-        """Seed of what a batch draws from no generator of ours; below zero, where no sample's seed is."""
-        return -1 - abs(self.seed * 1_000_003 + start)
 
 
 @dataclass
@@ -166,7 +134,7 @@ class _Watch:
 
 
 class PipelineSampler(Sampler):
-    """Samples with a diffusers pipeline: class labels or the prompts that ship with the package."""
+    """Samples with a diffusers pipeline: class labels, or prompts."""
 
     def __init__(self, pipe: Any, component: str = "transformer") -> None:
         self.pipe = pipe
@@ -182,13 +150,14 @@ class PipelineSampler(Sampler):
                 f"{workload.conditions}: a conditions file is for a bare transformer, not for a whole pipeline "
                 f"({type(self.pipe).__name__}); name its transformer folder, or leave --conditions out"
             )
+        if workload.prompts is not None and "prompt" not in self.accepts:
+            raise InputError(f"--prompts {workload.prompts}: {type(self.pipe).__name__} takes no prompt")
         if "class_labels" in self.accepts:
             generator = torch.Generator().manual_seed(workload.seed)
             labels = self.family.conditions(self.denoiser, workload.samples, generator)["class_labels"]
             return {"class_labels": labels.tolist()}
         if "prompt" in self.accepts:
-            prompts = shipped_prompts()
-            return {"prompt": [prompts[(workload.seed + i) % len(prompts)] for i in range(workload.samples)]}
+            return {"prompt": pick_prompts(workload.prompts, workload.samples, workload.seed)}
         raise InputError(f"{type(self.pipe).__name__} takes neither class_labels nor prompt; give your own data")
 
     def _sample(self, workload: Workload, conditions: Any, start: int, stop: int, decode: bool) -> Tensor:
@@ -222,8 +191,10 @@ class DenoiserSampler(Sampler):
         self.family = find_family(denoiser)
 
     def conditions(self, workload: Workload) -> Conditions:
-        if workload.size is not None:
-            raise InputError("--size is for a pipeline; a bare transformer samples latents as its conditions file says")
+        if workload.size is not None or workload.prompts is not None:
+            raise InputError(
+                "--size and --prompts are for a pipeline; a bare transformer samples what its conditions file says"
+            )
         count, seed = workload.samples, workload.seed
         if workload.conditions is None:
             return random_conditions(self.denoiser, self.family, count, seed)
@@ -292,9 +263,3 @@ def load_scheduler(source: Source) -> Any:
     if kind is None or not issubclass(kind, diffusers.SchedulerMixin):
         raise InputError(f"{path}: diffusers {diffusers.__version__} has no scheduler '{name}'")
     return kind.from_pretrained(folder)
-
-
-def shipped_prompts() -> list[str]:
-    """The text prompts that calibration and comparison use when none are given."""
-    text = (resources.files(__package__) / "prompts.txt").read_text(encoding="utf-8")
-    return [line for line in text.splitlines() if line.strip()]

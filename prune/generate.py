@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..calibrate.progress import Progress
 from ..calibrate.workspace import readable
 from ..evaluate.conditions import UNGUIDED
-from ..evaluate.sampling import DenoiserSampler, Workload
+from ..evaluate.sampling import DenoiserSampler
+from ..evaluate.workload import Workload
 from ..quantize.errors import InputError, OutputError
 from ..runtime.checkpoint import read_json
 from .latents import LATENTS

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..evaluate.picture import save_pairs
-from ..evaluate.sampling import PipelineSampler, Workload
+from ..evaluate.sampling import PipelineSampler
+from ..evaluate.workload import Workload
 from ..quantize.errors import InputError
 from ..runtime.source import load_pipeline, load_transformer
 from .budget import Duration

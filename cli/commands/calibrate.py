@@ -47,6 +47,9 @@ def run(
         typer.Option(help="Size of its samples: 512x512, or with frames 33x480x832. Default: the pipeline's own."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples run at a time.")] = 16,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file with a prompt on each line. Default: 48 that ship with the package.")
+    ] = None,
     conditions: Annotated[
         Path | None, typer.Option(help="Conditions file (safetensors) for a bare transformer's calibration run.")
     ] = None,
@@ -89,6 +92,7 @@ def run(
         guidance=guidance,
         size=size,
         batch_size=batch_size,
+        prompts=None if prompts is None else str(prompts),
         conditions=None if conditions is None else str(conditions),
         device=device,
         dtype=dtype,

@@ -21,6 +21,9 @@ def run(
         str | None,
         typer.Option(help="Size of the samples: 512x512, or with frames 33x480x832. Default: as it was calibrated."),
     ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file with a prompt on each line. Default: 48 that ship with the package.")
+    ] = None,
     conditions: Annotated[
         Path | None, typer.Option(help="Conditions file (safetensors) for a bare transformer.")
     ] = None,
@@ -35,14 +38,15 @@ def run(
     """Compare an artifact or a pruned model with full precision: same conditions, same noise, sample by sample."""
     from ...evaluate.compare import compare
     from ...evaluate.pairing import calibrated_size, default_baseline
-    from ...evaluate.sampling import Workload
     from ...evaluate.size import parse_size
+    from ...evaluate.workload import Workload
     from ...kernels import dispatch
     from ..compare_table import print_comparison
     from ..console import console, reporting
 
-    given, pixels = str(conditions) if conditions else None, parse_size(size or calibrated_size(artifact))
-    workload = Workload(samples, steps, 0, guidance, batch_size, given, dtype, pixels)
+    given, said = (None if path is None else str(path) for path in (conditions, prompts))
+    pixels = parse_size(size or calibrated_size(artifact))
+    workload = Workload(samples, steps, 0, guidance, batch_size, given, dtype, pixels, said)
     against = baseline or default_baseline(artifact)
     folder = output or Path(f"{artifact.name}-compare")
     with reporting() as reporter, dispatch.use(strict=strict or None):

@@ -33,7 +33,7 @@ def test_anything_else_is_one_clear_error(text: str, cli: Callable[..., Any]) ->
 
 
 def test_a_model_that_takes_no_size_says_so(demo: Path, tiny_folder: Path) -> None:
-    for folder, message in ((demo, "DiTPipeline samples at a size of its own"), (tiny_folder, "is for a pipeline")):
+    for folder, message in ((demo, "DiTPipeline samples at a size of its own"), (tiny_folder, "are for a pipeline")):
         sampler = make_sampler(find_source(folder), torch.float32, "cpu")
         with pytest.raises(InputError, match=message):
             sampler.run(Workload(1, 1, size=(32, 32)))

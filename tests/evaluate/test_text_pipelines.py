@@ -180,6 +180,15 @@ def test_what_cannot_be_asked_of_two_denoisers(folder: Callable[[str], Path], cl
     assert "has two" in steps.err
 
 
+def test_prompts_of_ones_own_are_what_is_sampled(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("of\nthe\n")
+    sampler = make_sampler(find_source(folder("flux")), torch.float32, "cpu")
+    workload = Workload(2, 1, size=(32, 32), prompts=str(tmp_path / "mine.txt"))
+    assert sampler.conditions(workload) == {"prompt": ["of", "the"]}
+    mine, shipped = (sampler.run(w).images for w in (workload, Workload(2, 1, size=(32, 32))))
+    assert not torch.equal(mine, shipped)
+
+
 def test_statistics_are_taken_without_decoding(
     folder: Callable[[str], Path], tmp_path: Path, plain_recipe: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

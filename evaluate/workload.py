@@ -1,0 +1,51 @@
+"""What is sampled, for statistics or for a comparison."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .conditions import fingerprint
+from .prompts import prompts_fingerprint
+from .size import show_size
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is sampled: `samples` conditions and noises drawn from `seed`, with the sampler's settings.
+
+    guidance_scale  None: the pipeline's own default
+    conditions      a conditions file (see `conditions.py`), for a bare transformer; None: the family's random ones
+    dtype           name of the compute dtype; None: bfloat16 on an accelerator, float32 on a CPU
+    prompts         a text file with a prompt on each line, for a pipeline; None: those that ship with the package
+    size            (height, width) or (frames, height, width) in pixels, of a pipeline's samples; None: its own default
+    """
+
+    samples: int = 8
+    steps: int = 20
+    seed: int = 0
+    guidance_scale: float | None = None
+    batch_size: int = 16
+    conditions: str | None = None
+    dtype: str | None = None
+    size: tuple[int, ...] | None = None
+    prompts: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings for a record; files by their contents, wherever they lie."""
+        return {
+            **asdict(self),
+            "conditions": self.conditions and fingerprint(self.conditions),
+            "size": self.size and show_size(self.size),
+            "prompts": self.prompts and prompts_fingerprint(self.prompts),
+        }
+
+    def generators(self, start: int, stop: int) -> list[torch.Generator]:
+        """One CPU generator a sample, so that a sample's noise depends on nothing but its own number."""
+        return [torch.Generator().manual_seed(self.seed * 1_000_003 + i) for i in range(start, stop)]
+
+    def batch_seed(self, start: int) -> int:
+        """Seed of what a batch draws from no generator of ours; below zero, where no sample's seed is."""
+        return -1 - abs(self.seed * 1_000_003 + start)
