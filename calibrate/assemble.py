@@ -11,7 +11,7 @@ from ..quantize.errors import InputError
 from ..quantize.layer import layer_layout
 from ..runtime.artifact import DTYPES, make_config
 from ..runtime.source import Source
-from ..runtime.writer import Entry, copy_pipeline, staged, write_json, write_tensors
+from ..runtime.writer import Entry, staged_around, write_json, write_tensors
 from .model_source import ModelSource
 from .plan import Plan
 from .trained_blocks import is_tuned
@@ -66,13 +66,7 @@ def write_artifact(
             parts[part] = workspace.load(part)
         return parts[part][name].to(entries[name][1])
 
-    with staged(target, overwrite) as folder:
-        inner = folder / source.component if isinstance(source, Source) and source.is_pipeline else folder
-        inner.mkdir(exist_ok=True)
-        if isinstance(source, Source) and source.is_pipeline:
-            copy_pipeline(source.root, folder, skip=source.component)
-        elif isinstance(source, Source) and source.scheduler is not None:  # what the artifact is sampled with
-            copy_pipeline(source.scheduler, folder / "scheduler", skip="")
+    with staged_around(source if isinstance(source, Source) else None, target, overwrite) as inner:
         write_tensors(inner, entries, get)
         write_json(inner / "config.json", {**source.config, "quantization_config": config.to_dict()})
 

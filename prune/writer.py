@@ -11,7 +11,7 @@ from torch import nn
 from ..runtime.checkpoint import read_json
 from ..runtime.lineage import SIDECAR, is_pruned
 from ..runtime.source import Source
-from ..runtime.writer import copy_pipeline, staged, write_json, write_tensors
+from ..runtime.writer import staged_around, write_json, write_tensors
 from .plan import PrunePlan
 from .student import source_name
 
@@ -36,18 +36,12 @@ def write_pruned(
     tensors = student.state_dict()
     dtypes = {name: _DTYPES.get(headers[source_name(name, kept)][1], torch.float32) for name in tensors}
     entries = {name: (tuple(t.shape), dtypes[name]) for name, t in tensors.items()}
-    with staged(output, overwrite, is_pruned) as folder:
-        if source.is_pipeline:
-            copy_pipeline(source.root, folder)
-        elif source.scheduler is not None:  # what the result is sampled with
-            copy_pipeline(source.scheduler, folder / "scheduler", skip="")
-        target = folder / "transformer" if source.is_pipeline else folder
-        target.mkdir(exist_ok=True)
+    with staged_around(source, output, overwrite, is_pruned) as target:
         write_tensors(target, entries, lambda name: tensors[name].detach().to(dtypes[name]).cpu())
         write_json(target / "config.json", {**source.config, **plan.depths})
         write_json(target / SIDECAR, record)
         for path in sorted(work.glob("*.png")):
-            (folder / path.name).write_bytes(path.read_bytes())
+            ((target.parent if source.is_pipeline else target) / path.name).write_bytes(path.read_bytes())
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ..quantize.spec import LayerSpec
 from .artifact import DTYPES, check_tensors, make_config, read_config
 from .load import linear_shapes
 from .source import Source, find_source
-from .writer import Entry, check_target, copy_pipeline, staged, write_json, write_tensors
+from .writer import Entry, check_target, staged_around, write_json, write_tensors
 
 logger = logging.getLogger("vdit_quant")
 
@@ -75,13 +75,7 @@ def join_lora(
     check_target(target, source, overwrite)
     provenance = {**config.provenance, "adapter": {"file": Path(adapter).name, "scale": scale}}
     entries, writer = _entries(source, new, adapters, shapes), _Writer(source, old, adapters)
-    with staged(target, overwrite) as folder:
-        inner = folder / source.component if source.is_pipeline else folder
-        inner.mkdir(exist_ok=True)
-        if source.is_pipeline:
-            copy_pipeline(source.root, folder, skip=source.component)
-        elif source.scheduler is not None:
-            copy_pipeline(source.scheduler, folder / "scheduler", skip="")
+    with staged_around(source, target, overwrite) as inner:
         write_tensors(inner, entries, writer.get)
         made = make_config(new, shapes, provenance, config.plans)
         write_json(inner / "config.json", {**source.config, "quantization_config": made.to_dict()})

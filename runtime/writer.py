@@ -47,6 +47,22 @@ def staged(output: Path, overwrite: bool = False, is_ours: Callable[[Path], bool
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def staged_around(
+    source: Source | None, output: Path, overwrite: bool = False, is_ours: Callable[[Path], bool] = is_artifact
+) -> Iterator[Path]:
+    """As `staged`, but yields the folder of the denoiser, empty, with what belongs around it: the rest of the source's
+    pipeline, or the scheduler that a bare transformer is sampled with."""
+    with staged(output, overwrite, is_ours) as folder:
+        inner = folder / source.component if source is not None and source.is_pipeline else folder
+        inner.mkdir(exist_ok=True)
+        if source is not None and source.is_pipeline:
+            copy_pipeline(source.root, folder, skip=source.component)
+        elif source is not None and source.scheduler is not None:
+            copy_pipeline(source.scheduler, folder / "scheduler", skip="")
+        yield inner
+
+
 def check_output(output: Path, overwrite: bool, is_ours: Callable[[Path], bool] = is_artifact) -> None:
     """Raises InputError when something is at `output` that must not go: anything, or with `overwrite` anything that is
     not of the kind being written (a checkpoint, a folder of other files), or what cannot be renamed over. `is_ours`
