@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..evaluate.offload import open_sampler
 from ..evaluate.sampling import Sampler
 from ..evaluate.workload import Workload
 from ..quantize.allocate import Budget, LayerCandidates, greedy
@@ -26,7 +27,6 @@ from ..runtime.source import Source
 from . import statistics
 from .compress import compress_layer, read_layer
 from .drift import drift_of
-from .offload import open_sampler
 from .plan import LayerPlan, Plan
 from .probe import capture, probe_steps
 from .progress import Progress

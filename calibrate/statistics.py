@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ..evaluate.offload import open_sampler
 from ..evaluate.sampling import make_sampler
 from ..evaluate.workload import Workload
 from ..quantize.errors import InputError
@@ -16,7 +17,6 @@ from ..runtime.source import Source
 from ..runtime.step import StepTracker
 from .compress import read_layer
 from .model_source import ModelSource
-from .offload import open_sampler
 from .plan import LayerPlan, Plan
 from .progress import Progress
 from .record import BINS, Recorder

@@ -16,13 +16,15 @@ import torch
 from torch import nn
 
 from ..quantize.errors import InputError, OutputError, reason_of
+from ..runtime.artifact import is_artifact
 from ..runtime.load import pick_device, pick_dtype
 from ..runtime.source import find_source
 from ..runtime.writer import write_json
 from .metrics import mean_psnr, relative_error, ssim
+from .offload import open_sampler
 from .pairing import check_pair, same_component, same_conditions
 from .picture import save_pairs
-from .sampling import Sampler, Samples, make_sampler
+from .sampling import Sampler, Samples
 from .workload import Workload
 
 Progress = Callable[[str, int, int], None]
@@ -117,7 +119,7 @@ def compare(
     for path in filter(None, (record, picture)):
         _check_writable(path)
     component = same_component(find_source(artifact), baseline)
-    reference = sample_seeds(baseline, workload, seeds, device, "baseline", progress, component=component)
+    reference = sample_seeds(baseline, workload, seeds, device, "baseline", progress, None, component)
     run = sample_seeds(artifact, workload, seeds, device, "artifact", progress, baseline)
     result = replace(compare_runs(run, reference), picture=None if picture is None else str(picture))
     if record is not None:
@@ -149,23 +151,25 @@ def sample_seeds(
     place = pick_device(device)
     dtype = pick_dtype(workload.dtype, place)
     other = None if substitute is None else find_source(substitute)
-    sampler = make_sampler(find_source(model, component), dtype, place, other)
-    start = time.perf_counter()
-    samples = []
-    for seed in seeds:
-        samples.append(_run(sampler, workload, seed, role, progress))
-        _check_finite(f"{model} ({role}), seed {seed}", samples[-1])
-    return Run(
-        model=str(model),
-        workload=workload,
-        seeds=seeds,
-        samples=tuple(samples),
-        sampler=scheduler_name(sampler),
-        device=str(place),
-        dtype=str(dtype).removeprefix("torch."),
-        bytes=tensor_bytes(sampler.denoiser),
-        seconds=time.perf_counter() - start,
-    )
+    source = find_source(model, component)
+    offload = workload.offload and not is_artifact(source.transformer)
+    with open_sampler(source, dtype, place, offload, other) as (sampler, _):
+        start = time.perf_counter()
+        samples = []
+        for seed in seeds:
+            samples.append(_run(sampler, workload, seed, role, progress))
+            _check_finite(f"{model} ({role}), seed {seed}", samples[-1])
+        return Run(
+            model=str(model),
+            workload=workload,
+            seeds=seeds,
+            samples=tuple(samples),
+            sampler=scheduler_name(sampler),
+            device=str(place),
+            dtype=str(dtype).removeprefix("torch."),
+            bytes=tensor_bytes(sampler.denoiser),
+            seconds=time.perf_counter() - start,
+        )
 
 
 def compare_runs(artifact: Run, baseline: Run) -> Comparison:

@@ -21,6 +21,7 @@ class Workload:
     dtype           name of the compute dtype; None: bfloat16 on an accelerator, float32 on a CPU
     prompts         a text file with a prompt on each line, for a pipeline; None: those that ship with the package
     size            (height, width) or (frames, height, width) in pixels, of a pipeline's samples; None: its own default
+    offload         whether a full-precision denoiser is on the device a block at a time; it samples the same
     """
 
     samples: int = 8
@@ -32,11 +33,13 @@ class Workload:
     dtype: str | None = None
     size: tuple[int, ...] | None = None
     prompts: str | None = None
+    offload: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The settings for a record; files by their contents, wherever they lie."""
+        settings = {name: value for name, value in asdict(self).items() if name != "offload"}  # changes no sample
         return {
-            **asdict(self),
+            **settings,
             "conditions": self.conditions and fingerprint(self.conditions),
             "size": self.size and show_size(self.size),
             "prompts": self.prompts and prompts_fingerprint(self.prompts),

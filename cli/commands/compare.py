@@ -30,6 +30,9 @@ def run(
     batch_size: Annotated[int, typer.Option(min=1, help="Samples run at a time.")] = 16,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Compute dtype of both. Default: bfloat16 on a GPU.")] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Hold one block of the baseline on the device at a time.")
+    ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Make a kernel fallback an error.")] = False,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for comparison.json and samples.png.")
@@ -46,7 +49,7 @@ def run(
 
     given, said = (None if path is None else str(path) for path in (conditions, prompts))
     pixels = parse_size(size or calibrated_size(artifact))
-    workload = Workload(samples, steps, 0, guidance, batch_size, given, dtype, pixels, said)
+    workload = Workload(samples, steps, 0, guidance, batch_size, given, dtype, pixels, said, offload)
     against = baseline or default_baseline(artifact)
     folder = output or Path(f"{artifact.name}-compare")
     with reporting() as reporter, dispatch.use(strict=strict or None):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import vdit_quant
 from vdit_quant.calibrate import replay
-from vdit_quant.calibrate.offload import BlockStream
 from vdit_quant.calibrate.progress import Progress
 from vdit_quant.calibrate.replay import BlockChain
+from vdit_quant.evaluate.offload import BlockStream
 from vdit_quant.quantize.errors import InputError
 from vdit_quant.runtime.family import Family
 from vdit_quant.runtime.step import StepTracker

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import vdit_quant
 from vdit_quant.evaluate.compare import Comparison, measure
+from vdit_quant.evaluate.offload import BlockStream
 from vdit_quant.evaluate.pairing import check_pair, check_same
 from vdit_quant.evaluate.sampling import Samples, Workload, make_sampler
 from vdit_quant.quantize.errors import InputError, OutputError
@@ -36,6 +38,19 @@ def test_eight_bits_are_close_and_closer_than_four(compared: dict[str, Compariso
     assert compared["w8a8"].psnr > compared["w4a8"].psnr + 5
     assert 15 < compared["w4a8"].psnr < 40
     assert compared["w8a8"].ssim > compared["w4a8"].ssim > 0.5
+
+
+def test_the_baseline_need_not_fit_on_the_device(
+    compared: dict[str, Comparison], demo_artifact: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = []
+    fetch = BlockStream._fetch
+    monkeypatch.setattr(BlockStream, "_fetch", lambda *args: (fetched.append(args[1]), fetch(*args)))
+    workload = replace(WORKLOAD, offload=True)
+    streamed = vdit_quant.compare(demo_artifact("w8a8"), "demo", workload, seeds=(0, 1), device="cpu")
+    assert streamed.seeds == compared["w8a8"].seeds
+    assert len(set(fetched)) == 8, "every block of the baseline"
+    assert len(fetched) >= 8 * 2 * WORKLOAD.steps
 
 
 def test_the_error_starts_at_zero_and_grows(compared: dict[str, Comparison]) -> None:

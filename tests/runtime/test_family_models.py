@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vdit_quant.calibrate import offload
 from vdit_quant.calibrate.replay import BlockChain
+from vdit_quant.evaluate import offload
 from vdit_quant.quantize import registry
 from vdit_quant.quantize.errors import InputError
 from vdit_quant.runtime import families

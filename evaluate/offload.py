@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..evaluate.sampling import Sampler, make_sampler
 from ..runtime.source import Source
+from .sampling import Sampler, make_sampler
 
 
 class BlockStream:
@@ -82,13 +82,14 @@ class BlockStream:
 
 @contextmanager
 def open_sampler(
-    source: Source, dtype: torch.dtype, device: torch.device, offload: bool
+    source: Source, dtype: torch.dtype, device: torch.device, offload: bool, substitute: Source | None = None
 ) -> Iterator[tuple[Sampler, BlockStream | None]]:
-    """A source's sampler on `device`; with `offload` its denoiser's blocks are streamed there, by the stream given."""
+    """A source's sampler on `device`; with `offload` its denoiser's blocks are streamed there, by the stream given.
+    `substitute` as in `make_sampler`."""
     if not offload:
-        yield make_sampler(source, dtype, device), None
+        yield make_sampler(source, dtype, device, substitute), None
         return
-    sampler = make_sampler(source, dtype, torch.device("cpu"))
+    sampler = make_sampler(source, dtype, torch.device("cpu"), substitute)
     components = getattr(getattr(sampler, "pipe", None), "components", {})
     for module in components.values():
         if isinstance(module, nn.Module) and module is not sampler.denoiser:
