@@ -17,7 +17,10 @@ _ROLES = (
     (r"(^|[._])(t|time|timestep|class|label|text|caption|pos|patch)?_?emb(ed|edder|edding)?s?([._]|$)", "embedder"),
     (r"(norm\d*(_context)?|mod(ulation)?|(img|txt)_mod|ada_?ln\w*|scale_shift\w*)([._]|$)", "modulation"),
     (r"(attn|attention|to_[qkv]|to_out|qkv|add_[qkv]_proj)", "attention"),
-    (r"(ff|mlp|ffn|feed_?forward|fc\d|net|linear_in|linear_out|proj_mlp|proj_out|w[123])", "feed_forward"),
+    (
+        r"(ff|mlp|ffn|feed_?forward|fc\d|net|linear_in|linear_out|proj_mlp|proj_out|w[123]|(gate|up|down)_proj)",
+        "feed_forward",
+    ),
 )
 
 

@@ -198,3 +198,36 @@ def test_labels_that_were_never_trained_are_not_drawn(demo: Path) -> None:
     model = diffusers.DiTTransformer2DModel.from_pretrained(demo / "transformer")
     labels = find_family(model).conditions(model, 200, torch.Generator().manual_seed(0))["class_labels"]
     assert set(labels.tolist()) == set(range(10))
+
+
+GENERIC = {  # class -> what makes it small, and its lists of blocks
+    "AuraFlowTransformer2DModel": (
+        {"num_mmdit_layers": 1, "num_single_dit_layers": 2},
+        {"single_transformer_blocks"},
+    ),
+    "HunyuanVideoTransformer3DModel": (
+        {"num_layers": 2, "num_single_layers": 2},
+        {"transformer_blocks", "single_transformer_blocks", "context_embedder.token_refiner.refiner_blocks"},
+    ),
+    "LTXVideoTransformer3DModel": ({"num_layers": 2}, {"transformer_blocks"}),
+    "Lumina2Transformer2DModel": ({"num_layers": 2}, {"layers", "noise_refiner", "context_refiner"}),
+    "PRXTransformer2DModel": ({"depth": 2}, {"blocks"}),
+    "QwenImageTransformer2DModel": ({"num_layers": 2}, {"transformer_blocks"}),
+    "SanaTransformer2DModel": ({"num_layers": 2}, {"transformer_blocks"}),
+    "ZImageTransformer2DModel": ({"n_layers": 2}, {"layers", "noise_refiner", "context_refiner"}),
+}
+
+
+@pytest.mark.parametrize("kind", GENERIC)
+def test_models_without_a_family_are_planned_by_their_names(kind: str) -> None:
+    config, lists = GENERIC[kind]
+    with torch.device("meta"):
+        model = getattr(diffusers, kind)(**config)
+    family = find_family(model)
+    assert family.name == "generic"
+    blocks = family.block_names(model)
+    found = {block.rpartition(".")[0] for block in blocks}
+    assert found == lists
+    for name, role in family.linears(model).items():
+        if any(name.startswith(f"{block}.") for block in blocks):
+            assert role in ("attention", "feed_forward", "modulation"), f"{name}: {role}"
