@@ -105,7 +105,7 @@ class Family:
         `kwargs` are the model's own call arguments; `repeat` counts earlier calls at this timestep. Pipelines call the
         model once for each branch, conditional first, or once with the same latents twice, unconditional first.
         """
-        latents = next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
+        latents = main_input(kwargs)
         if latents is not None and _is_doubled(latents):
             return (torch.arange(batch) < batch // 2).long()
         return torch.full((batch,), min(repeat, 1))
@@ -128,6 +128,17 @@ class Family:
     def latent_shape(self, model: nn.Module) -> tuple[int, ...]:
         """Shape of one latent, without the batch."""
         raise NotImplementedError
+
+
+def main_input(call: Mapping[str, Any]) -> Tensor | None:
+    """The first tensor of a denoiser's call arguments, which holds the latents; joined where they are a list of equal
+    ones."""
+    for value in call.values():
+        if isinstance(value, Tensor):
+            return value
+        if isinstance(value, list) and value and all(isinstance(v, Tensor) for v in value):
+            return torch.stack(value) if len({v.shape for v in value}) == 1 else None
+    return None
 
 
 def _is_doubled(latents: Tensor) -> bool:

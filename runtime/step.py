@@ -1,6 +1,8 @@
 """Where a sampling run is: step index, timestep and guidance branch, read off the denoiser's own calls.
 
-Nobody counts calls: a step is a new timestep, a run begins when the timestep rises again or on `reset`.
+Nobody counts calls: a step is a new timestep, a run begins when the timestep goes back or on `reset`. Timesteps fall
+along a run, except where a model is told how far it has come (Lumina 2, Z-Image): those that rise twice in a row are
+of that kind.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .family import Family
+from .family import Family, main_input
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 
@@ -27,6 +29,7 @@ class StepTracker:
 
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.model, self.family = model, family
+        self._falls = True  # which way timesteps go along a run
         self.reset()
         self._signature = signature_of(model)
         self._handle: Any = None
@@ -38,6 +41,7 @@ class StepTracker:
         self.repeat = 0
         self.branches = torch.zeros(0, dtype=torch.int64)
         self.latents: Tensor | None = None
+        self._went_back = False
 
     def __enter__(self) -> StepTracker:
         # first in line, so that other hooks on the same module see the current step
@@ -49,16 +53,26 @@ class StepTracker:
 
     def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = bind_call(self._signature, args, kwargs)
-        self.latents = next((v for v in call.values() if isinstance(v, Tensor)), None)
+        self.latents = main_input(call)
         timestep = _first_value(next((call[name] for name in TIMESTEP_NAMES if name in call), None))
         if timestep is not None and timestep == self.timestep:
             self.repeat += 1
         else:
-            rising = self.timestep is not None and timestep is not None and timestep > self.timestep
-            self.index = 0 if rising else self.index + 1
+            self.index = self._next_index(timestep)
             self.repeat, self.timestep = 0, timestep
         batch = 1 if self.latents is None else len(self.latents)
         self.branches = self.family.branches(call, batch, self.repeat)
+
+    def _next_index(self, timestep: float | None) -> int:
+        known = self.timestep is not None and timestep is not None
+        if not known or (timestep < self.timestep) == self._falls:  # type: ignore[operator]
+            self._went_back = False
+            return self.index + 1
+        if self._went_back:  # again: it was not a new run, and this is its third step
+            self._falls, self._went_back = not self._falls, False
+            return 2
+        self._went_back = True
+        return 0
 
 
 def signature_of(model: nn.Module) -> inspect.Signature:

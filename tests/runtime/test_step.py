@@ -31,6 +31,30 @@ def test_steps_follow_the_timestep_and_start_again(
     assert tracker.timestep == 500, "it still listens after its block ended"
 
 
+class Rising(nn.Module):
+    """Told how far it has come, and given its samples one by one, as Z-Image is."""
+
+    def forward(self, x: list[torch.Tensor], t: torch.Tensor) -> list[torch.Tensor]:
+        return x
+
+
+def test_timesteps_may_rise_and_samples_be_a_list() -> None:
+    model, seen = Rising(), []
+    with StepTracker(model, find_family(model)) as tracker:
+        for t in (0.0, 0.25, 0.5, 0.75, 0.0, 0.0, 0.25, 0.5):
+            model([torch.full((3,), 1.0), torch.full((3,), 2.0)], torch.full((2,), t))
+            seen.append(tracker.index)
+        assert torch.equal(tracker.latents, torch.tensor([[1.0] * 3, [2.0] * 3]))
+        assert tracker.branches.tolist() == [0, 0]
+        tracker.reset()
+        for t in (0.0, 0.25, 0.5):
+            model([torch.ones(3), torch.ones(3)], torch.full((2,), t))
+            seen.append(tracker.index)
+        model([torch.ones(3), torch.ones(4)], torch.zeros(2))  # samples of other sizes are no one tensor
+    # which way they go is known from the third step on
+    assert seen == [0, 0, 2, 3, 0, 0, 1, 2, 0, 1, 2]
+
+
 @torch.no_grad()
 def test_positional_arguments_are_understood(tiny_dit: Callable[..., Any], dit_inputs: Callable[..., Any]) -> None:
     model = tiny_dit()
