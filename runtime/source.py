@@ -91,6 +91,8 @@ def find_source(model: str | Path, component: str | None = None) -> Source:
     if component is None:
         compressed = (name for name in source.components if _is_quantized(source.root / name))
         return replace(source, component=next(compressed, COMPONENTS[0]))
+    if not source.is_pipeline:
+        raise InputError(f"{source.label}: a bare transformer, of which there is no component '{component}'")
     if component not in source.components:
         raise unknown("component", component, source.components, source.label)
     return replace(source, component=component)

@@ -175,6 +175,9 @@ def test_what_cannot_be_asked_of_two_denoisers(folder: Callable[[str], Path], cl
     wrong = cli("calibrate", folder("wan22"), "--component", "transformer_3", "-o", "out")
     assert wrong.code == 2
     assert "did you mean 'transformer" in wrong.err
+    bare = cli("calibrate", folder("wan22") / "transformer_2", "--component", "transformer", "-o", "out")
+    assert bare.code == 2
+    assert "a bare transformer" in bare.err
     steps = cli("calibrate", folder("wan22"), "--bits", "w8a8", "--full-steps", "1,0", "-o", "out")
     assert steps.code == 2
     assert "has two" in steps.err
