@@ -141,7 +141,7 @@ def compress(model: nn.Module, spec: str = "w4g16-a8tok-h16", specs: dict[str, s
         chosen[name] = LayerSpec.parse(other or ("w8" if role == "modulation" else spec))
         weight, scaled = layers[name].weight.float(), chosen[name].pre_scale
         plain = replace(chosen[name], pre_scale=False)
-        tensors[name] = compress_linear(FloatLayer(name, weight), None, plain, Choices(rounding="rtn"))
+        tensors[name] = compress_linear(FloatLayer(name, weight), None, plain, Choices(rounding="rtn", rounds=1))
         if scaled:  # as good as a calibrated one
             tensors[name]["pre_quant_scale"] = torch.linspace(0.5, 2, weight.shape[1])
     attach(model, chosen, tensors)
