@@ -14,8 +14,10 @@ def pick_prompts(path: str | None, count: int, seed: int) -> list[str]:
 
     Raises InputError as `read_prompts` does.
     """
-    prompts = _lines((resources.files(__package__) / "prompts.txt").read_text(encoding="utf-8"))
-    prompts = prompts if path is None else read_prompts(path)
+    if path is None:
+        prompts = _lines((resources.files(__package__) / "prompts.txt").read_text(encoding="utf-8"))
+    else:
+        prompts = read_prompts(path)
     return [prompts[(seed + i) % len(prompts)] for i in range(count)]
 
 

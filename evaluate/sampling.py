@@ -46,9 +46,7 @@ class Sampler:
         """All conditions of a workload; depends on the model's configuration and the seed only."""
         raise NotImplementedError
 
-    def sample_batch(
-        self, workload: Workload, conditions: Any, start: int, stop: int, decode: bool = True
-    ) -> Tensor:
+    def sample_batch(self, workload: Workload, conditions: Any, start: int, stop: int, decode: bool = True) -> Tensor:
         """Samples start..stop of the workload: float [stop - start, ...]. Equal calls give equal samples, also where
         pipeline or scheduler draw noise from torch's own generators, whose state is left as it was.
 
