@@ -24,6 +24,7 @@ from ..quantize.layer import check_shape, layer_layout
 from ..quantize.low_rank import join_adapter
 from ..quantize.spec import LayerSpec
 from .artifact import DTYPES, check_tensors, make_config, read_config
+from .checkpoint import refuse_pickle
 from .load import linear_shapes
 from .source import Source, find_source
 from .writer import Entry, check_target, staged_around, write_json, write_tensors
@@ -132,8 +133,7 @@ def _own_scale(layer: str, rank: int, alpha: Tensor | None, settings: Mapping[st
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a file, and the settings of the denoiser's adapter in its metadata."""
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        raise InputError(f"{path}: a pickle, which can run code when it is read; expected safetensors")
+    refuse_pickle(path)
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

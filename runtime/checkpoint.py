@@ -15,6 +15,7 @@ from ..quantize.errors import InputError, unknown
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _END = 1 << 20
 
 
@@ -61,7 +62,7 @@ class Checkpoint:
             path = self.folder / WEIGHTS
             if not path.exists():
                 raise InputError(f"{self.folder}: no {WEIGHTS} and no {INDEX}")
-            return dict.fromkeys(_header(path), path)
+            return dict.fromkeys(read_header(path), path)
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index}: expected a 'weight_map' object")
@@ -72,7 +73,7 @@ class Checkpoint:
                 raise InputError(f"{index} names the shard {file}, which is missing (it holds {name}, among others)")
             found[name] = path
         for path in sorted(set(found.values())):
-            held = set(_header(path))
+            held = set(read_header(path))
             for name, file in found.items():
                 if file == path and name not in held:
                     raise InputError(f"{path}: the index says it holds {name}, which it does not")
@@ -83,7 +84,7 @@ class Checkpoint:
         """Tensor name -> (shape, safetensors dtype such as BF16)."""
         out: dict[str, tuple[tuple[int, ...], str]] = {}
         for path in sorted(set(self.files.values())):
-            out.update(_header(path))
+            out.update(read_header(path))
         return {name: out[name] for name in self.files}
 
     def get(self, name: str) -> Tensor:
@@ -93,14 +94,25 @@ class Checkpoint:
             return file.get_tensor(name)
 
 
-def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    size = path.stat().st_size
+def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Tensor name -> (shape, safetensors dtype such as BF16) of one file. Raises InputError when it is none."""
     try:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"{path}: not a complete safetensors file ({size:,} bytes on disk): {error}. "
+            f"{path}: not a complete safetensors file ({path.stat().st_size:,} bytes on disk): {error}. "
             "Truncated download, or another kind of file under that name?"
         ) from None
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raises InputError for a file that its name says is a pickle."""
+    if path.suffix in PICKLES:
+        raise InputError(
+            f"{path}: a pickle, which can run code when it is read, so it is not; expected safetensors. Convert it "
+            "once, where that does no harm: safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW)"
+        )

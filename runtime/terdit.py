@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ..kernels.pack import code_bytes, pack_codes
 from ..quantize.errors import InputError
 from ..quantize.spec import FormatSpec, LayerSpec
 from .artifact import DTYPES, make_config
+from .checkpoint import read_header, refuse_pickle
 from .writer import Entry, staged, write_json, write_tensors
 
 SHIFTS = (6, 4, 2, 0)  # of the four rows in a byte
@@ -119,17 +120,8 @@ def _scale(alphas: Tensor, n: int, where: str) -> Tensor:
 
 def _open(path: Path) -> tuple[Headers, Callable[[str], Tensor]]:
     """Shape and dtype of every tensor in a file, and what reads one."""
-    if path.suffix in (".pth", ".pt", ".bin"):
-        raise InputError(
-            f"{path}: a pickle, which can run code when it is read, so it is not; expected safetensors. Convert it "
-            "once, where that does no harm: safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW)"
-        )
-    try:
-        with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            found = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a complete safetensors file: {error}") from None
+    refuse_pickle(path)
+    found = read_header(path)
     if odd := [name for name, (_, dtype) in found.items() if dtype not in DTYPES]:
         raise InputError(f"{path}: {odd[0]} is of type {found[odd[0]][1]}; expected one of {', '.join(DTYPES)}")
 
