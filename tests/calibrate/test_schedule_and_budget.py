@@ -56,13 +56,15 @@ def test_more_steps_than_there_are_is_refused(first: int, last: int) -> None:
 
 
 def test_the_same_weights_run_with_full_activations_where_the_plan_says(tmp_path: Path) -> None:
-    common = {"method": "rtn", **FAST}
-    scheduled = vdit_quant.load(vdit_quant.compress(None, tmp_path / "s", bits="w4a8", full_steps=(1, 0), **common))
-    always = vdit_quant.load(vdit_quant.compress(None, tmp_path / "a", bits="w4a8", **common))
-    weight_only = vdit_quant.load(vdit_quant.compress(None, tmp_path / "w", bits="w4a16", **common))
-    assert torch.equal(_forward(scheduled.transformer, 900), _forward(weight_only.transformer, 900))
-    assert torch.equal(_forward(scheduled.transformer, 100), _forward(always.transformer, 100))
-    assert not torch.equal(_forward(always.transformer, 900), _forward(weight_only.transformer, 900))
+    def loaded(name: str, bits: str, **more: Any) -> torch.nn.Module:
+        path = vdit_quant.compress(None, tmp_path / name, bits=bits, method="rtn", **FAST, **more)
+        return vdit_quant.load(path, device="cpu").transformer
+
+    scheduled = loaded("s", "w4a8", full_steps=(1, 0))
+    always, weight_only = loaded("a", "w4a8"), loaded("w", "w4a16")
+    assert torch.equal(_forward(scheduled, 900), _forward(weight_only, 900))
+    assert torch.equal(_forward(scheduled, 100), _forward(always, 100))
+    assert not torch.equal(_forward(always, 900), _forward(weight_only, 900))
 
 
 def test_a_budget_is_met_stored_and_loaded(tiny_folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Every script in examples/ and every file in the guide to extending runs as a user would run it."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -99,9 +100,10 @@ def test_the_files_in_the_guide_work(root: Path, tmp_path: Path, environment: di
     assert len(files) == 6
     for name, text in files:
         (package / "vdit_quant" / name).write_text(text, encoding="utf-8")
+    path = [str(package), *filter(None, [environment.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-c", USE_PLUGINS],
-        env={**environment, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"},
+        env={**environment, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -26,7 +26,7 @@ def target(monkeypatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
 
     def fastest(task: tuning.Task, device: torch.device):
-        best = max(task.candidates, key=lambda options: options["num_warps"])
+        best = max(task.candidates, key=lambda options: options.get("num_warps", 0))
         return Entry(task.op, task.m, task.n, task.k, best, task.facts, us=2.0), ""
 
     monkeypatch.setattr(tuning, "_fastest", fastest)
@@ -39,7 +39,8 @@ def test_every_tunable_op_gives_candidates_and_an_example() -> None:
         twin = dispatch.twin(op)
         found = [twin.candidates(op, m, 4608, 1152) for m in (1, 64, 4096)]
         for options in found:
-            assert all(isinstance(one["num_warps"], int) for one in options)
+            # kernels that are split by warps, for one GPU each, say how in options of their own
+            assert all(isinstance(one["num_warps"], int) for one in options if "variant" not in one)
             assert len({tuple(sorted(o.items())) for o in options}) == len(options)
         args = twin.example(op, 17, 48, 128, torch.device("cpu"))
         assert getattr(import_module(PLACES.get(op, f"vdit_quant.kernels.{op}")), op)(*args).numel() > 0
