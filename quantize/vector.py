@@ -22,7 +22,9 @@ from .gptq import DAMP, inverse_factor, output_gain
 from .integer import TINY, int8_form_linear
 from .spec import FormatSpec, LayerSpec
 
-CHUNK = 1 << 16  # vectors whose distances to every entry are held at a time
+CHUNKS = {"cpu": 1 << 16, "cuda": 1 << 19}
+"""Vectors whose distances to every entry are held at a time: half a GB for 256 entries on a GPU, where starting the
+kernels of smaller pieces takes longer than running them."""
 ITERATIONS = 25
 SAMPLE = 1 << 14  # vectors that the first codebook is drawn from
 
@@ -150,7 +152,8 @@ def nearest(vectors: Tensor, importance: Tensor, book: Tensor) -> Tensor:
 
 def nearest_few(vectors: Tensor, book: Tensor, count: int) -> Tensor:
     """int64 [L, count]: the nearest entries, nearest first."""
-    return torch.cat([_distance(v, torch.ones_like(v), book).topk(count, 1, False)[1] for v in vectors.split(CHUNK)])
+    ones = torch.ones_like(vectors)
+    return torch.cat([_distance(v, m, book).topk(count, 1, False)[1] for v, m in _chunks(vectors, ones)])
 
 
 def fit_codebook(vectors: Tensor, importance: Tensor, entries: int, iterations: int = ITERATIONS) -> Tensor:
@@ -248,4 +251,5 @@ def _distance(vectors: Tensor, importance: Tensor, book: Tensor) -> Tensor:
 
 
 def _chunks(vectors: Tensor, importance: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(vectors.split(CHUNK), importance.split(CHUNK), strict=True))
+    size = CHUNKS.get(vectors.device.type, CHUNKS["cpu"])
+    return list(zip(vectors.split(size), importance.split(size), strict=True))

@@ -67,9 +67,11 @@ class GraphedForward:
         self.loaded = [m.register_load_state_dict_post_hook(self.reset) for m in model.modules()]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            _say_compiled(type(self.model).__name__)
+            return self.own(*args, **kwargs)
         leaves, tree = pytree.tree_flatten((args, kwargs))
-        disturbed = torch.compiler.is_compiling() or self._is_disturbed()
-        key = None if disturbed else capture_key(leaves, tree, self._state())
+        key = None if self._is_disturbed() else capture_key(leaves, tree, self._state())
         if key is None:
             return self.own(*args, **kwargs)
         if key in self._too_large:
@@ -160,6 +162,19 @@ class GraphedForward:
         found = capture_call(lambda call: self.own(*call[0], **call[1]), leaves, tree, WARMUP, self._pool)
         self.captures += 1
         return found
+
+
+@torch.compiler.assume_constant_result
+def _say_compiled(kind: str) -> None:
+    """Runs while torch.compile traces, and leaves nothing in the compiled code."""
+    dispatch.remember(
+        "CUDA graphs",
+        f"torch.compile of {kind}",
+        "torch.compile leaves out the CUDA graphs that replay %s, and what it compiles starts every kernel from "
+        'Python, which takes longer: run the model as it is loaded, or compile it with mode="reduce-overhead"; '
+        "load(..., cuda_graphs=False) says that this is meant",
+        kind,
+    )
 
 
 def replay_graphs(model: nn.Module, enabled: bool = True, limit: int = 8) -> nn.Module:

@@ -70,8 +70,8 @@ def load(
 
     device  default: the GPU when there is one
     dtype   compute dtype; scales stay as stored whatever it is. Default: bfloat16 on a GPU, float32 on a CPU
-    cuda_graphs  capture the denoiser's forward once for each shape and replay it (runtime/graphs.py): without it, and
-                 without torch.compile, starting the kernels takes longer than running them. Default: on a GPU, yes
+    cuda_graphs  capture the denoiser's forward once for each shape and replay it (runtime/graphs.py): without it
+                 starting the kernels takes longer than running them. Default: on a GPU, yes
     Raises InputError when the folder is no artifact, or is damaged, or config and tensors disagree.
     """
     source = find_source(path)

@@ -72,6 +72,25 @@ def test_a_call_that_is_wrong_in_itself_says_so_and_changes_nothing(monkeypatch:
     assert graphed(model).failure is None
 
 
+@torch.no_grad()
+def test_torch_compile_runs_without_graphs_and_says_what_that_costs(caplog: pytest.LogCaptureFixture) -> None:
+    def said() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name == "vdit_quant"]
+
+    model = Denoiser()
+    x, t = torch.randn(2, 8), torch.tensor([1.0])
+    expected = model(x, t)[0]
+    compiled = torch.compile(replay_graphs(model), backend="eager", fullgraph=True)
+    for rows in (2, 3):  # the second is compiled anew
+        assert torch.allclose(compiled(x[:1].expand(rows, 8), t)[0], expected[:1].expand(rows, 8))
+    (message,) = said()
+    assert "Denoiser" in message
+    assert 'mode="reduce-overhead"' in message
+    caplog.clear()
+    torch.compile(replay_graphs(Denoiser(), enabled=False), backend="eager", fullgraph=True)(x, t)
+    assert not said()
+
+
 class Memory:
     """Stands in for a GPU's: graphs that are held, and what else there is, share `room`."""
 
