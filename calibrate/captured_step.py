@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils import _pytree as pytree
 
 from ..quantize.errors import reason_of
-from ..runtime.graphs import Capture, aside, capture_call, capture_key, device_of
+from ..runtime.capture import Capture, aside, capture_call, capture_key, device_of
 
 logger = logging.getLogger("vdit_quant")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from ..kernels import dispatch
 from ..quantize import registry
 from . import fusions
-from .modulation import Modulation, are_others
-from .stage import Place, Stage, layers_at
+from .embedders import share_embedders
+from .modulation import Modulation, are_others, origin
+from .parts import Place, layers_at
+from .stage import Stage
 from .watch import Watch
 
 
@@ -30,7 +32,8 @@ class FusedBlock:
     cpu  fuse on a CPU too, where it saves nothing: for tests
     """
 
-    loaded: Any  # handle of what runs after the block's tensors have been loaded
+    loaded: tuple[Any, ...] = ()  # handles of what runs after tensors of the block have been loaded
+    released: bool = False  # unfused, where something around the block still calls it
     stages: tuple[Stage, ...] = ()
     modulation: Modulation | None = None
     watch: Watch | None = None
@@ -60,7 +63,18 @@ class FusedBlock:
             self.declined = reason
         return reason is None
 
+    def is_wrapped(self) -> bool:
+        """Whether something was put around the block since, such as offloading or a cache."""
+        return vars(self.block).get("forward") != self.forward
+
+    def is_held(self) -> bool:
+        """Whether something around the block may move its tensors at every call, keeping track of them by identity, as
+        offloading does: they must stay stored as they are."""
+        return self.is_wrapped() or bool(self.block._forward_hooks or self.block._forward_pre_hooks)
+
     def _refusal(self, hidden_states: Tensor) -> str | None:
+        if self.released:
+            return "it was unfused"
         if self.block.training or (hidden_states.requires_grad and torch.is_grad_enabled()):
             return "training mode" if self.block.training else "gradients"
         if self.watch is not None and not torch.compiler.is_compiling() and self.watch.is_disturbed():
@@ -73,11 +87,12 @@ class FusedBlock:
         """What the first block of a group, by default of all, makes of `source` for the others; a block that is given
         another tensor makes its own. Nothing is kept after the last."""
         group = group or self.siblings
-        if self is group[0] or name not in self.shared or are_others(self.shared[name][:1], (source,)):
-            self.shared[name] = source, make()
-        made = self.shared[name][1]
+        key = name, group[0].place  # what a group has left behind, its last block not being fused, is no other's
+        if self is group[0] or key not in self.shared or are_others(self.shared[key][0], (source,)):
+            self.shared[key] = origin((source,)), make()
+        made = self.shared[key][1]
         if self is group[-1]:
-            del self.shared[name]
+            del self.shared[key]
         return made
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -92,10 +107,35 @@ class FusedBlock:
     def rejoin(self, *_: Any) -> None:
         """As `join`, with nothing of what was stored together or made of it before: other tensors were loaded."""
         for stage in self.stages:
-            stage.parts = []
+            stage.forget()
         if self.modulation is not None:
-            self.modulation.parts = []
+            self.modulation.forget()
         self.join()
+
+    def attach(self, modulators: list[Place]) -> None:
+        """Makes this the forward of the block, whose modulation layers are at `modulators`."""
+        block = self.block
+        self.watch = _watch(self, modulators)
+        block.forward, block._apply, block._fused_block = self.forward, self.move, self
+        # a layer may be loaded by itself
+        single = [(layer, stage.forget) for stage in self.stages for layer in stage.layers]
+        if self.modulation is not None:
+            single += [(layer, self.modulation.forget) for layer in layers_at(modulators)]
+        # the block's own is the last to run: it stores together what its layers' have forgotten
+        hooks = [(block, self.rejoin), *single]
+        self.loaded = tuple(module.register_load_state_dict_post_hook(call) for module, call in hooks)
+        for stage in self.stages:
+            stage.keeps = self.is_held
+        self.join()
+
+    def detach(self) -> None:
+        """Gives the block its own forward back, or runs it from now on where something around it calls this one."""
+        self.released = self.is_wrapped()
+        if self.released:
+            return
+        del self.block.forward, self.block._apply, self.block._fused_block
+        for handle in self.loaded:
+            handle.remove()
 
     def join(self) -> None:
         """Stores the layers of every stage together, now: a compiled forward cannot."""
@@ -145,14 +185,24 @@ def fuse(model: nn.Module, cpu: bool = False) -> nn.Module:
     """Fuses every block of `model` that can be; returns the model. Safe to call again, also after loading a LoRA.
 
     cpu  also fuse calls on a CPU, where nothing is gained: for tests
+    A block that something was put around, such as offloading or a cache, stays as it is: fused if it was before.
     """
-    unfuse(model)
+    for fused in _fused(model):
+        if fused.is_wrapped():
+            fused.released = False
+        else:
+            fused.detach()
     share_embedders(model)
     groups: dict[nn.Module | None, list[tuple[FusedBlock, list[Place]]]] = {}
     shared: dict[Any, Any] = {}
     for module in model.modules():
         fusion = find_fusion(module)
         if fusion is None or fusion.refusal(module) is not None:
+            continue
+        if "forward" in vars(module):
+            if "_fused_block" not in vars(module):
+                kind, reason = type(module).__name__, "something was put around it before it was fused"
+                dispatch.remember(kind, reason, "%s runs its own forward, not the fused one: %s", kind, reason)
             continue
         block = fusion.build(module, cpu)
         if all(stage.refusal() is not None for stage in block.stages):
@@ -165,21 +215,27 @@ def fuse(model: nn.Module, cpu: bool = False) -> nn.Module:
             block.index, block.modulation = index, modulation if layers else None
             block.siblings = tuple(other for other, _ in members if type(other) is type(block))
             block.place = block.siblings.index(block)
-            block.watch = _watch(block, layers)
-            block.block.forward, block.block._apply = block.forward, block.move
-            block.loaded = block.block.register_load_state_dict_post_hook(block.rejoin)
-            block.join()
+        modulation.keeps = partial(any_held, [block for block, _ in members])
+        for block, layers in members:
+            block.attach(layers)
     return model
 
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Gives every fused block its own forward back; returns the model."""
-    for module in model.modules():
-        fused = getattr(module.__dict__.get("forward"), "__self__", None)
-        if isinstance(fused, FusedBlock):
-            del module.forward, module._apply
-            fused.loaded.remove()
+    for fused in _fused(model):
+        fused.detach()
     return model
+
+
+def _fused(model: nn.Module) -> list[FusedBlock]:
+    found = [vars(module).get("_fused_block") for module in model.modules()]
+    return [fused for fused in found if fused is not None]
+
+
+def any_held(blocks: Sequence[FusedBlock]) -> bool:
+    """Whether one of these blocks is held (`FusedBlock.is_held`)."""
+    return any(block.is_held() for block in blocks)
 
 
 def _watch(fused: FusedBlock, modulators: list[Place]) -> Watch:
@@ -188,41 +244,6 @@ def _watch(fused: FusedBlock, modulators: list[Place]) -> Watch:
     layers = layers_at([*(place for stage in fused.stages for place in stage.places), *modulators])
     called = {fused.block, *(module for layer in layers for module in layer.modules())}
     return Watch(module for module in fused.block.modules() if module not in called)
-
-
-def share_embedders(model: nn.Module) -> None:
-    """Makes repeated, bit-equal embedders one module: DiT in diffusers holds the timestep and label embedder once in
-    every block."""
-    first: dict[str, Any] = {}
-    shared = False
-    for module in list(model.modules()):
-        embedder = getattr(module, "emb", None)
-        if not isinstance(embedder, nn.Module) or not any(True for _ in embedder.parameters()):
-            continue
-        known = first.setdefault(type(embedder).__name__, embedder)
-        if known is not embedder and _equal(known, embedder):
-            module.emb, shared = known, True
-    if shared and _write_each not in model._state_dict_hooks.values():
-        model._register_state_dict_hook(_write_each)
-
-
-def _write_each(model: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
-    """A saved model holds a shared embedder in every block again, as its class expects."""
-    seen = set()
-    for name, tensor in state.items():
-        if (place := (tensor.data_ptr(), tensor.shape)) in seen and tensor.device.type != "meta":
-            state[name] = tensor.clone()
-        seen.add(place)
-
-
-def _equal(one: nn.Module, other: nn.Module) -> bool:
-    left, right = one.state_dict(), other.state_dict()
-    return left.keys() == right.keys() and all(
-        left[k].device == right[k].device != torch.device("meta")
-        and left[k].dtype == right[k].dtype
-        and torch.equal(left[k], right[k])
-        for k in left
-    )
 
 
 def report(model: nn.Module, blocks: Iterable[str]) -> dict[str, str]:

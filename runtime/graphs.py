@@ -9,14 +9,12 @@ every call of a model of which a part cannot be captured, which is logged once.
 
 from __future__ import annotations
 
-import functools
 import gc
 import inspect
 import logging
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,55 +23,60 @@ from torch.utils import _pytree as pytree
 
 from ..kernels import dispatch
 from ..quantize.errors import reason_of
+from .capture import PLAIN, Capture, aside, capture_call, capture_key, device_of
 from .compile_ahead import compile_ahead
 from .linear import CompressedLinear
-from .watch import Watch
+from .watch import Watch, has_hooks
 
 logger = logging.getLogger("vdit_quant")
 
-PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 WARMUP = 2
-
-
-@dataclass
-class Capture:
-    """One captured call: its graph, the tensors it reads, and what it wrote."""
-
-    graph: torch.cuda.CUDAGraph
-    inputs: list[Tensor]
-    outputs: Any
-
-    def replay(self, leaves: list[Any]) -> None:
-        """Runs the call on the tensors among these leaves."""
-        torch._foreach_copy_(self.inputs, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
-        self.graph.replay()
+_ONE_AT_A_TIME = threading.RLock()
+"""Held from the copies of the arguments to those of the results, which a graph has but one of. It is one for all models
+because it must not be copied with one."""
 
 
 class GraphedForward:
     """A model's forward that captures and replays itself. `captures` counts the graphs made so far."""
 
     def __init__(self, model: nn.Module, limit: int = 8) -> None:
-        self.model, self.limit = model, limit
+        self.model = model
         self.own: Callable[..., Any] = model.forward
         self.captures = 0
-        self.failure: str | None = None
         self._graphs: OrderedDict[Any, Capture] = OrderedDict()
         self._too_large: set[Any] = set()
         self._pool: Any = None
-        # without the model itself, whose hooks run outside its forward
-        self._watch = Watch(module for module in model.modules() if module is not model)
-        self._layer = next((m for m in model.modules() if _is_quantized(m)), None)
+        self.start(limit)
         # fused blocks store loaded tensors together anew, elsewhere
         self.loaded = [m.register_load_state_dict_post_hook(self.reset) for m in model.modules()]
+
+    def start(self, limit: int) -> None:
+        """Captures what the model is now, as if nothing had been captured before."""
+        self.limit, self.enabled = limit, True
+        self.failure: str | None = None
+        modules = list(self.model.modules())
+        # without the model itself, whose hooks run outside its forward, but for those that were there before
+        self._watch = Watch(modules[1:])
+        self._hooked_before = vars(self.model).get("_graphed_forward") is None and has_hooks(self.model)
+        self._layers = [
+            (m._modules, name, layer) for m in modules for name, layer in m._modules.items() if _is_linear(layer)
+        ]
+        self._layer = next((m for m in modules if _is_quantized(m)), None)
+        self.reset()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             _say_compiled(type(self.model).__name__)
             return self.own(*args, **kwargs)
         leaves, tree = pytree.tree_flatten((args, kwargs))
-        key = None if self._is_disturbed() else capture_key(leaves, tree, self._state())
+        disturbed = not self.enabled or self._is_disturbed()
+        key = None if disturbed else capture_key(leaves, tree, self._state())
         if key is None:
             return self.own(*args, **kwargs)
+        with _ONE_AT_A_TIME:
+            return self._replay(key, leaves, tree, args, kwargs)
+
+    def _replay(self, key: Any, leaves: list[Any], tree: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if key in self._too_large:
             return self._uncaptured(*args, **kwargs)
         try:
@@ -91,6 +94,11 @@ class GraphedForward:
         capture.replay(leaves)
         return pytree.tree_map_only(Tensor, Tensor.clone, capture.outputs)
 
+    def stop(self) -> None:
+        """Runs the model as it is from now on."""
+        self.enabled = False
+        self.reset()
+
     def reset(self, *_: Any) -> None:
         """Drops every graph: needed after moving or replacing a submodule by hand."""
         self._too_large.clear()
@@ -107,11 +115,13 @@ class GraphedForward:
 
     def _is_disturbed(self) -> bool:
         """Whether the model cannot be captured, or something acts inside it that a graph would not see: autograd, a
-        LoRA, which is switched and scaled by plain attributes, or what `Watch` sees (caching, offloading, another
-        attention)."""
+        LoRA, which is switched and scaled by plain attributes, another layer, or what `Watch` sees (caching,
+        offloading, another attention)."""
         if self.failure is not None or torch.is_grad_enabled() or getattr(self.model, "_hf_peft_config_loaded", False):
             return True
-        return self._watch.is_disturbed()
+        if any(places.get(name) is not layer for places, name, layer in self._layers):
+            return True
+        return (self._hooked_before and has_hooks(self.model)) or self._watch.is_disturbed()
 
     def _state(self) -> Any:
         """What changes the kernels that calls of the same shape run: training mode, a step plan, autocast, settings of
@@ -160,6 +170,9 @@ class GraphedForward:
             args, kwargs = pytree.tree_unflatten(leaves, tree)
             compile_ahead(lambda: self.own(*args, **kwargs), aside(device_of(leaves)))
         found = capture_call(lambda call: self.own(*call[0], **call[1]), leaves, tree, WARMUP, self._pool)
+        odd = next((x for x in pytree.tree_leaves(found.outputs) if not isinstance(x, (Tensor, *PLAIN))), None)
+        if odd is not None:
+            raise RuntimeError(f"its result holds a {type(odd).__name__}, whose tensors would not be copies")
         self.captures += 1
         return found
 
@@ -183,71 +196,25 @@ def replay_graphs(model: nn.Module, enabled: bool = True, limit: int = 8) -> nn.
     limit  graphs that are kept, one for each combination of input shapes
     Outputs are copies: a result stays valid after the next call.
     """
-    current = getattr(model.__dict__.get("forward"), "__self__", None)
-    if isinstance(current, GraphedForward):
-        del model.forward, model._apply
+    current: GraphedForward | None = vars(model).get("_graphed_forward")
+    if current is not None and vars(model).get("forward") != current.forward:  # something was put around it since
+        if enabled:
+            current.start(limit)
+        else:
+            current.stop()
+        return model
+    if current is not None:
+        current.stop()
+        del model.forward, model._apply, model._graphed_forward
         for handle in current.loaded:
             handle.remove()
         if not _is_own(current.own, model):
             model.forward = current.own
     if enabled:
         graphed = GraphedForward(model, limit)
-        model.forward = graphed.forward
+        model.forward, model._graphed_forward = graphed.forward, graphed  # type: ignore[assignment]
         model._apply = graphed.move  # type: ignore[method-assign]
     return model
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for each device: memory is kept apart by stream, and a captured call reads what warming up has made."""
-    return torch.cuda.Stream(device)
-
-
-@contextmanager
-def aside(device: torch.device) -> Iterator[None]:
-    """Runs beside the current stream: what a call keeps must not belong to the stream that a capture has to leave."""
-    with torch.cuda.device(device):
-        stream = _side_stream(device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            yield
-        torch.cuda.current_stream().wait_stream(stream)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Python's garbage collector waits: it may free another graph, which is not permitted while a stream is captured
-    and ends the capture."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def capture_call(
-    call: Callable[[Any], Any], leaves: list[Any], tree: Any, warmup: int = 0, pool: Any = None
-) -> Capture:
-    """`call` on a copy of the tree with these leaves, which have a `capture_key`, captured after `warmup` runs."""
-    device = device_of(leaves)
-    inputs = [_ordinary(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    batch = pytree.tree_unflatten(inputs, tree)
-    if warmup:
-        with aside(device):
-            for _ in range(warmup):
-                call(batch)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), _uncollected(), torch.cuda.graph(graph, pool=pool, stream=_side_stream(device)):
-        outputs = call(batch)
-    return Capture(graph, [leaf for leaf in inputs if isinstance(leaf, Tensor)], outputs)
-
-
-def _ordinary(tensor: Tensor) -> Tensor:
-    """A copy that can be written to in inference mode and out of it."""
-    with torch.inference_mode(False), torch.no_grad():
-        return torch.empty_like(tensor).copy_(tensor)
 
 
 def _out_of_memory(error: BaseException | None) -> BaseException | None:
@@ -267,27 +234,9 @@ def _is_own(forward: Any, model: nn.Module) -> bool:
     return inspect.ismethod(forward) and forward.__func__ is type(model).forward
 
 
+def _is_linear(module: Any) -> bool:
+    return isinstance(module, (nn.Linear, CompressedLinear))
+
+
 def _is_quantized(module: nn.Module) -> bool:
     return isinstance(module, CompressedLinear) and module.spec.activation is not None
-
-
-def device_of(leaves: list[Any]) -> torch.device:
-    """That of the first tensor."""
-    return next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
-
-
-def capture_key(leaves: list[Any], tree: Any, state: Any = None) -> Any:
-    """What a graph of a call with these arguments is captured for; None when it cannot be captured."""
-    parts: list[Any] = []
-    device: torch.device | None = None
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            if leaf.device.type != "cuda" or device not in (None, leaf.device):
-                return None
-            device = leaf.device
-            parts.append((tuple(leaf.shape), leaf.dtype, leaf.device))
-        elif isinstance(leaf, PLAIN):
-            parts.append((type(leaf), leaf))
-        else:
-            return None
-    return None if device is None else (tree, tuple(parts), state)

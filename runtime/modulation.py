@@ -7,6 +7,8 @@ one launch a block spends as long starting as reading. For the layers that are r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +16,7 @@ from torch import Tensor, nn
 from ..quantize.layer import rotate
 from ..quantize.spec import LayerSpec
 from .linear import CompressedLinear
-from .parts import Part, is_stale, merge, reads_alike
-from .stage import Place, is_plain, layers_at
+from .parts import Part, Place, is_plain, is_stale, layers_at, merge, reads_alike
 
 
 class Modulation:
@@ -31,8 +32,10 @@ class Modulation:
         self.parts: list[Part] = []
         self.rotations: list[CompressedLinear] = []  # a layer of each
         self.inputs: list[int] = []  # of each part: which rotation it reads
-        self._source: tuple[Tensor, ...] = ()
-        self._outputs: list[list[Tensor]] = []
+        self.keeps: Callable[[], bool] = bool  # () -> False: the layers may be stored together anew
+        self._source: Origin = ()
+        self._embedding: Tensor | None = None
+        self._outputs: list[list[Tensor]] = []  # none where the layers do not run as one
 
     def of(self, index: int, source: tuple[Tensor, ...], embed: Callable[[], Tensor]) -> list[Tensor]:
         """The outputs [B, N] of block `index`'s layers.
@@ -40,20 +43,22 @@ class Modulation:
         source  the tensors that the embedding is made from: blocks that are given other ones compute their own
         embed   makes the embedding [B, K], as the layers read it
         """
-        if index == 0 or not self._outputs or are_others(self._source, source):
-            self._source, self._outputs = source, self._compute(embed())
-        outputs = self._outputs[index]
+        embedding = self._embedding
+        if index == 0 or embedding is None or are_others(self._source, source):
+            embedding = embed()
+            self._source, self._embedding = origin(source), embedding
+            self._outputs = self._by_block(self._product(embedding)) if self.ready() else []
+        if self._outputs:
+            outputs = self._outputs[index]
+        else:  # each when it is due: the other blocks' may be elsewhere
+            outputs = [layer(embedding) for layer in layers_at(self._by_block(self.places)[index])]
         if index == self.last:
-            self._source, self._outputs = (), []
+            self._source, self._embedding, self._outputs = (), None, []
         return outputs
 
-    def _compute(self, embedding: Tensor) -> list[list[Tensor]]:
-        flat = self._product(embedding) if self.ready() else [layer(embedding) for layer in layers_at(self.places)]
-        outputs, at = [], 0
-        for size in self.sizes:
-            outputs.append(flat[at : at + size])
-            at += size
-        return outputs
+    def _by_block(self, flat: Sequence[Any]) -> list[Any]:
+        ends = list(accumulate(self.sizes))
+        return [flat[end - size : end] for size, end in zip(self.sizes, ends, strict=True)]
 
     def _product(self, embedding: Tensor) -> list[Tensor]:
         outputs: list[Tensor] = []
@@ -70,8 +75,15 @@ class Modulation:
             return False
         # specs are compared here alone: a tracer cannot compare them
         if not torch.compiler.is_compiling() and is_stale(layers, self.parts):
+            if self.keeps():
+                self.parts = []
+                return False
             self._join([layer for layer in layers if isinstance(layer, CompressedLinear)])
         return len(self.parts) > 0
+
+    def forget(self, *_: Any) -> None:
+        """As `Stage.forget`."""
+        self.parts = []
 
     def _join(self, layers: list[CompressedLinear]) -> None:
         """Makes the parts; none where a layer quantises or scales the embedding, or rotations of a kind differ."""
@@ -85,12 +97,25 @@ class Modulation:
             del numbers[: len(part.sizes)]
 
 
-def are_others(known: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> bool:
-    """Whether a block is given other tensors than those that something was made of for all blocks."""
+Origin = tuple[tuple[Tensor, int], ...]
+"""What something was made of for several blocks: tensors, and how often each had been written to."""
+
+
+def origin(tensors: tuple[Tensor, ...]) -> Origin:
+    return tuple((tensor, _version(tensor)) for tensor in tensors)
+
+
+def are_others(known: Origin, given: tuple[Tensor, ...]) -> bool:
+    """Whether a block is given other tensors than those that something was made of, or other values in them."""
     # one traced call gives every block the same tensors, and a tracer need not follow their identity
     if torch.compiler.is_compiling():
         return False
-    return any(a is not b for a, b in zip(given, known, strict=True))
+    return any(a is not b or _version(a) != version for a, (b, version) in zip(given, known, strict=True))
+
+
+def _version(tensor: Tensor) -> int:
+    # neither a tracer nor a tensor of inference mode has one
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def _is_weight_only(layer: nn.Module) -> bool:

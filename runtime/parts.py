@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,10 @@ from .linear import CompressedLinear
 
 MAX_JOINED = 256
 """Layers that are stored as one: their numbers fit a byte."""
+
+
+Place = tuple[nn.Module, str]
+"""A module and the name of one of its submodules, whichever that is at the time: a LoRA puts another one there."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,25 @@ class Part:
         """The branch as `int8_linear_low_rank` takes it; low: [M, L * R]."""
         found = [low, self.tensors["proj_up"]]
         return [*found, self.tensors["proj_owner"]] if len(self.sizes) > 1 else found
+
+
+def layers_at(places: Sequence[Place]) -> tuple[nn.Module, ...]:
+    """The modules that are at these places now."""
+    return tuple(parent._modules[name] for parent, name in places)  # type: ignore[misc]
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether calling `layer` does what its tensors say and nothing else: no hook, no wrapper, no lifted quantiser."""
+    if not isinstance(layer, CompressedLinear) or layer.is_lifted:
+        return False
+    return not is_hooked(layer)
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether a call of `layer` does something that was put on it."""
+    if torch.compiler.is_compiling():  # hooks put on a layer after compiling are not seen by torch.compile either
+        return False
+    return bool(layer._forward_hooks or layer._forward_pre_hooks) or "forward" in layer.__dict__
 
 
 def are_equal(one: Tensor, other: Tensor) -> bool:

@@ -16,7 +16,7 @@ kernel behind it, and in `norm_sum` the norm's kernel adds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ from ..quantize.format import activation_codes, activation_ops
 from ..quantize.layer import rotate
 from ..quantize.spec import LayerSpec
 from .linear import CompressedLinear
-from .parts import Part, is_stale, merge, reads_alike
+from .parts import Part, Place, is_plain, is_stale, layers_at, merge, reads_alike
 
 
 class Rows(NamedTuple):
@@ -84,10 +84,6 @@ class Norm:
 _KINDS = {"LayerNorm": "layer", "FP32LayerNorm": "layer", "RMSNorm": "rms"}
 
 
-Place = tuple[nn.Module, str]
-"""A module and the name of one of its submodules, whichever that is at the time: a LoRA puts another one there."""
-
-
 class Stage:
     """`places`: where every linear layer is that reads the stage's input, in the order of their outputs.
 
@@ -100,6 +96,7 @@ class Stage:
         self.places = places
         self.parts: list[Part] = []
         self.vectors: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.keeps: Callable[[], bool] = bool  # () -> False: the layers may be stored together anew
         self.k = int(self.layers[0].in_features)  # type: ignore[arg-type]
 
     @property
@@ -121,11 +118,18 @@ class Stage:
         if not all(map(is_plain, layers)):
             return False
         if not torch.compiler.is_compiling() and is_stale(layers, self.parts):
+            if self.keeps():
+                self.parts = []
+                return False
             self.parts = [] if self.refusal() is not None else merge(layers)
             if self.parts:
                 buffers = layers[0]._buffers
                 self.vectors = join_vectors(buffers.get("pre_quant_scale"), buffers.get("hadamard_signs"))
         return len(self.parts) > 0
+
+    def forget(self, *_: Any) -> None:
+        """Nothing of how the layers were stored together counts any more: other tensors were loaded."""
+        self.parts = []
 
     def norm(self, x: Tensor, norm: Norm, shift: Tensor | None = None, scale: Tensor | None = None) -> Rows:
         """x: float [M, K] normalised, then `* (1 + scale[b]) + shift[b]` with shift and scale [B, K], B dividing M."""
@@ -244,28 +248,9 @@ class Stage:
         return *self.vectors, spec.hadamard.block_size, spec.hadamard.kind
 
 
-def layers_at(places: Sequence[Place]) -> tuple[nn.Module, ...]:
-    """The modules that are at these places now."""
-    return tuple(parent._modules[name] for parent, name in places)  # type: ignore[misc]
-
-
 def value_of(total: Sum) -> Tensor:
     """The sum itself [M, N]."""
     return total.residual if total.branch is None else gate_add(total.residual, total.branch, total.gate)
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """Whether calling `layer` does what its tensors say and nothing else: no hook, no wrapper, no lifted quantiser."""
-    if not isinstance(layer, CompressedLinear) or layer.is_lifted:
-        return False
-    return not is_hooked(layer)
-
-
-def is_hooked(layer: nn.Module) -> bool:
-    """Whether a call of `layer` does something that was put on it."""
-    if torch.compiler.is_compiling():  # hooks put on a layer after compiling are not seen by torch.compile either
-        return False
-    return bool(layer._forward_hooks or layer._forward_pre_hooks) or "forward" in layer.__dict__
 
 
 def _refusal(layer: nn.Module) -> str | None:

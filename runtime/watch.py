@@ -11,8 +11,8 @@ from torch import nn
 
 
 class Watch:
-    """Sees hooks on these modules, and what was put on them since: another `forward`, an attention processor, or a
-    back-end for the processor.
+    """Sees hooks on these modules, torch's, accelerate's and diffusers', and what was put on them since: another
+    `forward`, an attention processor, or a back-end or context parallelism for the processor.
 
     A fused or captured forward does not call the modules inside it, so that what is put on them would do nothing.
     """
@@ -29,10 +29,20 @@ class Watch:
         # asked at every call, of hundreds of modules: loops that Python does not interpret
         if any(self._hooks) or any(map(contains, map(vars, self._plain), repeat("forward"))):
             return True
-        if any(vars(m).get("forward") != forward for m, forward in self._replaced):
+        if any(vars(m).get("forward") != forward or carries_hooks(m) for m, forward in self._replaced):
             return True
         return any(m.processor is not p or _backend(p) != backend for m, p, backend in self._processors)
 
 
 def _backend(processor: Any) -> Any:
-    return getattr(processor, "_attention_backend", None)
+    return getattr(processor, "_attention_backend", None), getattr(processor, "_parallel_config", None)
+
+
+def carries_hooks(module: nn.Module) -> bool:
+    """Whether accelerate or diffusers put something around its forward, as offloading and caching do."""
+    return "_hf_hook" in vars(module) or has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """As `carries_hooks`, of diffusers' alone: accelerate's, on a whole model, may be left out of a graph."""
+    return bool(getattr(vars(module).get("_diffusers_hook"), "hooks", None))

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..fusion import FusedBlock
-from ..stage import Norm, Place, Stage
+from ..parts import Place
+from ..stage import Norm, Stage
 
 ACTIVATIONS = {"GEGLU": "geglu", "SwiGLU": "swiglu"}
 _HEAD_NORMS = {("RMSNorm", True, False), ("LayerNorm", True, True)}  # class, with a weight, with a bias

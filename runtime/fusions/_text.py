@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..fusion import FusedBlock
+from ..fusion import FusedBlock, any_held
+from ..parts import Place
 from ..stage import Stage
 
 GROUP = 4
@@ -24,10 +26,19 @@ class TextBlock(FusedBlock):
         if self.block.attn2 is not None:
             self.cross_kv = Stage((self.block.attn2, "to_k"), (self.block.attn2, "to_v"))
 
+    def attach(self, modulators: list[Place]) -> None:
+        super().attach(modulators)
+        if self.cross_kv is not None:
+            layers = self.cross_kv.layers
+            self.loaded += tuple(layer.register_load_state_dict_post_hook(self._forget) for layer in layers)
+
     def rejoin(self, *_: Any) -> None:
-        if self.together is not None:
-            self.together.parts = []
+        self._forget()
         super().rejoin()
+
+    def _forget(self, *_: Any) -> None:
+        if self.together is not None:
+            self.together.forget()
 
     def join(self) -> None:
         super().join()
@@ -35,6 +46,7 @@ class TextBlock(FusedBlock):
         if self.cross_kv is None or not self.block.attn2.is_cross_attention or self is not group[-1]:
             return
         together = Stage(*(place for block in group for place in block.cross_kv.places))
+        together.keeps = partial(any_held, group)
         if together.ready():
             for block in group:
                 block.together, block.cross_kv.parts = together, []

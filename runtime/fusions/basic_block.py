@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.attention import attend
-from ..fusion import FusedBlock, Fusion
-from ..stage import Norm, Place, Stage, Sum, value_of
+from ..fusion import FusedBlock, Fusion, any_held
+from ..parts import Place
+from ..stage import Norm, Stage, Sum, value_of
 from ._stream import activation_of
 from ._text import TextBlock
 
@@ -77,7 +78,9 @@ class FusedBasicBlock(TextBlock):
     def _modulate(self, batch: int, hidden_states: Tensor, timestep: Any, labels: Any) -> tuple[Tensor, ...]:
         """shift, scale and gate [B, K] of the attention, then of the feed-forward."""
         if not self.zero:
-            return self.once("modulation", timestep, lambda: self._tables(batch, timestep))[self.place].unbind(1)
+            tables = self.once("modulation", timestep, lambda: self._tables(batch, timestep))
+            parts = self._table(batch, timestep) if tables is None else tables[self.place]
+            return parts.unbind(1)
         norm = self.block.norm1
         assert self.modulation is not None
 
@@ -87,10 +90,17 @@ class FusedBasicBlock(TextBlock):
         (parts,) = self.modulation.of(self.index, (timestep, labels), embed)
         return parts.chunk(6, dim=1)
 
-    def _tables(self, batch: int, timestep: Tensor) -> Tensor:
-        """[blocks, B, 6, K]: every block's own offsets, all added to the embedding at once."""
-        tables = torch.stack([fused.block.scale_shift_table for fused in self.siblings])
-        return tables[:, None] + timestep.reshape(1, batch, 6, -1)
+    def _tables(self, batch: int, timestep: Tensor) -> Tensor | None:
+        """[blocks, B, 6, K]: every block's own offsets, all added to the embedding at once; None where some may
+        be elsewhere, as by offloading."""
+        tables = [fused.block.scale_shift_table for fused in self.siblings]
+        if any_held(self.siblings) or any(table.device != timestep.device for table in tables):
+            return None
+        return torch.stack(tables)[:, None] + timestep.reshape(1, batch, 6, -1)
+
+    def _table(self, batch: int, timestep: Tensor) -> Tensor:
+        """[B, 6, K]: the same for this block alone."""
+        return self.block.scale_shift_table + timestep.reshape(batch, 6, -1)
 
     def _cross(self, h: Tensor, batch: int, encoder_hidden_states: Tensor | None, mask: Tensor | None) -> Sum:
         """Attention to the text, whose tokens every query sees; the input is not normalised (as in PixArt)."""

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from ...kernels.attention import attend
 from ...kernels.head_norm_rope import head_norm_rope
 from ..fusion import FusedBlock, Fusion
-from ..stage import Norm, Place, is_hooked
+from ..parts import Place, is_hooked
+from ..stage import Norm
 from ._stream import Stream, activation_of, heads_refusal, norm_weights
 
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from ...kernels.attention import attend
 from ...kernels.head_norm_rope import head_norm_rope
 from ..fusion import FusedBlock, Fusion
-from ..stage import Norm, Place, Stage
+from ..parts import Place
+from ..stage import Norm, Stage
 from ._stream import TwoStreams, activation_of, heads_refusal, norm_weights
 
 

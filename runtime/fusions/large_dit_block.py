@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from ...kernels.attention import attend
 from ...kernels.head_norm_rope import head_norm_rope
 from ..fusion import FusedBlock, Fusion
-from ..stage import Norm, Place, Stage
+from ..parts import Place
+from ..stage import Norm, Stage
 from ._stream import norm_weights
 
 

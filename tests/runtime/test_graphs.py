@@ -170,6 +170,20 @@ def test_replays_equal_the_model_and_follow_shapes_and_values(device: str) -> No
 
 @pytest.mark.gpus(1)
 @torch.no_grad()
+def test_replays_under_autocast_read_nothing_that_was_freed() -> None:
+    model, t = replay_graphs(Denoiser().cuda()), torch.zeros(1, device="cuda")
+    x = torch.randn(2, 8, device="cuda")
+    found = []
+    for _ in range(2):
+        with torch.autocast("cuda", torch.bfloat16):
+            found.append(model(x, t)[0])
+        torch.full((1 << 20,), torch.nan, device="cuda")  # takes the place of what autocast let go
+    assert graphed(model).captures == 1
+    assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.gpus(1)
+@torch.no_grad()
 def test_a_result_outlives_the_next_call() -> None:
     model = replay_graphs(Denoiser().cuda())
     t = torch.zeros(1, device="cuda")

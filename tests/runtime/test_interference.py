@@ -2,23 +2,30 @@
 
 import copy
 import pickle
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vdit_quant
 from vdit_quant.kernels import dispatch
 from vdit_quant.quantize.recipe import Recipe
+from vdit_quant.runtime import capture as capturing
 from vdit_quant.runtime import graphs
+from vdit_quant.runtime.capture import Capture
 from vdit_quant.runtime.fusion import fuse, unfuse
-from vdit_quant.runtime.graphs import Capture, replay_graphs
+from vdit_quant.runtime.graphs import replay_graphs
 from vdit_quant.runtime.linear import CompressedLinear
 from vdit_quant.runtime.schedule import StepPlan, apply_step_plan
 
@@ -250,8 +257,120 @@ def test_moving_a_block_to_where_it_is_moves_nothing(load: Load) -> None:
 
 def test_static_inputs_can_be_written_in_every_mode() -> None:
     with torch.inference_mode():
-        made = graphs._ordinary(torch.ones(2))
+        made = capturing._ordinary(torch.ones(2))
     assert not made.is_inference()
     assert not made.requires_grad
     Capture(Recording(), [made], None).replay([torch.full((2,), 3.0)])
     assert made.tolist() == [3.0, 3.0]
+
+
+def test_another_linear_layer_is_not_replayed_over(doubler: tuple[Doubler, Tensor]) -> None:
+    model, x = doubler
+    model.blocks[0].append(nn.Linear(3, 3))
+    model.blocks[0][1].forward = lambda x: x  # nothing can be multiplied on a GPU that is not there
+    replay_graphs(model)(x)
+    runs = model.runs
+    model(x)
+    assert model.runs == runs
+    model.blocks[0][1] = nn.Sequential(model.blocks[0][1])  # as an adapter does that peft puts in by itself
+    model(x)
+    assert model.runs == runs + 1
+
+
+def test_a_cache_that_was_there_before_is_asked_at_every_call(doubler: tuple[Doubler, Tensor]) -> None:
+    class Asked(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            Asked.calls += 1
+            return args, kwargs
+
+    model, x = doubler
+    replay_graphs(model, enabled=False)
+    HookRegistry.check_if_exists_or_initialize(model.blocks[0]).register_hook(Asked(), "cache")
+    replay_graphs(model)
+    for _ in range(3):
+        model(x)
+    assert Asked.calls == 3
+
+
+def test_graphs_are_switched_off_behind_what_was_put_around_the_model(doubler: tuple[Doubler, Tensor]) -> None:
+    model, x = doubler
+    inner = model.forward
+    model.forward = lambda *args: inner(*args)
+    model(x)
+    assert model.runs == 1
+    replay_graphs(model, enabled=False)
+    model(x)
+    assert model.runs == 2
+    replay_graphs(model)
+    model(x)
+    model(x)
+    assert model.runs == 3
+
+
+def test_a_result_whose_tensors_would_not_be_copies_is_not_replayed(
+    doubler: tuple[Doubler, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Odd(Doubler):
+        def forward(self, x: Tensor) -> Any:
+            return SimpleNamespace(y=super().forward(x))
+
+    _, x = doubler
+    model = replay_graphs(Odd())
+    assert model(x) is not model(x)
+    assert "its result holds a SimpleNamespace" in caplog.text
+
+
+def test_calls_from_several_threads_get_their_own_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow:
+        """A graph that is replayed on what its one input holds, some time later."""
+
+        def __init__(self, source: Tensor, result: Tensor) -> None:
+            self.source, self.result = source, result
+
+        def replay(self) -> None:
+            time.sleep(0.002)
+            self.result.copy_(2 * self.source)
+
+    def capture(call: Callable[[Any], Any], leaves: list[Any], tree: Any, *_: Any) -> Capture:
+        source, result = leaves[0].clone(), torch.empty_like(leaves[0])
+        return Capture(Slow(source, result), [source], result)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(graphs, "capture_call", capture)
+    monkeypatch.setattr(graphs, "compile_ahead", lambda *_: 0)
+    monkeypatch.setattr(graphs, "capture_key", lambda *_: "a call")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
+    model = replay_graphs(Doubler())
+
+    def run(number: int) -> bool:
+        with torch.no_grad():
+            x = torch.full((2,), float(number))
+            return all(torch.equal(model(x), 2 * x) for _ in range(10))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(4)))
+
+
+def test_casts_of_autocast_are_not_kept_where_a_graph_would_read_them() -> None:
+    layer, x = nn.Linear(4, 4), torch.randn(2, 4)
+    with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
+        with capturing._uncached_casts(), CountCasts() as counted:
+            layer(x)
+            layer(x)
+        assert counted.casts == 4  # weight and bias, each time
+        assert torch.is_autocast_cache_enabled()
+        with CountCasts() as counted:
+            layer(x)
+            layer(x)
+        assert counted.casts == 2
+
+
+class CountCasts(TorchDispatchMode):
+    """Counts the casts of parameters."""
+
+    casts = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.casts += func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter)
+        return func(*args, **(kwargs or {}))
