@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from ..quantize.errors import InputError, OutputError, reason_of
-from ..runtime.artifact import is_artifact
+from ..runtime.artifact import DTYPES, is_artifact
 from ..runtime.load import pick_device, pick_dtype
-from ..runtime.source import find_source
+from ..runtime.source import Source, find_source
 from ..runtime.writer import write_json
 from .metrics import mean_psnr, relative_error, ssim
 from .offload import open_sampler
@@ -167,7 +167,7 @@ def sample_seeds(
             sampler=scheduler_name(sampler),
             device=str(place),
             dtype=str(dtype).removeprefix("torch."),
-            bytes=tensor_bytes(sampler.denoiser),
+            bytes=stored_bytes(source, sampler.denoiser),
             seconds=time.perf_counter() - start,
         )
 
@@ -207,8 +207,16 @@ def measure(seed: int, got: Samples, want: Samples) -> SeedResult:
     )
 
 
+def stored_bytes(source: Source, denoiser: nn.Module) -> int:
+    """Bytes of every tensor of a denoiser: those of an artifact as its files hold them; those of a full-precision model
+    at 16 bits, since a checkpoint in float32 would make whatever is compared with it look small."""
+    if not is_artifact(source.transformer):
+        return tensor_bytes(denoiser)
+    return sum(math.prod(shape) * DTYPES[dtype].itemsize for shape, dtype in source.checkpoint.headers.values())
+
+
 def tensor_bytes(model: nn.Module) -> int:
-    """Bytes of every parameter and buffer as the artifact stores them (16 bits for what is not compressed)."""
+    """Bytes of every parameter and buffer of a loaded model, at 16 bits for what is not compressed."""
     total = 0
     for name, tensor in model.state_dict().items():
         owner = model.get_submodule(name.rpartition(".")[0])

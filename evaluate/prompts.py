@@ -7,10 +7,12 @@ from importlib import resources
 from pathlib import Path
 
 from ..quantize.errors import InputError
+from .conditions import condition_order
 
 
 def pick_prompts(path: str | None, count: int, seed: int) -> list[str]:
-    """`count` prompts in turn from the one that `seed` names; of a file with a prompt on each line, or those that ship.
+    """`count` prompts of a file with one on each line, or of those that ship, in an order drawn from `seed`; each is
+    used once before any is used again.
 
     Raises InputError as `read_prompts` does.
     """
@@ -18,7 +20,7 @@ def pick_prompts(path: str | None, count: int, seed: int) -> list[str]:
         prompts = _lines((resources.files(__package__) / "prompts.txt").read_text(encoding="utf-8"))
     else:
         prompts = read_prompts(path)
-    return [prompts[(seed + i) % len(prompts)] for i in range(count)]
+    return [prompts[i] for i in condition_order(len(prompts), count, seed).tolist()]
 
 
 def read_prompts(path: str | Path) -> list[str]:

@@ -67,14 +67,21 @@ class Latents:
         return Latents((joined,), {name: t.to(device) for name, t in self.unguided.items()})
 
     def split(self, held_out: int) -> tuple[Latents, Latents]:
-        """(all but the last `held_out` samples, those)."""
-        index = torch.arange(len(self) - held_out, len(self))
-        parts, left = [], len(self) - held_out
+        """(all but `held_out` samples, those): one from each of as many equal stretches of the rows, so that data
+        sorted by class holds out some of every class. Which one is random, as a fixed stride may hit a single class of
+        repeating data, and always the same."""
+        ends = torch.arange(held_out + 1) * len(self) // held_out
+        generator = torch.Generator().manual_seed(0)
+        index = ends[:-1] + (torch.rand(held_out, generator=generator) * ends.diff()).long()
+        parts, start = [], 0
         for part in self.parts:
-            rows = min(left, len(part[LATENTS]))
-            if rows:
-                parts.append({name: t[:rows] for name, t in part.items()})
-            left -= rows
+            stop = start + len(part[LATENTS])
+            cuts = [row - start for row in index.tolist() if start <= row < stop]
+            # views, because the shards may be larger than memory
+            for first, last in zip([0, *(cut + 1 for cut in cuts)], [*cuts, stop - start], strict=True):
+                if first < last:
+                    parts.append({name: t[first:last] for name, t in part.items()})
+            start = stop
         return Latents(tuple(parts), self.unguided), Latents((self.rows(index),), self.unguided)
 
 

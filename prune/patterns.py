@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import torch
 from torch import Tensor
@@ -43,11 +43,11 @@ class BlockGroup:
 
 def cut(stack: Stack, keep: int, given: Sequence[str] = ()) -> list[BlockGroup]:
     """The groups of a stack: those of `given` ("N:M", one for each group or one for all), else as small as divides
-    depth and `keep` alike, else groups of nearly equal size that share `keep` as evenly as can be.
+    depth and `keep` alike, else groups of nearly equal size that share `keep` as evenly as sizes and pinned blocks let.
 
-    Raises InputError when the given groups do not add up, or a group has no pattern that keeps its pinned blocks.
+    Raises InputError when the given groups do not add up, or one has no pattern that keeps its pinned blocks.
     """
-    pairs = _given(stack, keep, given) if given else _equal(stack.depth, keep)
+    pairs = _given(stack, keep, given) if given else _equal(stack, keep)
     groups, start = [], 0
     for count, size in pairs:
         groups.append(BlockGroup(stack, start, size, count))
@@ -58,12 +58,25 @@ def cut(stack: Stack, keep: int, given: Sequence[str] = ()) -> list[BlockGroup]:
     return groups
 
 
-def _equal(depth: int, keep: int) -> list[tuple[int, int]]:
+def _equal(stack: Stack, keep: int) -> list[tuple[int, int]]:
+    """(blocks kept, blocks) of groups of nearly equal size, of which each keeps its pinned blocks at least."""
+    depth = stack.depth
     common = math.gcd(depth, keep)
     count = common if depth // common <= _LARGEST else -(-depth // _LARGEST)
-    size = [depth * i // count for i in range(count + 1)]
-    kept = [keep * i // count for i in range(count + 1)]
-    return [(kept[i + 1] - kept[i], size[i + 1] - size[i]) for i in range(count)]
+    ends = [depth * i // count for i in range(count + 1)]
+    sizes = [end - start for start, end in pairwise(ends)]
+    least = [sum(start <= i < end for i in stack.pinned) for start, end in pairwise(ends)]
+    even = [keep * (i + 1) // count - keep * i // count for i in range(count)]
+    kept = [min(max(even[i], least[i]), sizes[i]) for i in range(count)]
+    while (missing := keep - sum(kept)) != 0:
+        step = 1 if missing > 0 else -1
+        able = [i for i in range(count) if least[i] <= kept[i] + step <= sizes[i]]
+        if not able:
+            raise InputError(f"{stack.name}: {len(stack.pinned)} of its {depth} blocks are pinned, and {keep} are kept")
+        # the group that is furthest from its even share, of those alike the first
+        chosen = max(able, key=lambda i: step * (keep * sizes[i] - depth * kept[i]))
+        kept[chosen] += step
+    return list(zip(kept, sizes, strict=True))
 
 
 def _given(stack: Stack, keep: int, texts: Sequence[str]) -> list[tuple[int, int]]:

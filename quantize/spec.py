@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,8 @@ class FormatSpec:
     group_size: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.format, str):
+            raise InputError(f"format: expected the name of a format, such as int4, found {self.format!r}")
         if self.group_size is not None and not _is_count(self.group_size, 1):
             raise InputError(f"group_size: expected a positive whole number, found {self.group_size!r}")
 
@@ -55,6 +58,8 @@ class HadamardSpec:
     def __post_init__(self) -> None:
         if not _is_count(self.block_size, 2):
             raise InputError(f"hadamard block_size: expected a whole number from 2, found {self.block_size!r}")
+        if not isinstance(self.kind, str):
+            raise InputError(f"hadamard kind: expected the name of a kind, such as sylvester, found {self.kind!r}")
         try:
             check_kind(self.block_size, self.kind)
         except ValueError as error:
@@ -124,15 +129,17 @@ class LayerSpec:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str = "spec") -> LayerSpec:
-        """Inverse of `to_dict`. Raises InputError for an unknown or a missing key."""
+        """Inverse of `to_dict`. Raises InputError, naming the key, for an unknown or a missing one and for a value that
+        cannot be."""
         values = dict(_known(cls, data, where))
         for key, kind in (("weight", FormatSpec), ("activation", FormatSpec), ("hadamard", HadamardSpec)):
-            if values.get(key) is not None:
+            if key == "weight" or values.get(key) is not None:
                 values[key] = _build(kind, _known(kind, values[key], f"{where}.{key}"), f"{where}.{key}")
         spec: LayerSpec = _build(cls, values, where)
-        for part in (spec.weight, spec.activation):
+        for key in ("weight", "activation"):
+            part: FormatSpec | None = getattr(spec, key)
             if part is not None:
-                part.resolve()
+                _build(part.resolve, {}, f"{where}.{key}")
         return spec
 
 
@@ -140,7 +147,7 @@ def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _build(kind: type, values: dict[str, Any], where: str) -> Any:
+def _build(kind: Callable[..., Any], values: dict[str, Any], where: str) -> Any:
     try:
         return kind(**values)
     except InputError as error:
@@ -161,7 +168,7 @@ def _known(kind: type, data: Any, where: str) -> dict[str, Any]:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key in data:
         if key not in fields:
-            raise unknown("key", key, fields, where)
+            raise unknown("key", str(key), fields, where)
     for name, field in fields.items():
         if name not in data and field.default is dataclasses.MISSING:
             raise InputError(f"{where}: the key '{name}' is missing")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,9 +128,16 @@ def read_adapter(
 
 def _own_scale(layer: str, rank: int, alpha: Tensor | None, settings: Mapping[str, Any]) -> float:
     """alpha / r, or alpha / sqrt(r) where it was trained so (Kalajdzievski 2023, arXiv 2312.03732)."""
-    pattern = settings.get("alpha_pattern") or {}
     value = settings.get("lora_alpha", rank) if alpha is None else float(alpha)
-    return float(pattern.get(layer, value)) / (rank**0.5 if settings.get("use_rslora") else rank)
+    for key, own in (settings.get("alpha_pattern") or {}).items():
+        try:
+            found = re.match(rf"(.*\.)?({key})$", layer)  # as peft reads it: the end of a name, or a regular expression
+        except re.error as error:
+            raise InputError(f"{layer}: alpha_pattern: expected regular expressions, found '{key}' ({error})") from None
+        if found:
+            value = own
+            break
+    return float(value) / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -168,8 +177,13 @@ def _convert(tensors: dict[str, Tensor], model_class: str, path: Path) -> dict[s
     mixin: Any = getattr(lora_pipeline, f"{kind}LoraLoaderMixin", None)
     if mixin is None:
         return tensors
+    # where a converter can hand the alphas out, it drops them unless it is asked to
+    apart = "return_alphas" in inspect.signature(mixin.lora_state_dict).parameters
     try:
-        return dict(mixin.lora_state_dict(dict(tensors)))
+        if not apart:
+            return dict(mixin.lora_state_dict(dict(tensors)))
+        converted, alphas = mixin.lora_state_dict(dict(tensors), return_alphas=True)
+        return {**converted, **(alphas or {})}
     except Exception as error:  # whatever a converter makes of names it does not know
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(f"{path}: diffusers cannot read this adapter for {model_class} ({reason})") from error

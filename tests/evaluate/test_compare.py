@@ -1,6 +1,7 @@
 """An artifact against full precision: the same conditions and noise, so that the difference is compression alone."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vdit_quant
-from vdit_quant.evaluate.compare import Comparison, measure
+from vdit_quant.evaluate.compare import Comparison, measure, stored_bytes
 from vdit_quant.evaluate.offload import BlockStream
 from vdit_quant.evaluate.pairing import check_pair, check_same
 from vdit_quant.evaluate.sampling import Samples, Workload, make_sampler
 from vdit_quant.quantize.errors import InputError, OutputError
-from vdit_quant.runtime.source import find_source
+from vdit_quant.runtime.source import find_source, load_transformer
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 WORKLOAD = Workload(samples=4, steps=8, guidance_scale=1.5)
 
 
@@ -69,6 +71,21 @@ def test_sizes_and_summary_are_stated(compared: dict[str, Comparison], demo: Pat
     assert result.psnr == pytest.approx(sum(s.psnr for s in result.seeds) / 2)
     assert result.psnr_spread > 0
     assert result.sampler == "DDIMScheduler"
+
+
+def test_bytes_are_those_of_the_files_of_an_artifact(tiny_artifact: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folded"
+    shutil.copytree(tiny_artifact, folder)
+    tensors = load_file(folder / WEIGHTS)
+    name = "transformer_blocks.0.ff.net.2.bias"
+    save_file({**tensors, name: tensors[name].float()}, folder / WEIGHTS)
+    for path in (tiny_artifact, folder):
+        source = find_source(path)
+        want = sum(t.nbytes for t in load_file(path / WEIGHTS).values())
+        assert stored_bytes(source, load_transformer(source, torch.float32)) == want
+    source = find_source(tiny_folder)  # in float32
+    values = sum(t.numel() for t in load_file(tiny_folder / WEIGHTS).values())
+    assert stored_bytes(source, load_transformer(source, torch.float32)) == 2 * values
 
 
 def test_the_result_is_json_and_the_picture_a_png(compared: dict[str, Comparison]) -> None:
@@ -158,7 +175,6 @@ def test_a_plain_checkpoint_is_no_artifact(demo: Path) -> None:
 
 
 FEW = ("--steps", "2", "--samples", "2", "--device", "cpu")
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def _alter(folder: Path, value: float) -> None:

@@ -1,4 +1,4 @@
-"""Prompts: in turn, from a file or those that ship, and what is no file of them."""
+"""Prompts: in an order of the seed, from a file or those that ship, and what is no file of them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +13,24 @@ from vdit_quant.quantize.errors import InputError
 from vdit_quant.runtime.source import find_source
 
 
-def test_prompts_are_taken_in_turn_from_the_seed_on(tmp_path: Path) -> None:
+def test_each_prompt_is_used_once_before_any_again(tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_text("  a red fox \n\nfür Elise\na bowl\n", encoding="utf-8")
     assert read_prompts(path) == ["a red fox", "für Elise", "a bowl"]
-    assert pick_prompts(str(path), 4, 1) == ["für Elise", "a bowl", "a red fox", "für Elise"]
-    shipped = pick_prompts(None, 48, 0)
-    assert len(set(shipped)) == 48
-    assert pick_prompts(None, 2, 47) == [shipped[47], shipped[0]]
+    chosen = pick_prompts(str(path), 5, 1)
+    assert set(chosen[:3]) == set(read_prompts(path))
+    assert chosen[3:] == chosen[:2]
+    assert len(set(pick_prompts(None, 48, 0))) == 48
+
+
+def test_another_seed_draws_other_prompts() -> None:
+    for seed in (0, 1, 2, 1_000_000, 1_000_001):
+        drawn = pick_prompts(None, 20, seed)
+        assert drawn == pick_prompts(None, 20, seed), "both sides of a comparison ask for the same"
+        assert drawn[:8] == pick_prompts(None, 8, seed)
+        other = pick_prompts(None, 20, seed + 1)
+        assert drawn != other
+        assert len({*drawn, *other}) > 26, "more than a few are new"
 
 
 def test_what_counts_is_what_the_file_asks_for(tmp_path: Path) -> None:

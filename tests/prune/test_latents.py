@@ -47,12 +47,30 @@ def test_rows_come_from_every_shard(dit: Any, tmp_path: Path) -> None:
         assert all(torch.equal(rows[name], tensor[index]) for name, tensor in everything.items())
 
 
-def test_a_held_out_part_is_not_trained_on(dit: Any) -> None:
-    shards = _shards()
-    trained, held = collect_latents(shards, dit, FAMILY).split(4)
-    whole = torch.cat([s["latents"] for s in shards])
-    assert torch.equal(torch.cat([p["latents"] for p in trained.parts]), whole[:6])
-    assert torch.equal(held.parts[0]["latents"], whole[6:])
+@pytest.mark.parametrize("held_out", [1, 2, 4, 9])
+def test_a_held_out_part_is_not_trained_on(held_out: int, dit: Any) -> None:
+    latents = collect_latents(_shards(), dit, FAMILY)
+    trained, held = latents.split(held_out)
+    assert (len(trained), len(held)) == (10 - held_out, held_out)
+    parts = [trained.rows(torch.arange(len(trained))), held.rows(torch.arange(len(held)))]
+    whole = latents.rows(torch.arange(10))
+    order = torch.cat([part["class_labels"] for part in parts]).argsort()  # no label is there twice
+    for name, tensor in whole.items():
+        assert torch.equal(torch.cat([part[name] for part in parts])[order], tensor)
+    again = latents.split(held_out)
+    assert all(torch.equal(p[n], q[n]) for x, y in zip((trained, held), again, strict=True)
+               for p, q in zip(x.parts, y.parts, strict=True) for n in p)  # fmt: skip
+
+
+def test_whatever_order_data_has_what_is_held_out_shows_all_of_it() -> None:
+    sorted_, repeated = torch.arange(1000) // 100, torch.arange(1000) % 8
+    for labels in (sorted_, repeated):
+        one, other = labels.split([370, 630])
+        shards = tuple({"latents": torch.zeros(len(part), 1), "class_labels": part} for part in (one, other))
+        trained, held = Latents(shards, {}).split(125)
+        for part in (trained, held):
+            found = torch.cat([p["class_labels"] for p in part.parts])
+            assert torch.equal(found.unique(), labels.unique())
 
 
 def test_unguided_conditions_can_be_given(dit: Any, tmp_path: Path) -> None:

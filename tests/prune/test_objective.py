@@ -71,6 +71,26 @@ def test_groups_are_small_and_add_up(depth: int, keep: int, names: list[str]) ->
         assert len({tuple(row) for row in options.tolist()}) == len(options)
 
 
+@pytest.mark.parametrize("pinned", [(), (0,), (0, 1, 2), (5, 6, 7)])
+def test_every_number_of_blocks_can_be_kept(pinned: tuple[int, ...]) -> None:
+    for depth in range(2, 64):
+        stack = Stack("blocks", "n", depth, tuple(i for i in pinned if i < depth))
+        for keep in range(max(1, len(stack.pinned)), depth):
+            groups = cut(stack, keep)
+            assert sum(group.keep for group in groups) == keep, (depth, keep)
+            assert [i for group in groups for i in group.blocks] == list(range(depth))
+            assert all(group.keep <= group.size <= 4 for group in groups)
+
+
+def test_a_group_keeps_its_pinned_blocks() -> None:
+    groups = cut(Stack("blocks", "n", 8, (0, 1)), 4)
+    assert [group.name for group in groups] == ["2:2", "0:2", "1:2", "1:2"]
+    with pytest.raises(InputError, match=r"blocks: 2 of its 8 blocks are pinned, and 1 are kept"):
+        cut(Stack("blocks", "n", 8, (0, 1)), 1)
+    with pytest.raises(InputError, match=r"group 1:2 at blocks\.0: more blocks are pinned than it keeps"):
+        cut(Stack("blocks", "n", 8, (0, 1)), 4, ["1:2"])
+
+
 def test_groups_can_be_given() -> None:
     stack = Stack("blocks", "n", 8)
     assert [g.name for g in cut(stack, 4, ["2:4"])] == ["2:4", "2:4"]

@@ -84,7 +84,7 @@ def test_a_part_is_given_once(name: str) -> None:
     [
         ({"weigth": {"format": "int8"}}, ("weigth", "did you mean 'weight'", "here")),
         ({"weight": {"fromat": "int8"}}, ("fromat", "did you mean 'format'", "here.weight")),
-        ({"weight": {"format": "int88"}}, ("int88", "did you mean 'int8'")),
+        ({"weight": {"format": "int88"}}, ("here.weight", "int88", "did you mean 'int8'")),
         ({}, ("here", "'weight' is missing")),
         ({"weight": {}}, ("here.weight", "'format' is missing")),
         ({"weight": {"format": "int8"}, "hadamard": {"block": 64}}, ("here.hadamard", "block", "block_size")),
@@ -98,3 +98,36 @@ def test_wrong_json_is_refused_with_its_place(data: dict[str, Any], words: tuple
     with pytest.raises(InputError) as caught:
         LayerSpec.from_dict(data, "here")
     assert not [word for word in words if word not in str(caught.value)], str(caught.value)
+
+
+VALUES = (
+    -1, 0, 1, 1.5, float("nan"), "x", "3", "yes", "../int8", "__init__", None, True, [], {}, [1], {"a": 1}, {1: 2},
+)  # fmt: skip
+FIELDS = [
+    ("weight",), ("weight", "format"), ("weight", "group_size"), ("activation",), ("activation", "format"),
+    ("activation", "group_size"), ("pre_scale",), ("hadamard",), ("hadamard", "block_size"), ("hadamard", "kind"),
+    ("rank",),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FIELDS, ids=".".join)
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_whatever_a_field_holds_it_is_read_or_one_clear_error(path: tuple[str, ...], value: Any) -> None:
+    data: dict[str, Any] = {
+        "weight": {"format": "int4", "group_size": 64},
+        "activation": {"format": "int8", "group_size": 64},
+        "hadamard": {"block_size": 16, "kind": "sylvester"},
+        "pre_scale": True,
+        "rank": 4,
+    }
+    table = data[path[0]] if len(path) == 2 else data
+    table[path[-1]] = value
+    try:
+        spec = LayerSpec.from_dict(data, "here")
+    except InputError as error:
+        said = str(error)
+    else:
+        assert LayerSpec.from_dict(spec.to_dict()) == spec
+        return
+    assert said.startswith("here")
+    assert all(key in said for key in path)

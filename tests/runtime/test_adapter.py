@@ -145,6 +145,37 @@ def test_other_layouts_are_converted_by_diffusers(tmp_path: Path) -> None:
         torch.testing.assert_close(got.scale * got.up @ got.down, 2.0 / rank * rows @ down)
 
 
+ALPHA = {"transformer.lora_alpha": 2}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "scales"),
+    [
+        ({"transformer_blocks.0.attn1.to_q": 8}, [2, 0.5, 0.5, 0.5]),
+        ({"to_q": 8}, [2, 2, 0.5, 0.5]),
+        ({"0.attn1.to_q": 8, "to_q": 16}, [2, 4, 0.5, 0.5]),
+        ({r"transformer_blocks\.\d\..*": 8}, [2, 2, 2, 0.5]),
+        ({"o_q": 8, "attn1": 8}, [0.5] * 4),  # not whole parts of a name, or not its end
+    ],
+)
+def test_an_alpha_pattern_is_read_as_peft_reads_it(pattern: dict[str, int], scales: list[float], write) -> None:
+    found = read_adapter(write(settings={**ALPHA, "transformer.alpha_pattern": pattern}), LAYERS, "DiT")
+    assert [found[name].scale for name in LAYERS] == scales
+
+
+def test_an_alpha_pattern_that_is_no_expression_is_one_clear_error(write) -> None:
+    with pytest.raises(InputError, match=r"proj_out_2: alpha_pattern: expected regular expressions, found '\('"):
+        read_adapter(write(settings={"transformer.alpha_pattern": {"(": 1}}), LAYERS, "DiT")
+
+
+@pytest.mark.parametrize("model", ["FluxTransformer2DModel", "SD3Transformer2DModel", "DiTTransformer2DModel"])
+def test_alphas_that_a_converter_takes_out_count(model: str, write) -> None:
+    layout = {"down": ".lora.down.weight", "up": ".lora.up.weight"}
+    alphas = {f"transformer.{name}.alpha": torch.tensor(2.0) for name in LAYERS}
+    found = read_adapter(write(**layout, **alphas), LAYERS, model)
+    assert {adapter.scale for adapter in found.values()} == {2.0 / RANK}
+
+
 def test_text_encoders_are_left_out_and_said(write, tiny_artifact: Path, tmp_path: Path, caplog: Any) -> None:
     file = write(text_encoder__q__lora_A__weight=torch.ones(1, 2), text_encoder__q__lora_B__weight=torch.ones(2, 1))
     assert len(vdit_quant.join_lora(tiny_artifact, file, tmp_path / "out")) == len(LAYERS)
