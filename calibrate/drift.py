@@ -25,6 +25,8 @@ from torch import Tensor
 
 from ..quantize.errors import InputError
 
+_ROUNDING = 1e-3  # a timestep's last digits differ between a scheduler and what its denoiser is called with
+
 
 @dataclass(frozen=True)
 class Drift:
@@ -41,13 +43,21 @@ class Drift:
         """float64 [samples * elements]: what the sampler adds up, over the square root of its size.
 
         difference float [rows, ...] of the denoiser's outputs; timesteps float32 [rows]; branches int64 [rows], 0
-        conditional, 1 unconditional. The rows of one timestep and branch list the samples in one common order.
+        conditional, 1 unconditional; a timestep without rows of the second is one without guidance. The rows of one
+        timestep and branch list the samples in one common order. Raises InputError when they are not as many.
         """
         total: Tensor | float = 0.0
         for step in timesteps.unique().tolist():
-            for branch in branches.unique().tolist():
-                rows = difference[((timesteps == step) & (branches == branch)).to(difference.device)].double()
-                share = self._share(branch, guided=len(branches.unique()) > 1)
+            here = timesteps == step
+            found = branches[here].unique().tolist()
+            for branch in found:
+                rows = difference[(here & (branches == branch)).to(difference.device)].double()
+                if isinstance(total, Tensor) and len(rows) != len(total):
+                    raise InputError(
+                        f"drift: the model was called for {len(rows)} samples at timestep {step:g} in branch {branch} "
+                        f"and for {len(total)} elsewhere, expected as many; --sensitivity samples does without"
+                    )
+                share = self._share(branch, guided=len(found) > 1)
                 total = total + rows * (share * self.weights[step])
         assert isinstance(total, Tensor)
         return total.flatten() / math.sqrt(total.numel())
@@ -58,9 +68,10 @@ class Drift:
         return 1 - self.guidance if branch else self.guidance
 
 
-def drift_of(scheduler: Any, timesteps: Iterable[float], guidance: float = 1.0) -> Drift:
+def drift_of(scheduler: Any, timesteps: Iterable[float], guidance: float = 1.0, end: float | None = None) -> Drift:
     """The drift for a probe at `timesteps` of a diffusers scheduler (noise schedule or flow matching).
 
+    end  the timestep at which the denoiser's part of the path ends, from `end_of`; None: it runs to the sample
     Raises InputError for a scheduler with neither `alphas_cumprod` nor flow-matching sigmas, or an unknown prediction.
     """
     steps = sorted({float(t) for t in timesteps}, reverse=True)
@@ -75,9 +86,15 @@ def drift_of(scheduler: Any, timesteps: Iterable[float], guidance: float = 1.0) 
         """The integral of c up to this timestep."""
         return step / train if table is None or flow else math.asinh(_sigma(table, step))
 
-    ends = [*(place(t) for t in steps[1:]), 0.0]
+    ends = [*(place(t) for t in steps[1:]), 0.0 if end is None else place(end)]
     kind = "flow" if flow else config.get("prediction_type", "epsilon")
     return Drift({t: (place(t) - end) * _gain(kind, table, t) for t, end in zip(steps, ends, strict=True)}, guidance)
+
+
+def end_of(schedule: Iterable[float], last: float) -> float | None:
+    """The timestep of a schedule that follows `last`, a denoiser's last one: where another denoiser goes on (that of
+    low noise in Wan 2.2). None: there is none, and the denoiser runs to the sample."""
+    return max((float(t) for t in schedule if t < last * (1 - _ROUNDING)), default=None)
 
 
 def _sigma(table: Tensor, step: float) -> float:

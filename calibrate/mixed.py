@@ -24,11 +24,12 @@ from ..quantize.recipe import CORE_ROLES
 from ..quantize.spec import HadamardSpec, LayerSpec
 from ..quantize.stats import LayerStats
 from ..runtime.source import Source
+from ..runtime.step import StepTracker
 from . import statistics
 from .compress import compress_layer, read_layer
-from .drift import drift_of
+from .drift import Drift, drift_of, end_of
 from .plan import LayerPlan, Plan
-from .probe import capture, probe_steps
+from .probe import Call, capture, probe_steps
 from .progress import Progress
 from .sensitivity import Offers, Scoring, measure, measure_samples, offers, tie_qkv, unmeasured
 from .timing import Timer, gpu_timer, timed
@@ -98,9 +99,9 @@ def allocate_bits(
             table = measure_samples(sampler, probe, sizing.offered, compressor, scoring, workspace, progress)
         else:
             model, family = sampler.denoiser, sampler.family
-            calls = capture(model, family, lambda: sampler.run(probe, decode=False), probe_steps(workload.steps))
-            steps = [float(t) for call in calls if call.timesteps is not None for t in call.timesteps]
-            drift = drift_of(sampler.scheduler, steps, guidance_of(sampler, workload))
+            with StepTracker(model, family) as tracker:
+                calls = capture(model, family, lambda: sampler.run(probe, decode=False), probe_steps(workload.steps))
+            drift = _drift(sampler, calls, tracker.timestep, guidance_of(sampler, workload))
             scoring = dataclasses.replace(scoring, drift=drift)
             table = measure(model, family, calls, sizing.offered, compressor, scoring, workspace, progress)
         plans = plans_of(with_times(table, sizing.costs), sizing.budget)
@@ -111,6 +112,14 @@ def allocate_bits(
         for layer in plan.layers
     )
     return dataclasses.replace(plan, layers=layers), bits
+
+
+def _drift(sampler: Sampler, calls: Sequence[Call], last: float | None, guidance: float) -> Drift:
+    """The drift for the probe's calls after a run whose last call of the denoiser was at timestep `last`."""
+    steps = [float(t) for call in calls if call.timesteps is not None for t in call.timesteps]
+    schedule = (float(t) * sampler.family.timestep_scale for t in sampler.scheduler.timesteps)
+    end = None if last is None else end_of(schedule, min([last, *steps]))
+    return drift_of(sampler.scheduler, steps, guidance, end)
 
 
 def settled_bits(bits: BitPlan, plan: Plan) -> BitPlan:

@@ -49,10 +49,16 @@ def probe_steps(steps: int, count: int = 5) -> frozenset[int]:
 
 
 def capture(
-    model: nn.Module, family: Family, run: Callable[[], Any], steps: frozenset[int] | None = None, limit: int = 64
+    model: nn.Module,
+    family: Family,
+    run: Callable[[], Any],
+    steps: frozenset[int] | None = None,
+    limit: int | None = None,
 ) -> list[Call]:
-    """Calls that `model` gets while `run()` runs, at the given steps of each sampling run (None: at all), at most
-    `limit` of them. Calls that can be are joined into one batch.
+    """Calls that `model` gets while `run()` runs, at the given steps of each sampling run (None: at all). Calls that
+    can be are joined into one batch.
+
+    limit  how many at most, of a run that may be long; it may cut through a sample. None: all
 
     Raises InputError when `run` does not call the model.
     """
@@ -60,7 +66,7 @@ def capture(
     stored: list[Call] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if len(stored) < limit and (steps is None or tracker.index in steps):
+        if (limit is None or len(stored) < limit) and (steps is None or tracker.index in steps):
             stored.append(_call(model, _copy(args), _copy(kwargs), tracker.branches))
 
     with tracker, torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..runtime.step import StepTracker
 from .replay import Place
 
 BINS = 10  # timestep bins of the recorded maxima
+TEXT_LAYERS = ("*attn2.to_k", "*attn2.to_v", "*caption_projection.*")
 
 
 class Recorder:
@@ -25,7 +27,8 @@ class Recorder:
     rows   rows of each call to keep, for layers that need "rows"
     place  where the current call is in its sampling run, kept current by the caller; None: read off the model's calls
 
-    Layers that are given the very same tensor (q, k and v of one attention) share one `LayerStats`.
+    Layers that are given the very same tensor (q, k and v of one attention) in every call share one `LayerStats`.
+    Layers that read text do not count the tokens that the call's mask leaves out.
     """
 
     def __init__(
@@ -44,8 +47,9 @@ class Recorder:
         self.place: Place | StepTracker = self.tracker if place is None else place
         self.stats: dict[str, LayerStats] = {}
         self._handles: list[Any] = []
-        self._last: tuple[str, Tensor] | None = None
-        self._alias: dict[str, str] = {}
+        self._last: tuple[str, Tensor, bool] | None = None  # whose statistics hold the last input, it, and only it
+        self._owner: dict[str, str] = {}  # layer -> the layer whose statistics serve it as well
+        self._before: dict[str, LayerStats] = {}  # such a layer -> these without an input it has not been given (yet)
 
     def __enter__(self) -> Recorder:
         self.tracker.__enter__()
@@ -68,8 +72,10 @@ class Recorder:
     def result(self) -> dict[str, LayerStats]:
         """The statistics of every layer that ran. Raises InputError for one that did not, or saw NaN or infinity."""
         out = {}
+        for name in tuple(self._before):
+            self._part(name)
         for name in self.needs:
-            stats = self.stats.get(self._alias.get(name, name))
+            stats = self.stats.get(self._owner.get(name, name))
             if stats is None or stats.count == 0:
                 raise InputError(f"layer {name} never ran during calibration; exclude it with --keep '{name}'")
             if not torch.isfinite(stats.absmax).all():
@@ -82,29 +88,57 @@ class Recorder:
             x = args[0]
             if self._shares(name, x, kinds):
                 return
-            if name not in self.stats:
+            self._part(name)
+            for other in self._sharing(name):
+                if other in self._before:  # it was not given what this layer was given last
+                    self._part(other)
+            first = name not in self.stats
+            if first:
                 self.stats[name] = LayerStats.empty(x.shape[-1], kinds, self.bins, device=x.device)
-            self._add(self.stats[name], x, "rows" in kinds)
+            if sharing := self._sharing(name):
+                self._before.update(dict.fromkeys(sharing, self.stats[name].clone()))
+            self._add(self.stats[name], x, "rows" in kinds, is_text(name))
+            self._last = name, x, first
 
         return observe
 
+    def _sharing(self, name: str) -> list[str]:
+        return [other for other, owner in self._owner.items() if owner == name]
+
     def _shares(self, name: str, x: Tensor, kinds: frozenset[str]) -> bool:
-        """Whether the previous layer was given this same tensor and gathers the same: then its statistics serve."""
-        last, self._last = self._last, (self._alias.get(name, name), x)
-        if name in self.stats or last is None or last[1] is not x or self.needs[last[0]] != kinds:
+        """Whether the layer before was given this same tensor, and all others that this one was given, and gathers the
+        same: then its statistics serve."""
+        if self._last is None or self._last[1] is not x:
             return False
-        self._last = (last[0], x)
-        self._alias[name] = last[0]
+        owner, _, first = self._last
+        if name in self._owner:
+            return self._owner[name] == owner and self._before.pop(name, None) is not None
+        if name in self.stats or not first or self.needs[owner] != kinds or is_text(owner) != is_text(name):
+            return False
+        self._owner[name] = owner
         return True
 
-    def _add(self, stats: LayerStats, x: Tensor, keep: bool) -> None:
+    def _part(self, name: str) -> None:
+        """From here on a layer that shared statistics has its own."""
+        owner, before = self._owner.pop(name, None), self._before.pop(name, None)
+        if owner is not None:
+            self.stats[name] = (self.stats[owner] if before is None else before).clone()
+
+    def _add(self, stats: LayerStats, x: Tensor, keep: bool, text: bool) -> None:
         index = min(max(self.place.index, 0), self.steps - 1) * self.bins // self.steps
-        branches = self.place.branches
+        branches, tokens = self.place.branches, self.place.text if text else None
         batch = x.shape[0] if x.dim() > 1 else 1
+        parts: list[tuple[int, Any]] = [(branch, (branches == branch).to(x.device)) for branch in (0, 1)]
         if len(branches) != batch or len(set(branches.tolist())) == 1:
-            branch = int(branches[0]) if len(branches) == batch else 0
-            stats.update(x.reshape(-1, x.shape[-1]), index, branch, self.rows if keep else 0)
-            return
-        for branch in (0, 1):
-            part = x[(branches == branch).to(x.device)]
+            parts = [(int(branches[0]) if len(branches) == batch else 0, slice(None))]
+        for branch, rows in parts:
+            part = x[rows]
+            if tokens is not None and tokens.shape == x.shape[:-1]:
+                part = part[tokens.to(x.device)[rows]]
             stats.update(part.reshape(-1, x.shape[-1]), index, branch, self.rows if keep else 0)
+
+
+def is_text(name: str) -> bool:
+    """Whether the layer reads the text alone, token by token. Only such layers may follow the text's mask: an image
+    that happens to have as many tokens must not."""
+    return any(fnmatchcase(name, glob) for glob in TEXT_LAYERS)

@@ -35,6 +35,7 @@ class Place:
 
     index: int = 0
     branches: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    text: Tensor | None = None
 
 
 class BlockChain:
@@ -119,7 +120,8 @@ class BlockChain:
             if number == 0:
                 self._seen["input"] = _identities((args, kwargs))
                 self.kept["input"].put(len(self.places), {path: t for path, t in _leaves((args, kwargs))})
-                self.places.append(Place(self.tracker.index, self.tracker.branches.clone()))
+                tracker = self.tracker
+                self.places.append(Place(tracker.index, tracker.branches.clone(), tracker.text))
             wired = _map((args, kwargs), lambda value, path: self._source(name, value, path))
             if len(self._wiring) == number:
                 self._wiring.append(wired)

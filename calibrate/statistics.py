@@ -10,6 +10,7 @@ from ..evaluate.offload import open_sampler
 from ..evaluate.sampling import make_sampler
 from ..evaluate.workload import Workload
 from ..quantize.errors import InputError
+from ..quantize.row_sample import ROWS
 from ..quantize.stats import LayerStats
 from ..runtime.family import find_family
 from ..runtime.load import pick_dtype
@@ -164,7 +165,8 @@ def unit_bytes(unit: Unit) -> int:
     total = 0
     for layer in unit[1]:
         if needs := layer.needs():
-            total += 4 * layer.k * (BINS * 2 + 1) + (4 * layer.k**2 if "gram" in needs else 0)
+            columns = BINS * 2 + 1 + (layer.k if "gram" in needs else 0) + (ROWS if "rows" in needs else 0)
+            total += 4 * layer.k * columns
     return total
 
 

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from ..kernels.round_columns import round_columns
-from .errors import InputError
+from .damping import cholesky, with_damping
 from .format import ScalarFormat, Tensors, group_of
 from .spec import FormatSpec
 
 BLOCK = 128
 DAMP = 0.01
 SHORT_COLUMN = 8192
-_DAMP_STEPS = 6
 
 
 def gptq(
@@ -78,23 +77,19 @@ def _gptq(weight: Tensor, gram: Tensor, scales: Tensors, spec: FormatSpec, damp:
 
 def inverse_factor(gram: Tensor, damp: float) -> Tensor:
     """Upper Cholesky factor of (gram + damping)^-1, float32 [K, K]; the damping grows until it exists."""
-    h = gram.double()
-    mean = h.diagonal().mean()
-    if not torch.isfinite(mean):
-        raise InputError("the Gram matrix holds NaN or infinity")
-    base = damp * mean.clamp_min(1e-12)
-    for attempt in range(_DAMP_STEPS):
-        damped = h + torch.eye(len(h), dtype=h.dtype, device=h.device) * base * 10**attempt
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return upper.float()
-    raise InputError(f"the Gram matrix is not positive definite even with damping {float(base) * 10**attempt:.3g}")
+
+    def factor(h: Tensor) -> Tensor | None:
+        lower = cholesky(h)
+        return None if lower is None else cholesky(torch.cholesky_inverse(lower), upper=True)
+
+    return with_damping(gram, damp, factor).float()
 
 
 def refine(codes: Tensor, weight: Tensor, gram: Tensor, scales: Tensors, spec: FormatSpec, sweeps: int = 2) -> Tensor:
-    """Coordinate descent on the same objective from GPTQ's codes: each column is rounded again given all others."""
+    """Coordinate descent on the same objective from GPTQ's codes: each column is rounded again given all others. A Gram
+    matrix of inputs that were all zero holds no objective, and the codes stay."""
+    if not gram.diagonal().any():
+        return codes
     with _few_threads(weight):
         return _refine(codes, weight, gram, scales, spec, sweeps)
 

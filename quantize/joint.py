@@ -67,6 +67,8 @@ class JointError:
         room, least = limit - float(self.cost[at].sum()), -1e-9 * self.of(chosen)
         alone = torch.where(extra <= room, single, torch.inf)
         some = self._promising(single, extra, at)
+        if not len(some):
+            return []  # every unit has one option
         now = at[self.unit[some]]
         pairs = self.products[some][:, some] - self.products[some][:, now]
         pairs += self.products[now][:, now] - self.products[now][:, some]

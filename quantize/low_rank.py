@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from .damping import cholesky, with_damping
 from .errors import InputError
 from .format import Tensors
 from .layer import LOW_RANK_DTYPE, check_shape
@@ -25,14 +26,12 @@ def weighted_low_rank(matrix: Tensor, gram: Tensor | None, rank: int, seed: int 
     returns  up float32 [N, r], down float32 [r, K]
 
     With G = L L^T it is the truncated SVD of `M L`, brought back by `L^-1`. The SVD is randomised (Halko et al. 2011,
-    arXiv 0909.4061) with a fixed seed where that is cheaper.
+    arXiv 0909.4061) with a fixed seed where that is cheaper. Raises InputError when the Gram matrix has no factor.
     """
     if gram is None:
         u, s, v = _svd(matrix, rank, seed)
         return u * s, v.T
-    h = gram.double()
-    eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
-    lower = torch.linalg.cholesky(h + eye * (_DAMP * h.diagonal().mean()).clamp_min(1e-12))
+    lower = with_damping(gram, _DAMP, cholesky)
     u, s, v = _svd(matrix @ lower.float(), rank, seed)
     down = torch.linalg.solve_triangular(lower, v.T.double(), upper=False, left=False)
     return u * s, down.float()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+from .row_sample import ROWS, RowSample
 
 CHUNK = 4096  # rows accumulated at a time
 KINDS = ("absmax", "second_moment", "gram", "rows")
@@ -18,7 +20,7 @@ class LayerStats:
     absmax         float32 [bins, branches, K]  largest |x| by timestep bin and guidance branch (0 cond, 1 uncond)
     second_moment  float32 [K]                  sum over rows of x^2
     gram           float32 [K, K] or None       sum over rows of x x^T
-    rows           float32 [R, K] or None       a sample of rows, spread over the run
+    rows           float32 [R, K] or None       a sample of at most `ROWS` rows, spread over the run
     count          number of rows seen
     """
 
@@ -27,7 +29,7 @@ class LayerStats:
     gram: Tensor | None = None
     rows: Tensor | None = None
     count: int = 0
-    _kept: list[Tensor] = field(default_factory=list, repr=False)
+    _kept: RowSample = field(default_factory=RowSample, repr=False)
 
     @classmethod
     def empty(
@@ -40,7 +42,7 @@ class LayerStats:
         )
 
     def update(self, x: Tensor, bin_index: int, branch: int, keep: int = 0) -> None:
-        """Adds rows `x` float [rows, K] seen at timestep bin `bin_index` in `branch`; keeps `keep` of them."""
+        """Adds rows `x` float [rows, K] seen at timestep bin `bin_index` in `branch`; draws `keep` of them."""
         place = self.absmax[bin_index, branch]
         for part in x.detach().split(CHUNK):  # a float32 copy of everything would double the run's memory
             rows = part.float()
@@ -49,16 +51,25 @@ class LayerStats:
             if self.gram is not None:
                 self.gram.addmm_(rows.T, rows)
         if keep:
-            stride = max(1, len(x) // keep)
-            self._kept.append(x.detach()[::stride][:keep].float().clone())
+            self._kept.add(x, keep)
         self.count += len(x)
 
     def finish(self) -> LayerStats:
         """Gathers the kept rows; call once, after the last update."""
-        if self._kept:
-            self.rows = torch.cat(self._kept)
-            self._kept = []
+        if len(self._kept):
+            self.rows = self._kept.rows()
+            self._kept = RowSample()
         return self
+
+    def clone(self) -> LayerStats:
+        """A copy that can be updated on its own."""
+        return replace(
+            self,
+            absmax=self.absmax.clone(),
+            second_moment=self.second_moment.clone(),
+            gram=None if self.gram is None else self.gram.clone(),
+            _kept=self._kept.copy(),
+        )
 
     @property
     def importance(self) -> Tensor:
@@ -95,10 +106,13 @@ class LayerStats:
 def merge(first: LayerStats, second: LayerStats) -> LayerStats:
     """The statistics of both runs together, for runs split over processes."""
     both = [s for s in (first.rows, second.rows) if s is not None]
+    rows = torch.cat(both) if both else None
+    if rows is not None and len(rows) > ROWS:
+        rows = rows[torch.arange(ROWS, device=rows.device) * len(rows) // ROWS]
     return LayerStats(
         absmax=torch.maximum(first.absmax, second.absmax),
         second_moment=first.second_moment + second.second_moment,
         gram=None if first.gram is None or second.gram is None else first.gram + second.gram,
-        rows=torch.cat(both) if both else None,
+        rows=rows,
         count=first.count + second.count,
     )

@@ -8,6 +8,7 @@ of that kind.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from .family import Family, main_input
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+MASK_NAME = "encoder_attention_mask"
 
 
 class StepTracker:
@@ -23,8 +25,10 @@ class StepTracker:
 
     index     step of the current run, from 0; -1 before the first call
     timestep  value of the current timestep
+    repeat    how many calls before this one had the same timestep and latents
     branches  int64 [batch]: guidance branch of each batch row of the current call (0 conditional, 1 unconditional)
     latents   the denoiser's main input of the current call
+    text      bool [batch, tokens]: the text tokens that the current call's mask leaves in; None without a mask
     """
 
     def __init__(self, model: nn.Module, family: Family) -> None:
@@ -41,6 +45,7 @@ class StepTracker:
         self.repeat = 0
         self.branches = torch.zeros(0, dtype=torch.int64)
         self.latents: Tensor | None = None
+        self.text: Tensor | None = None
         self._went_back = False
 
     def __enter__(self) -> StepTracker:
@@ -53,10 +58,12 @@ class StepTracker:
 
     def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = bind_call(self._signature, args, kwargs)
-        self.latents = main_input(call)
+        before, self.latents = self.latents, main_input(call)
+        self.text = text_tokens(call)
         timestep = _first_value(next((call[name] for name in TIMESTEP_NAMES if name in call), None))
         if timestep is not None and timestep == self.timestep:
-            self.repeat += 1
+            # other latents are no second branch: a run of one step, and then the next batch
+            self.repeat = self.repeat + 1 if _alike(self.latents, before) else 0
         else:
             self.index = self._next_index(timestep)
             self.repeat, self.timestep = 0, timestep
@@ -93,6 +100,27 @@ def timestep_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """The timestep that a denoiser is being called with: the first of the batch, None where there is none."""
     call = bind_call(signature_of(module), args, kwargs)
     return _first_value(next((call[name] for name in TIMESTEP_NAMES if name in call), None))
+
+
+def text_tokens(call: Mapping[str, Any]) -> Tensor | None:
+    """bool [batch, tokens]: what the mask of a denoiser's call leaves in of its text; None where it has none.
+
+    The mask is [batch, tokens] or [batch, 1, tokens]: 1 and 0, or what is added to attention's logits, 0 and below. A
+    row that leaves nothing in leaves everything in: softmax over equal logits does.
+    """
+    mask = call.get(MASK_NAME)
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 3) or (mask.dim() == 3 and mask.shape[1] != 1):
+        return None
+    mask = mask.detach().float().reshape(len(mask), -1)
+    kept = mask >= 0 if (mask < 0).any() else mask > 0
+    return kept | ~kept.any(1, keepdim=True)
+
+
+def _alike(now: Tensor | None, before: Tensor | None) -> bool:
+    """Whether two calls have the same latents, as far as they are known."""
+    if now is None or before is None or now is before:
+        return True
+    return now.shape == before.shape and now.dtype == before.dtype and torch.equal(now, before)
 
 
 def _first_value(timestep: Any) -> float | None:

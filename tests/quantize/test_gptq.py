@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from vdit_quant.quantize.format import ScalarFormat, Tensors, group_of
-from vdit_quant.quantize.gptq import BLOCK, gptq, inverse_factor
+from vdit_quant.quantize.gptq import BLOCK, gptq, inverse_factor, refine
 from vdit_quant.quantize.spec import FormatSpec
 
 N, K = 24, 320  # two and a half blocks
@@ -51,3 +51,14 @@ def test_gptq_is_the_algorithm_column_by_column(name: str, group: int | None, ac
     same = fmt.index_of(found) == fmt.index_of(want)
     assert same.float().mean() > 0.98
     assert same.all(1).float().mean() > 0.75
+
+
+@pytest.mark.parametrize("name", ["int4", "fp4", "ternary"])
+def test_inputs_that_were_all_zero_leave_the_weight_rounded_to_nearest(name: str) -> None:
+    weight, spec = torch.randn(N, K, generator=torch.Generator().manual_seed(1)), FormatSpec(name, None)
+    fmt, gram = spec.resolve(), torch.zeros(K, K)
+    assert isinstance(fmt, ScalarFormat)
+    scales = fmt.fit(weight, spec)
+    nearest = fmt.quantize(weight, scales, spec)
+    assert torch.equal(gptq(weight, gram, scales, spec), nearest)
+    assert torch.equal(refine(nearest, weight, gram, scales, spec), nearest)

@@ -116,3 +116,8 @@ def test_what_is_not_trusted_does_not_count() -> None:
     together = [joint_error(table, plan) for plan in plans]
     assert sums[0] <= sums[1] <= sums[2]
     assert together[0] >= together[1] >= together[2]
+
+
+def test_a_single_option_for_every_layer_is_the_plan() -> None:
+    table = [dataclasses.replace(row, candidates=row.candidates[2:3]) for row in table_of(1)]
+    assert set(allocate(table, "5bits", trust=1).layers.values()) == {"w4g64"}

@@ -1,4 +1,4 @@
-"""Adapters that join a compressed layer's low-rank branch."""
+"""Low-rank branches as the inputs see them, and adapters that join one."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import Tensor
 from vdit_quant.quantize.errors import InputError
 from vdit_quant.quantize.format import Tensors
 from vdit_quant.quantize.layer import dense_weight, layer_layout, run_layer
-from vdit_quant.quantize.low_rank import join_adapter
+from vdit_quant.quantize.low_rank import join_adapter, weighted_low_rank
 from vdit_quant.quantize.spec import LayerSpec
 
 N, K = 48, 64
@@ -53,3 +53,20 @@ def test_an_adapter_of_another_layer_is_refused(down: tuple[int, int], up: tuple
     tensors, spec = _layer("w8-a8tok")
     with pytest.raises(InputError, match="adapter"):
         join_adapter(tensors, spec, torch.zeros(down), torch.zeros(up))
+
+
+@pytest.mark.parametrize("below", [1e-3, 1e-1])
+def test_a_gram_matrix_that_rounding_left_indefinite_is_damped_until_it_serves(below: float) -> None:
+    turn = torch.linalg.qr(_random(K, K, seed=5))[0]
+    sizes = torch.linspace(0.5, 1.5, K)
+    sizes[0] = -below
+    gram = turn @ sizes.diag() @ turn.T
+    matrix = _random(N, 3, seed=6) @ _random(3, K, seed=7)
+    up, down = weighted_low_rank(matrix, gram, 3)
+    torch.testing.assert_close(up @ down, matrix, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_no_gram_matrix_is_refused() -> None:
+    for gram, word in ((torch.full((K, K), torch.nan), "NaN"), (torch.eye(K) - torch.ones(K, K), "positive definite")):
+        with pytest.raises(InputError, match=word):
+            weighted_low_rank(_random(N, K), gram, 3)

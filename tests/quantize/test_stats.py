@@ -1,9 +1,12 @@
 """Statistics gathered piece by piece, moved, stored and merged are those of all rows at once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from vdit_quant.quantize.row_sample import ROWS
 from vdit_quant.quantize.stats import LayerStats, merge
 
 K = 24
@@ -51,7 +54,11 @@ def test_merge_equals_concatenation() -> None:
         x = _rows(30, index)
         (first if index < 2 else second).update(x, index % 2, index // 2, keep=5)
         both.update(x, index % 2, index // 2, keep=5)
-    _assert_same(merge(first.finish(), second.finish()), both.finish())
+    merged, whole = merge(first.finish(), second.finish()), both.finish()
+    _assert_same(replace(merged, rows=None), replace(whole, rows=None))
+    assert merged.rows is not None
+    assert whole.rows is not None
+    assert len(merged.rows) == len(whole.rows) == 20
 
 
 def test_merging_with_nothing_changes_nothing() -> None:
@@ -72,6 +79,52 @@ def test_kept_rows_are_real_rows_spread_over_the_call(rows: int, keep: int) -> N
     positions = [int((x == row).all(1).nonzero()[0, 0]) for row in kept]
     assert positions == sorted(set(positions))
     assert positions[-1] >= (rows - 1) * (len(kept) - 1) // max(1, len(kept)) - rows // 3
+
+
+def _drawn(calls: int, samples: int = 16, tokens: int = 64) -> LayerStats:
+    """Of every row, what it is: its token, its sample, its call and its guidance branch; branches take turns."""
+    stats = LayerStats.empty(4, NEEDS, bins=1)
+    for call in range(calls):
+        for branch in (0, 1):
+            sample, token = torch.meshgrid(torch.arange(samples), torch.arange(tokens), indexing="ij")
+            same = torch.ones(samples, tokens)
+            x = torch.stack((token, sample, call * same, branch * same), -1).reshape(-1, 4)
+            stats.update(x, 0, branch, keep=16)
+    return stats
+
+
+def test_kept_rows_are_of_all_tokens_whatever_the_batch() -> None:
+    for samples in (1, 2, 16):
+        rows = _drawn(20, samples).finish().rows
+        assert rows is not None
+        assert len(rows) == 20 * 2 * 16
+        tokens = rows[:, 0].long().bincount(minlength=64)
+        assert tokens.min() >= 5, "10 of each token, were they spread perfectly"
+    again = _drawn(20, 16).finish().rows
+    assert again is not None
+    assert torch.equal(rows, again), "equal runs keep equal rows"
+
+
+def test_kept_rows_are_bounded_and_stay_spread_over_calls_branches_samples_and_tokens() -> None:
+    for calls in (80, 1000):
+        rows = _drawn(calls).finish().rows
+        assert rows is not None
+        assert 0.7 * ROWS < len(rows) <= ROWS
+        for column, size in enumerate((64, 16, calls, 2)):
+            parts = (rows[:, column] * min(size, 8) / size).long().bincount(minlength=min(size, 8))
+            assert parts.min() > 0.8 * len(rows) / len(parts), (calls, column, parts)
+
+
+def test_a_clone_goes_its_own_way() -> None:
+    stats = LayerStats.empty(K, NEEDS)
+    stats.update(_rows(10, 0), 0, 0, keep=4)
+    other = stats.clone()
+    other.update(_rows(10, 1), 0, 0, keep=4)
+    alone = LayerStats.empty(K, NEEDS)
+    alone.update(_rows(10, 0), 0, 0, keep=4)
+    _assert_same(stats.finish(), alone.finish())
+    assert other.finish().rows is not None
+    assert other.count == 20
 
 
 def test_storing_and_moving_keep_everything() -> None:
