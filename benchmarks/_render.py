@@ -16,12 +16,19 @@ def rewrite(document: Path, name: str, text: str, plot: tuple[str, Path] | None 
     description and its file. Raises SystemExit without the marks."""
     if plot is not None:
         text += f"\n\n![{plot[0]}]({Path(os.path.relpath(plot[1], document.parent)).as_posix()})"
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    old = document.read_text(encoding="utf-8")
-    if old.count(begin) != 1 or old.count(end) != 1:
-        raise SystemExit(f"{document}: expected one {begin} ... {end}")
+    begin, end, old = check_document(document, name)
     before, rest = old.split(begin)
     document.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+
+
+def check_document(document: Path, name: str) -> tuple[str, str, str]:
+    """Both marks of a region, and the document's text: the marks alone where there is no such file. Raises SystemExit
+    for a document without them."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    old = document.read_text(encoding="utf-8") if document.exists() else f"{begin}\n{end}\n"
+    if old.count(begin) != 1 or old.count(end) != 1:
+        raise SystemExit(f"{document}: expected one {begin} ... {end}")
+    return begin, end, old
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:

@@ -5,7 +5,8 @@
 
 Every variant is compressed into a temporary folder and sampled on the conditions and noise of the full-precision
 model, which is sampled once. The table replaces what stands between `<!-- quality:NAME:begin -->` and
-`<!-- quality:NAME:end -->` and is written from the JSON alone; `--render` writes it again without measuring.
+`<!-- quality:NAME:end -->` of the document, which is made where there is none. It is written from the JSON alone;
+`--render` writes it again without measuring.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from vdit_quant.runtime.describe import describe_artifact
 
 def main() -> None:
     options = arguments().parse_args()
+    for document in options.markdown:
+        _render.check_document(document, f"quality:{options.name}")
     if not options.render:
         found = benchmark(options)
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ..evaluate.compare import Comparison
-from .console import bold, console, human_bytes, table
+from .console import bold, console, human_bytes, print_table, table
 
 
 def print_comparison(result: Comparison) -> None:
@@ -22,7 +22,7 @@ def print_comparison(result: Comparison) -> None:
         rows.add_row(str(s.seed), f"{s.psnr:.2f}", _ssim(s.ssim), f"{s.latent_error:.4f}")
     spread = f" +- {result.psnr_spread:.2f}" if len(result.seeds) > 1 else ""
     rows.add_row("mean", f"{result.psnr:.2f}{spread}", _ssim(result.ssim), "")
-    console.print(rows)
+    print_table(rows)
     errors = [sum(step) / len(result.seeds) for step in zip(*(s.step_error for s in result.seeds), strict=True)]
     if errors:
         shown = sorted({round(i * (len(errors) - 1) / 7) for i in range(8)})

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
@@ -95,6 +96,23 @@ def table(*columns: str, right: tuple[str, ...] = (), fold: tuple[str, ...] = ()
             name, justify="right" if name in right else "left", overflow="fold", no_wrap=not (first or name in fold)
         )
     return out
+
+
+def print_table(rows: Table) -> None:
+    """Prints a table; where the terminal is too narrow for it, with the first column on lines of its own."""
+    if Measurement.get(console, console.options.update(max_width=1000), rows).maximum <= console.width:
+        console.print(rows)
+        return
+    first, *others = rows.columns
+    columns = [[str(column.header), *map(str, column.cells)] for column in others]
+    widths = [max(map(len, cells)) for cells in columns]
+    for i, name in enumerate([first.header, *first.cells]):
+        cells = [
+            cells[i].rjust(width) if column.justify == "right" else cells[i].ljust(width)
+            for column, cells, width in zip(others, columns, widths, strict=True)
+        ]
+        for line in (str(name), ("  " + "  ".join(cells)).rstrip()):
+            console.print(line if i else bold(line))
 
 
 def human_bytes(size: float) -> str:

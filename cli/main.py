@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -23,8 +25,24 @@ def options(debug: bool = typer.Option(False, "--debug", help="Show the whole tr
     """Options before the command."""
 
 
+def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with a line on stderr when it is interrupted: typer would end the process without a word."""
+
+    @functools.wraps(command)
+    def run(*args: object, **kwargs: object) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt as stop:
+            from .console import error_console
+
+            error_console.print("; ".join(["interrupted", *map(str, stop.args)]), soft_wrap=True)
+            sys.exit(130)
+
+    return run
+
+
 for _module in sorted(m.name for m in pkgutil.iter_modules(commands.__path__)):
-    app.command(_module)(importlib.import_module(f"{commands.__name__}.{_module}").run)
+    app.command(_module)(_interruptible(importlib.import_module(f"{commands.__name__}.{_module}").run))
 
 
 def main() -> None:
@@ -34,8 +52,6 @@ def main() -> None:
         sys.argv.remove("--debug")
     try:
         app()
-    except KeyboardInterrupt:
-        sys.exit(130)
     except Exception as error:
         if debug or not _is_input_error(error):
             raise

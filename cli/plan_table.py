@@ -13,7 +13,7 @@ from ..evaluate.plan_plot import plot_plan
 from ..quantize.bit_plan import BitPlan
 from ..runtime.artifact import read_config
 from ..runtime.source import find_source
-from .console import console, human_bytes, table
+from .console import console, human_bytes, print_table, table
 
 
 def print_plan(plan: Plan) -> None:
@@ -32,7 +32,7 @@ def print_plan(plan: Plan) -> None:
             human_bytes(before),
             human_bytes(after),
         )
-    console.print(rows)
+    print_table(rows)
     before = sum(p.bytes_before for p in plan.compressed)
     after = sum(p.bytes_after for p in plan.compressed)
     kept = sum(p.bytes_before for p in plan.layers) - before
@@ -69,7 +69,7 @@ def print_bit_plan(artifact: Path, plan: Plan) -> None:
     for role in dict.fromkeys(roles[name] for name in bits.layers):
         held = [spec.split("-")[0] for name, spec in bits.layers.items() if roles[name] == role]
         rows.add_row(role, *(str(held.count(spec) or "-") for spec in specs))
-    console.print(rows)
+    print_table(rows)
     gap = "" if bits.gap is None else f", within {100 * bits.gap:.2f} % of the optimum"
     console.print(
         f"bit plan for {bits.budget}: {bits.bits:.3f} bits a weight, {human_bytes(bits.bytes)}, by {bits.solver}{gap}"

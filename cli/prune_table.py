@@ -18,7 +18,7 @@ from ..runtime.family import find_family
 from ..runtime.lineage import is_pruned
 from ..runtime.load import pick_device
 from ..runtime.writer import check_target
-from .console import bold, console, human_bytes, table
+from .console import bold, console, human_bytes, print_table, table
 
 
 def print_preview(model: str | None, output: Path | None, options: Options, data: Path | None) -> Path:
@@ -36,7 +36,7 @@ def print_preview(model: str | None, output: Path | None, options: Options, data
         size = 2 * _elements(skeleton.get_submodule(stack.name))
         after = size * count // stack.depth
         rows.add_row(stack.name, str(stack.depth), str(count), human_bytes(size), human_bytes(after))
-    console.print(rows)
+    print_table(rows)
     device = pick_device(options.device)
     for label, words in _lines(options, stacks, keep, data, device, width_of(source.config)):
         console.print(f"  {label:<10}{words}")
@@ -57,7 +57,7 @@ def print_result(folder: Path) -> None:
         if name in record["losses"]:
             loss = record["losses"][name]
             rows.add_row(label, f"{loss['diffusion']:.5f}", f"{loss['output']:.5f}")
-    console.print(rows)
+    print_table(rows)
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in record["seconds"].items())
     console.print("wrote", bold(folder), f"({spent})")
     if not record["recovered"]:

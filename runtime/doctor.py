@@ -11,7 +11,7 @@ import torch
 from ..kernels import dispatch, launch_table
 from .load import default_device
 
-PACKAGES = ("torch", "triton", "diffusers", "safetensors", "accelerate", "transformers", "scipy")
+PACKAGES = ("vdit-quant", "torch", "triton", "diffusers", "safetensors", "accelerate", "transformers", "scipy")
 
 
 def examine() -> dict[str, Any]:

@@ -15,7 +15,10 @@ def run(
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write the artifact to.")] = None,
     bits: Annotated[
-        str, typer.Option(help="Shipped recipe: w8a8, w4a8, w4a8-mod4, w4a4, w3a8, w2a8, w8a16, w4a16, w3a16, w2a16.")
+        str,
+        typer.Option(
+            help="Shipped recipe: w8a8, w4a8, w4a8-mod4, w4a4, w3a8, w2a8, w8a16, w4a16, w3a16, w2a16, w8a8-fp8."
+        ),
     ] = "w4a8",
     method: Annotated[str | None, typer.Option(help="Method for attention and feed-forward layers.")] = None,
     set_: Annotated[

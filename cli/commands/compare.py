@@ -51,7 +51,7 @@ def run(
     pixels = parse_size(size or calibrated_size(artifact))
     workload = Workload(samples, steps, 0, guidance, batch_size, given, dtype, pixels, said, offload)
     against = baseline or default_baseline(artifact)
-    folder = output or Path(f"{artifact.name}-compare")
+    folder = _folder(artifact, output)
     with reporting() as reporter, dispatch.use(strict=strict or None):
         result = compare(
             artifact,
@@ -65,3 +65,16 @@ def run(
         )
     print_comparison(result)
     console.print(f"wrote {folder / 'comparison.json'} and {folder / 'samples.png'}")
+
+
+def _folder(artifact: Path, output: Path | None) -> Path:
+    """Where the result goes: never into the model, whose files every copy of it would take along."""
+    from ...quantize.errors import InputError
+    from ...runtime.writer import name_output
+
+    root, folder = artifact.resolve(), output or name_output(str(artifact), "compare")
+    if not folder.resolve().is_relative_to(root):
+        return folder
+    if output is None:
+        return root.parent / folder.name
+    raise InputError(f"output {output} lies inside {artifact}; name one outside, such as -o {root}-compare")

@@ -11,7 +11,7 @@ import typer
 def run(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Check this machine: GPU, Triton, which kernels run and which fall back, and why."""
     from ...runtime.doctor import examine
-    from ..console import console, table
+    from ..console import console, print_table, table
 
     found = examine()
     if as_json:
@@ -22,6 +22,6 @@ def run(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     rows = table("kernel", "runs as", "because")
     for row in found["kernels"]:
         rows.add_row(row["op"], row["backend"], row["reason"] or "-")
-    console.print(rows)
+    print_table(rows)
     for line in found["advice"]:
         console.print(f"- {line}")

@@ -17,7 +17,7 @@ def run(
 ) -> None:
     """Show per-layer formats, true bytes, and the kernel that will run here and why."""
     from ...runtime.describe import describe_artifact
-    from ..console import bold, console, human_bytes, table
+    from ..console import bold, console, human_bytes, print_table, table
 
     found = describe_artifact(artifact, device, component)
     if as_json:
@@ -30,7 +30,7 @@ def run(
         console.print("  a model of another class than diffusers has: layers as the files tell them, each by itself;")
         console.print("  vdit_quant.load_into(model, folder) loads it")
     for key, value in found["provenance"].items():
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) and value not in (None, [0, 0]):  # what was not asked for
             console.print(f"  {key}: {value}")
     rows = table(
         "layers",
@@ -54,7 +54,7 @@ def run(
             row["backend"],
             row["kernels"],
         )
-    console.print(rows)
+    print_table(rows)
     console.print(
         f"compressed layers {human_bytes(found['compressed_bytes'])} "
         f"({found['ratio']:.3f}x of 16 bits), everything else {human_bytes(found['other_bytes'])}"

@@ -205,3 +205,17 @@ def test_what_other_libraries_do_to_a_run_loses_nothing_of_it(denoiser: ModuleTy
     options = denoiser.arguments().parse_args(["--way", "w8a8", "--way", "w4a8", "--rounds", "2"])
     (short,) = denoiser.measure_model("dit-xl-b2", options, time.perf_counter() + 15)  # two rounds take 22 seconds
     assert (list(short["rows"]), short["failed"]) == (["w8a8"], {"w4a8": "no time was left"})
+
+
+def test_a_document_is_looked_at_before_anything_is_measured(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quality, report = script("quality"), tmp_path / "report.md"
+    monkeypatch.setattr(quality, "benchmark", lambda _: pytest.fail("measured first"))
+    report.write_text("no marks", encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["quality.py", "--json", str(tmp_path / "x.json"), "--markdown", str(report)])
+    with pytest.raises(SystemExit, match="quality:demo:begin"):
+        quality.main()
+    report.unlink()  # a new one is made
+    script("_render").rewrite(report, "quality:demo", "a table")
+    assert report.read_text(encoding="utf-8") == "<!-- quality:demo:begin -->\na table\n<!-- quality:demo:end -->\n"

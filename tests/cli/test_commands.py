@@ -1,6 +1,7 @@
 """What each command prints and leaves, on good input."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import vdit_quant
 from vdit_quant.cli import commands
 from vdit_quant.quantize import registry
 from vdit_quant.quantize.recipe import shipped
@@ -157,11 +159,41 @@ def test_inspect_prints_a_table(cli: Cli, tiny_artifact: Path) -> None:
     assert "w4g64-a8tok" in result.out
 
 
+def test_a_narrow_terminal_shows_whole_names(cli: Cli, tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vdit_quant.cli import console
+
+    monkeypatch.setattr(console.console, "_width", 80)
+    lines = cli("inspect", tiny_artifact).out.splitlines()
+    at = lines.index("transformer_blocks.*.attn1.to_q")
+    assert "w4g64-a8tok" in lines[at + 1]
+    assert "int4_linear" in lines[at + 1]
+    assert max(map(len, lines[at : at + 2])) <= 80
+    monkeypatch.setattr(console.console, "_width", 140)
+    assert any("to_q " in line and "int4_linear" in line for line in cli("inspect", tiny_artifact).out.splitlines())
+
+
+def test_a_comparison_is_never_written_into_the_model(
+    cli: Cli, tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vdit_quant.cli.commands.compare import _folder
+
+    artifact = tmp_path / "art"
+    shutil.copytree(tiny_artifact, artifact)
+    monkeypatch.chdir(artifact)
+    assert _folder(Path("."), None) == tmp_path / "art-compare"
+    monkeypatch.chdir(tmp_path)
+    assert _folder(Path("art"), None) == Path("art-compare")
+    result = cli("compare", "art", "-o", "art/report")
+    assert (result.code, len(result.err.splitlines())) == (2, 1)
+    assert "lies inside art" in result.err
+
+
 def test_doctor_json_has_a_reason_for_every_kernel_that_falls_back(cli: Cli) -> None:
     result = cli("doctor", "--json")
     assert result.code == 0, result.err
     found = json.loads(result.out)
     assert found["machine"]["torch"]
+    assert found["machine"]["vdit-quant"] == vdit_quant.__version__
     assert found["kernels"]
     assert all(row["backend"] == "triton" or row["reason"] for row in found["kernels"])
     assert cli("doctor").code == 0
