@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..evaluate.size import parse_size
+from torch import nn
+
+from ..evaluate.sampling import DenoiserSampler, PipelineSampler
+from ..evaluate.size import parse_size, size_arguments
 from ..evaluate.workload import Workload
 from ..quantize.allocate import Budget
 from ..quantize.errors import InputError, unknown
 from ..quantize.recipe import Recipe, load_shipped
+from ..runtime.pipeline_folder import read_index
+from ..runtime.source import Source
 
 # Calibration draws its noise and conditions from here on, so that no comparison's seed repeats them.
 CALIBRATION_SEEDS = 1_000_000
@@ -45,7 +50,8 @@ class Options:
     overwrite   replace an existing output
     i_know      use formats that are known to destroy a model that was not trained with them
 
-    Raises InputError for fewer steps or samples than 1, a seed out of range, no size, or an unknown sensitivity.
+    Raises InputError for fewer steps or samples than 1, a seed out of range, no size, no memory for statistics, an
+    unknown sensitivity, or one that no budget asks for.
     """
 
     bits: str = "w4a8"
@@ -84,6 +90,10 @@ class Options:
         parse_size(self.size)
         if self.sensitivity not in SENSITIVITIES:
             raise unknown("--sensitivity", self.sensitivity, SENSITIVITIES)
+        if self.sensitivity != Options.sensitivity and self.budget is None:
+            raise InputError(f"--sensitivity {self.sensitivity} needs --budget; without one no layer is measured")
+        if self.stats_gb is not None and not self.stats_gb > 0:
+            raise InputError(f"--stats-gb: expected a positive number, found {self.stats_gb:g}")
 
     def resolve_recipe(self) -> Recipe:
         if isinstance(self.recipe, Recipe):
@@ -103,6 +113,36 @@ class Options:
         seed = CALIBRATION_SEEDS + self.seed
         run = (self.samples, self.steps, seed, self.guidance, self.batch_size, self.conditions, self.dtype)
         return Workload(*run, parse_size(self.size), self.prompts)
+
+
+def check_workload(source: Source, workload: Workload) -> None:
+    """Raises InputError, before weights are read, for conditions, prompts or a size that the source's own sampler does
+    not take, and where it needs conditions and there are none."""
+    if not source.is_pipeline:
+        check_conditions(source, workload)
+        return
+    import diffusers
+
+    kind = getattr(diffusers, read_index(source.root)["_class_name"])
+    pipe = kind.__new__(kind)  # without its other components, which would have to be loaded
+    setattr(pipe, source.component, _drawable(source.skeleton()))
+    pipe.scheduler = None
+    sampler = PipelineSampler(pipe, source.component)
+    sampler.conditions(replace(workload, samples=1))
+    size_arguments(workload.size, sampler.accepts, kind.__name__)
+
+
+def check_conditions(source: Source, workload: Workload) -> None:
+    """As `check_workload`, for the denoiser sampled by itself."""
+    DenoiserSampler(_drawable(source.skeleton()), None).conditions(replace(workload, samples=1))
+
+
+def _drawable(skeleton: nn.Module) -> nn.Module:
+    """The skeleton with embeddings of zeros, as families look up there which classes were trained."""
+    for module in skeleton.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.zeros_(module.to_empty(device="cpu").weight)
+    return skeleton
 
 
 def parse_full_steps(text: str) -> tuple[int, int]:

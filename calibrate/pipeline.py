@@ -15,10 +15,12 @@ from ..evaluate.timesteps import latent_tokens, set_timesteps
 from ..quantize.errors import InputError, OutputError
 from ..quantize.recipe import Recipe
 from ..runtime.artifact import DTYPES, is_artifact
+from ..runtime.complete import check_complete
 from ..runtime.demo import DEMO
 from ..runtime.family import find_family
 from ..runtime.lineage import short_record
 from ..runtime.load import pick_device, pick_dtype
+from ..runtime.pipeline_folder import check_pipeline
 from ..runtime.schedule import plan_steps
 from ..runtime.source import Source, find_source
 from ..runtime.writer import check_target, name_output
@@ -28,7 +30,7 @@ from .block_tuning import BlockTuner
 from .compress import compress_unit
 from .mixed import Sizing, allocate_bits, prepare, prepare_untimed, require_disk_source, settled_bits
 from .model_source import Data, ModelSource
-from .options import Options
+from .options import Options, check_workload
 from .plan import LayerPlan, Plan, check_formats, make_plan, settle
 from .progress import Progress
 from .trained_blocks import needs_tuning, settle_training, untrained_notes
@@ -82,23 +84,37 @@ class Job:
 
 
 def plan_job(
-    model: str | Path | nn.Module | None, output: str | Path | None, data: Data | None, settings: Options
+    model: str | Path | nn.Module | None,
+    output: str | Path | None,
+    data: Data | None,
+    settings: Options,
+    preview: bool = False,
 ) -> Job:
     """What `compress` with these arguments will do. Reads names and shapes, no weights, and runs nothing.
 
-    Raises InputError for everything that can be refused so early.
+    Raises InputError for everything that can be refused so early; in a preview, a wrong output is a note.
     """
     source, device = open_source(model, data, settings.component), pick_device(settings.device)
     recipe, notes = settle_training(source, settings.resolve_recipe(), settings, device)
     target = Path(output) if output is not None else default_output(source.label, recipe)
-    check_target(target, source if isinstance(source, Source) else None, settings.overwrite)
+    try:
+        check_target(target, source if isinstance(source, Source) else None, settings.overwrite)
+    except InputError as error:
+        if not preview:
+            raise
+        notes = (*notes, f"without --dry-run refused: {error}")
     plan = plan_source(source, recipe)
     if not settings.i_know:
         check_formats(plan)
-    if needs_tuning(plan) and settings.offload:
+    tuned = needs_tuning(plan)
+    if tuned and settings.offload:
         raise InputError("--offload: the method trains whole blocks of the model, which must fit; use its steps=0")
     plans = run_time_plans(source, settings)
     pick_dtype(settings.dtype, device)
+    settings.workload().to_dict()  # reads the files that it names
+    sampled = tuned or settings.budget is not None or any(layer.needs() for layer in plan.compressed)
+    if sampled and isinstance(source, Source):
+        check_workload(source, settings.workload())
     sizing = None
     if settings.budget is not None:
         require_disk_source(source)
@@ -116,26 +132,27 @@ def run_job(job: Job, progress: Progress) -> Path:
         sizing = prepare(plan, settings.budget, settings.sensitivity, device, settings.offload)
     workspace = Workspace(job.target)
     provenance = describe(source, job.recipe, settings)
-    if workspace.open(provenance, settings.resume):
-        progress.note("resuming: finished parts of the interrupted run are used")
-    try:
-        memory = statistics.default_memory(source) if settings.stats_gb is None else settings.stats_gb * 1e9
-        statistics.gather(
-            source, plan, settings.workload(), device, workspace, progress, memory, offload=settings.offload
-        )
-        if sizing is not None:
-            disk, work = require_disk_source(source), settings.workload()
-            plan, bits = allocate_bits(disk, plan, sizing, work, workspace, progress, device)
-        compress_blocks(source, plan, settings, workspace, progress)
-        plan = settle_plan(plan, workspace, progress)
-        if bits is not None:
-            plans["bits"] = settled_bits(bits, plan).to_dict()
-    except OutputError:
-        raise
-    except InputError:  # the input must change first, and then nothing finished here is of use
-        workspace.remove()
-        raise
-    write_artifact(source, plan, workspace, provenance, job.target, settings.overwrite, plans)
+    if line := workspace.open(provenance, settings.resume):
+        progress.note(line)
+    with workspace.kept():
+        try:
+            memory = statistics.default_memory(source) if settings.stats_gb is None else settings.stats_gb * 1e9
+            statistics.gather(
+                source, plan, settings.workload(), device, workspace, progress, memory, offload=settings.offload
+            )
+            if sizing is not None:
+                disk, work = require_disk_source(source), settings.workload()
+                plan, bits = allocate_bits(disk, plan, sizing, work, workspace, progress, device)
+            compress_blocks(source, plan, settings, workspace, progress)
+            plan = settle_plan(plan, workspace, progress)
+            if bits is not None:
+                plans["bits"] = settled_bits(bits, plan).to_dict()
+        except OutputError:
+            raise
+        except InputError:  # the input must change first, and then nothing finished here is of use
+            workspace.remove()
+            raise
+        write_artifact(source, plan, workspace, provenance, job.target, settings.overwrite, plans)
     workspace.remove()
     return job.target
 
@@ -172,17 +189,12 @@ def default_output(label: str, recipe: Recipe) -> Path:
 
 def plan_source(source: Source | ModelSource, recipe: Recipe) -> Plan:
     """The plan for a source, checked against its checkpoint. Reads names and shapes, no weights."""
+    if isinstance(source, Source) and source.is_pipeline:
+        check_pipeline(source.root, source.component)
     skeleton = source.skeleton()
     plan = make_plan(skeleton, find_family(skeleton), recipe)
     headers = source.checkpoint.headers
-    for layer in plan.compressed:
-        found = headers.get(f"{layer.name}.weight")
-        if found is None or found[0] != (layer.n, layer.k):
-            held = "no such tensor" if found is None else f"{list(found[0])}"
-            raise InputError(
-                f"{source.label}: config and weights disagree: {layer.name}.weight: "
-                f"the config says [{layer.n}, {layer.k}], the file holds {held}"
-            )
+    check_complete(skeleton, headers, source.label, first=[f"{layer.name}.weight" for layer in plan.compressed])
     for name in kept_names(source, plan):
         if headers[name][1] not in DTYPES:
             raise InputError(

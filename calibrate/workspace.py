@@ -24,8 +24,9 @@ class Workspace:
         self.output = output
         self.folder = output.parent / f".{output.name}.partial"
 
-    def open(self, job: dict[str, Any], resume: bool) -> bool:
-        """Prepares the folder for `job`; returns whether earlier parts are there to be used.
+    def open(self, job: dict[str, Any], resume: bool) -> str:
+        """Prepares the folder for `job`; returns a line on what becomes of an interrupted run, "" where there is
+        nothing to say.
 
         Raises InputError when asked to resume a run that had other settings.
         """
@@ -39,14 +40,33 @@ class Workspace:
                     f"--resume: the interrupted run of {self.output} had other settings ({', '.join(changed)}); "
                     "repeat them, or start anew without --resume"
                 )
-            return True
+            return "resuming: finished parts of the interrupted run are used"
+        line = f"--resume: no interrupted run of {self.output} is there; starting from the beginning" if resume else ""
+        if count := self.count():
+            same = note.exists() and note.read_text(encoding="utf-8", errors="replace") == text
+            hint = "--resume would have gone on" if same else "they are of other settings"
+            line = f"starting anew: {count} finished part(s) of an interrupted run are dropped; {hint}"
         shutil.rmtree(self.folder, ignore_errors=True)
         try:
             self.folder.mkdir(parents=True)
         except OSError as error:
             raise InputError(f"{self.output}: no folder can be made there ({error})") from None
         _replace(note, lambda path: path.write_text(text, encoding="utf-8"))
-        return False
+        return line
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """A KeyboardInterrupt in the block says where finished parts are, if there are any."""
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            if self.count():
+                stop.args = (f"finished parts are in {self.folder}: the same command with --resume goes on",)
+            raise
+
+    def count(self) -> int:
+        """How many parts are finished."""
+        return sum(1 for _ in self.folder.rglob("*.safetensors"))
 
     def has(self, part: str) -> bool:
         return self._path(part).exists()

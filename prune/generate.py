@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,14 +75,15 @@ def generate_latents(
     if not missing:
         team.wait()
         return folder
-    progress.stage("sampling training data from the teacher", workload.samples)
+    mine = missing[team.rank :: team.world]
+    progress.stage("sampling training data from the teacher", len(mine) * workload.steps)
     conditions = sampler.conditions(workload)
     unguided = conditions.unguided
     if settings.guidance == 1.0:  # the unguided branch would be multiplied by zero
         conditions = replace(conditions, unguided=None)
-    for number, (start, stop) in missing[team.rank :: team.world]:
-        progress.advance(start)
-        with torch.no_grad():
+    for turn, (number, (start, stop)) in enumerate(mine):
+        steps = _Steps(progress, turn * workload.steps, workload.steps, f"samples {start} to {stop}")
+        with torch.no_grad(), steps.watching(teacher):
             latents = sampler.sample_batch(workload, conditions, start, stop).float().cpu()
         if not torch.isfinite(latents).all():
             raise InputError(f"the teacher sampled NaN or infinity in samples {start} to {stop}; nothing to learn from")
@@ -88,9 +91,32 @@ def generate_latents(
         if unguided is not None:
             shard.update({UNGUIDED + name: t[:1] for name, t in unguided.items()})
         _write(_shard(folder, number), shard)
-    progress.advance(workload.samples)
+    progress.advance(len(mine) * workload.steps)
     team.wait()
     return folder
+
+
+@dataclass
+class _Steps:
+    """Reports the sampler steps of one batch as its teacher is called; `before`: those of earlier batches."""
+
+    progress: Progress
+    before: int
+    steps: int
+    detail: str
+    calls: int = 0
+
+    @contextmanager
+    def watching(self, teacher: nn.Module) -> Iterator[None]:
+        handle = teacher.register_forward_hook(self._report)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _report(self, *_: Any) -> None:
+        self.calls += 1  # a scheduler of second order makes more calls than steps
+        self.progress.advance(self.before + min(self.calls, self.steps), self.detail)
 
 
 def is_complete(folder: Path) -> bool:

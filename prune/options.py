@@ -12,7 +12,7 @@ import torch
 from ..evaluate.conditions import fingerprint
 from ..quantize.errors import InputError, unknown
 from .budget import Duration
-from .criterion import criterion_names
+from .criterion import criterion_names, find_criterion
 from .distill import Distillation
 from .generate import Generation
 from .latents import fingerprint_shards
@@ -99,8 +99,23 @@ class Options:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InputError(f"{name} {value}: expected a number above 0")
+        self._check_choice()
         if not 0 <= self.seed <= LARGEST_SEED:
             raise InputError(f"--seed {self.seed}: expected 0 to {LARGEST_SEED}")
+
+    def _check_choice(self) -> None:
+        """Raises InputError for options on which blocks stay that would be ignored, and for a search of no length."""
+        told = {"group": bool(self.groups), "search": self.search != Options.search}
+        trained = [name for name, is_given in told.items() if is_given]
+        if self.plan is not None:
+            chosen = trained if self.criterion == Options.criterion else ["criterion"]
+            if chosen:
+                raise InputError(f"--plan and --{chosen[0]}: give one of them, not both; a plan says which blocks stay")
+        elif not find_criterion(self.criterion).trains:
+            if trained:
+                raise InputError(f"--{trained[0]} needs --criterion learned; '{self.criterion}' trains nothing")
+        elif Duration.parse(self.search).is_none:
+            raise InputError(f"--search: expected a positive number of steps or time, found {self.search}")
 
     def generation(self, device: torch.device) -> Generation:
         samples = self.samples or (256 if device.type == "cpu" else 16_384)

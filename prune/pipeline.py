@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibrate.options import check_conditions
 from ..calibrate.progress import Progress
 from ..calibrate.workspace import Workspace
 from ..evaluate.sampling import load_scheduler
@@ -26,7 +27,7 @@ from ..runtime.source import Source, find_source, load_transformer
 from ..runtime.writer import check_target, name_output
 from .criterion import Study, find_criterion
 from .generate import generate_latents
-from .latents import Latents, collect_latents, read_latents
+from .latents import Latents, collect_latents, fingerprint_shards, read_latents
 from .objective import Batch, objective_of
 from .options import Options
 from .patterns import cut
@@ -66,6 +67,7 @@ def prune_model(
     keep = chosen_depths(settings, stacks)
     target = Path(output) if output is not None else default_output(source, keep)
     check_target(target, source, settings.overwrite, is_pruned)
+    check_data(source, settings, data)
     team, device = find_team(pick_device(settings.device))
     workspace, record = Workspace(target), describe(source, settings, data)
     # flat, so that a refused resume names the option that is another
@@ -73,12 +75,13 @@ def prune_model(
     del job["lr"]  # a run that diverged goes on with a lower one
     for name in ("plan", "data"):  # wherever they lie
         job[name] = job[name]["fingerprint"] if isinstance(job[name], dict) else job[name]
-    if team.is_main and workspace.open(job, settings.resume):
-        progress.note("resuming: finished parts of the interrupted run are used")
+    if team.is_main and (line := workspace.open(job, settings.resume)):
+        progress.note(line)
     team.wait()
     run = Run(source, settings, workspace, team, device, progress if team.is_main else Progress())
     try:
-        plan, student, found = train(run, keep, data)
+        with workspace.kept():
+            plan, student, found = train(run, keep, data)
     except OutputError:
         raise
     except InputError as error:  # what has been sampled and trained is kept
@@ -88,9 +91,10 @@ def prune_model(
             run.progress.note(f"what is finished is kept in {workspace.folder}, for the same command with --resume")
         raise
     if team.is_main:
-        if can_plot():
-            plot_run(found["log"], plan, workspace.folder / "prune.png")
-        write_pruned(source, plan, student, {**record, **found}, workspace.folder, target, settings.overwrite)
+        with workspace.kept():
+            if can_plot():
+                plot_run(found["log"], plan, workspace.folder / "prune.png")
+            write_pruned(source, plan, student, {**record, **found}, workspace.folder, target, settings.overwrite)
         workspace.remove()
     team.wait()
     return target
@@ -152,6 +156,16 @@ def chosen_depths(settings: Options, stacks: tuple[Stack, ...]) -> tuple[int, ..
         for stack, count in zip(stacks, keep, strict=True):
             cut(stack, count, settings.groups)
     return keep
+
+
+def check_data(source: Source, settings: Options, data: Data | None) -> None:
+    """Raises InputError, before weights are read, for a folder of data without shards, and without data for conditions
+    that the teacher cannot be sampled with."""
+    if isinstance(data, str | Path):
+        fingerprint_shards(data)
+    elif data is None:
+        workload = settings.generation(torch.device("cpu")).workload()
+        check_conditions(source, workload)
 
 
 def read_plan(path: str, stacks: tuple[Stack, ...]) -> PrunePlan:

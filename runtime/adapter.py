@@ -11,12 +11,14 @@ import difflib
 import inspect
 import json
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -26,7 +28,7 @@ from ..quantize.layer import check_shape, layer_layout
 from ..quantize.low_rank import join_adapter
 from ..quantize.spec import LayerSpec
 from .artifact import DTYPES, check_tensors, make_config, read_config
-from .checkpoint import refuse_pickle
+from .checkpoint import read_header, refuse_pickle
 from .load import linear_shapes
 from .source import Source, find_source
 from .writer import Entry, check_target, staged_around, write_json, write_tensors
@@ -91,9 +93,11 @@ def read_adapter(
     """The adapters in a file by the full name of their layer. Those of text encoders are left out, which is logged.
 
     shapes  (N, K) of every linear layer of the model by full name
-    Raises InputError for a file that is none, and for one that names another layer, does not fit, or is more than a
-    low-rank product (DoRA, biases, convolutions).
+    Raises InputError for a file that is none, and for one that names another layer, does not fit, is not finite, or is
+    more than a low-rank product (DoRA, biases, convolutions).
     """
+    if not math.isfinite(scale):
+        raise InputError(f"{path}: expected a finite scale, found {scale:g}")
     tensors, settings = _read(path)
     if settings.get("use_dora"):
         raise InputError(f"{path}: a DoRA adapter, which is more than a low-rank product, so it cannot be joined")
@@ -109,6 +113,8 @@ def read_adapter(
         layer, part = _part(name)
         if part is None:
             raise InputError(f"{path}: {name}: not part of a low-rank product, so it cannot be joined")
+        if bad := int((~tensor.float().isfinite()).sum()):
+            raise InputError(f"{path}: {name}: {bad} of {tensor.numel():,} values are NaN or infinite")
         found.setdefault(layer, {})[part] = tensor
     adapters = {}
     for layer, parts in found.items():
@@ -120,7 +126,10 @@ def read_adapter(
         if down is None or up is None or down.shape[1:] != (k,) or up.shape != (n, len(down)):
             shown = " and ".join("none" if t is None else str(list(t.shape)) for t in (down, up))
             raise InputError(f"{path}: {layer}: expected factors [r, {k}] and [{n}, r], found {shown}")
-        adapters[layer] = Adapter(down, up, scale * _own_scale(layer, len(down), parts.get("alpha"), settings))
+        own = _own_scale(layer, len(down), parts.get("alpha"), settings)
+        if not abs(scale * own) <= torch.finfo(torch.float32).max:  # NaN compares as false
+            raise InputError(f"{path}: {layer}: expected a finite scale, found {scale:g}, times its own {own:g}")
+        adapters[layer] = Adapter(down, up, scale * own)
     if not adapters:
         raise InputError(f"{path}: no tensor of a LoRA adapter, such as LAYER{DOWN[0]}")
     return adapters
@@ -143,6 +152,7 @@ def _own_scale(layer: str, rank: int, alpha: Tensor | None, settings: Mapping[st
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a file, and the settings of the denoiser's adapter in its metadata."""
     refuse_pickle(path)
+    read_header(path)  # its errors tell a folder, a file without permission and a truncated one apart
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

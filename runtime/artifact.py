@@ -144,6 +144,8 @@ def read_config(folder: Path) -> ArtifactConfig:
     data = read_json(path).get("quantization_config")
     if data is None:
         raise InputError(f"{path}: no quantization_config; this is a plain checkpoint, not a vdit-quant artifact")
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: quantization_config: expected a JSON object, found {type(data).__name__}")
     return ArtifactConfig.from_dict(data, str(path))
 
 

@@ -50,18 +50,20 @@ def inside(folder: Path, name: str) -> Path:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors in a folder: names, shapes and dtypes from the headers; data only when asked for."""
+    """The tensors in a folder: names, shapes and dtypes from the headers; data only when asked for. `weights` is the
+    name of the file that holds them all; shards have an index beside them that is named after it."""
 
     folder: Path
+    weights: str = WEIGHTS
 
     @cached_property
     def files(self) -> dict[str, Path]:
         """Tensor name -> file. Raises InputError for a missing or broken index, or a missing shard."""
-        index = self.folder / INDEX
+        index = self.folder / f"{self.weights}.index.json"
         if not index.exists():
-            path = self.folder / WEIGHTS
+            path = self.folder / self.weights
             if not path.exists():
-                raise InputError(f"{self.folder}: no {WEIGHTS} and no {INDEX}")
+                raise InputError(f"{self.folder}: no {path.name} and no {index.name}{self._others()}")
             return dict.fromkeys(read_header(path), path)
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -78,6 +80,14 @@ class Checkpoint:
                 if file == path and name not in held:
                     raise InputError(f"{path}: the index says it holds {name}, which it does not")
         return found
+
+    def _others(self) -> str:
+        """What lies in the folder in the place of the weights, for a message."""
+        stem, ending = self.weights.rsplit(".", 1)
+        variants = sorted(path.name for path in self.folder.glob(f"{stem}.*.{ending}*"))
+        if not variants:
+            return ""
+        return f"; it holds {variants[0]}, a variant, and those are not read: save the model again without one"
 
     @cached_property
     def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -96,12 +106,18 @@ class Checkpoint:
 
 def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Tensor name -> (shape, safetensors dtype such as BF16) of one file. Raises InputError when it is none."""
+    if path.is_dir():
+        raise InputError(f"{path}: a folder, expected a safetensors file")
+    try:
+        path.open("rb").close()  # safetensors takes whatever it cannot open for a missing file
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     try:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{path}: not a complete safetensors file ({path.stat().st_size:,} bytes on disk): {error}. "

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from ..quantize import registry
-from ..quantize.errors import InputError, unknown
+from ..quantize.errors import InputError, reason_of, unknown
 from . import models
 from .checkpoint import Checkpoint, file_traits, read_json
 from .demo import DEMO, demo_path
+from .pipeline_folder import MODEL_INDEX, check_pipeline, read_index
 
 COMPONENTS = ("transformer", "transformer_2")
 """Denoisers of a pipeline: of Wan 2.2's two, the first runs the noisy steps and the second the others."""
@@ -116,15 +117,19 @@ def _find(model: str | Path) -> Source:
 
 
 def _local(path: Path, label: str) -> Source:
-    if (path / "model_index.json").exists():
+    if (path / MODEL_INDEX).exists():
+        read_index(path)
         if not (path / "transformer" / "config.json").exists():
             held = sorted(p.name for p in path.iterdir() if p.is_dir())
             raise InputError(f"{label}: a pipeline without a transformer/ folder (it has: {', '.join(held)})")
         return Source(path, label, True)
     if (path / "config.json").exists():
         return Source(path, label, False)
+    inner = next((name for name in COMPONENTS if (path / name / "config.json").exists()), None)
+    hint = "" if inner is None else f"; to use the bare transformer inside it, name {path / inner}"
     raise InputError(
-        f"{label}: not a model folder: expected model_index.json (a diffusers pipeline) or config.json (a transformer)"
+        f"{label}: not a model folder: expected {MODEL_INDEX} (a diffusers pipeline) or config.json (a transformer)"
+        f"{hint}"
     )
 
 
@@ -167,10 +172,26 @@ def known_class(config: dict[str, Any]) -> Any:
 
 
 def load_transformer(source: Source, dtype: torch.dtype, device: str | torch.device = "cpu") -> nn.Module:
-    """The denoiser of a source, plain or compressed, in eval mode."""
+    """The denoiser of a source, plain or compressed, in eval mode. Raises InputError for what cannot be loaded."""
     _ = source.checkpoint.files  # its errors are clearer than the loader's
     kind = model_class(source.config, source.transformer)
-    return kind.from_pretrained(source.transformer, dtype=dtype, use_safetensors=True).eval().to(device)
+    with _one_error(source.transformer):
+        model: nn.Module = kind.from_pretrained(source.transformer, dtype=dtype, use_safetensors=True).eval()
+    if lost := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
+        rest = f" ({len(lost)} tensors are missing)" if len(lost) > 1 else ""
+        raise InputError(f"{source.transformer}: {lost[0]}: the model has this tensor, the file holds none{rest}")
+    return model.to(device)
+
+
+@contextmanager
+def _one_error(folder: Path) -> Iterator[None]:
+    """Whatever diffusers makes of files that it cannot use, as one InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{folder}: diffusers cannot load it ({type(error).__name__}: {reason_of(error)})") from error
 
 
 @contextmanager
@@ -188,15 +209,16 @@ def _no_progress_bar() -> Iterator[None]:
 
 
 def load_pipeline(source: Source, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
-    """The diffusers pipeline of a source. Raises InputError for a bare transformer."""
+    """The diffusers pipeline of a source. Raises InputError for a bare transformer, and for what cannot be loaded."""
     from diffusers import DiffusionPipeline
 
     if not source.is_pipeline:
         raise InputError(f"{source.label}: a bare transformer; expected a pipeline folder (with model_index.json)")
-    transformer = load_transformer(source, dtype, device)
-    with _no_progress_bar():
+    check_pipeline(source.root, source.component)
+    given = {source.component: load_transformer(source, dtype, device)}
+    with _no_progress_bar(), _one_error(source.root):
         pipe = DiffusionPipeline.from_pretrained(
-            source.root, dtype=dtype, use_safetensors=True, trust_remote_code=False, **{source.component: transformer}
+            source.root, dtype=dtype, use_safetensors=True, trust_remote_code=False, **given
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)

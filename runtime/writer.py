@@ -89,6 +89,9 @@ def check_target(
     check_output(target, overwrite, is_ours)
     if source is not None and source.is_pipeline:
         root = source.root.resolve()
+        if target.resolve() == root:
+            other = target.with_name(f"{target.name}-2")
+            raise InputError(f"{target}: an output cannot replace the folder it is made from; name another: -o {other}")
         if target.resolve().is_relative_to(root):
             raise InputError(
                 f"output {target} lies inside the model folder {root}, whose files an output gets copies of; "

@@ -15,11 +15,12 @@ def run(
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write the artifact to.")] = None,
     bits: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Shipped recipe: w8a8, w4a8, w4a8-mod4, w4a4, w3a8, w2a8, w8a16, w4a16, w3a16, w2a16, w8a8-fp8."
+            help="Shipped recipe: w8a8, w4a8, w4a8-mod4, w4a4, w3a8, w2a8, w8a16, w4a16, w3a16, w2a16, w8a8-fp8. "
+            "Default: w4a8."
         ),
-    ] = "w4a8",
+    ] = None,
     method: Annotated[str | None, typer.Option(help="Method for attention and feed-forward layers.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A parameter of the method, KEY=VALUE; may be given again.")
@@ -75,11 +76,14 @@ def run(
     """Calibrate a Diffusion Transformer and write a compressed artifact."""
     from ...calibrate.options import Options, parse_full_steps
     from ...calibrate.pipeline import plan_job, run_job
+    from ...quantize.errors import InputError
     from ..console import bold, console, reporting
     from ..plan_table import print_bit_plan, print_budget, print_plan
 
+    if bits is not None and recipe is not None:
+        raise InputError(f"--bits {bits} and --recipe {recipe}: give one of them, not both")
     options = Options(
-        bits=bits,
+        bits=Options.bits if bits is None else bits,
         recipe=recipe,
         method=method,
         group_size=group_size,
@@ -105,7 +109,7 @@ def run(
         overwrite=overwrite,
         i_know=i_know,
     )
-    job = plan_job(model, output, None, options)
+    job = plan_job(model, output, None, options, preview=dry_run)
     plan, names = job.plan, (bold(job.source.label), " as ", bold(job.recipe.name))
     console.print(*names, f", family {plan.family} -> {job.target}", sep="")
     print_plan(plan)
@@ -119,4 +123,5 @@ def run(
         written = run_job(job, reporter)
     print_bit_plan(written, plan)
     console.print("wrote", bold(written))
-    console.print(f"  vdit-quant inspect {written}\n  vdit-quant compare {written}")
+    given = "" if conditions is None else f" --conditions {conditions}"
+    console.print(f"  vdit-quant inspect {written}\n  vdit-quant compare {written}{given}")

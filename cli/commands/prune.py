@@ -74,7 +74,7 @@ def run(
 ) -> None:
     """Take blocks out of a Diffusion Transformer and train the rest to make up for them."""
     from ...prune.options import Options
-    from ...prune.pipeline import prune_model
+    from ...prune.pipeline import check_data, open_source, prune_model
     from ..console import console, reporting
     from ..prune_table import print_preview, print_result
 
@@ -111,8 +111,10 @@ def run(
     )
     target = print_preview(model, output, options, data)
     if dry_run:
+        check_data(open_source(model), options, data)
         return
     with reporting() as reporter:
         written = prune_model(model, target, data, progress=reporter, **vars(options))
     print_result(written)
-    console.print(f"  vdit-quant calibrate {written} --bits w4a8\n  vdit-quant prune --help")
+    given = "" if conditions is None else f" --conditions {conditions}"
+    console.print(f"  vdit-quant compare {written}{given}\n  vdit-quant calibrate {written} --bits w4a8{given}")

@@ -174,15 +174,35 @@ def test_damaged_settings_of_an_interrupted_run_are_named(
     assert "start without --resume" in result.err
 
 
-def _interrupt(*arguments: Any) -> None:
+def _interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
 def test_resume_with_nothing_to_resume_just_runs(
     tiny_folder: Path, recipe: Path, undisturbed: Path, cli: Callable[..., Any]
 ) -> None:
-    assert cli(*_arguments(tiny_folder, recipe), "--resume").code == 0
+    result = cli(*_arguments(tiny_folder, recipe), "--resume")
+    assert result.code == 0
+    assert "no interrupted run of out" in result.out
     _assert_same_files(Path("out"), undisturbed)
+
+
+def test_an_interruption_says_what_is_kept_and_a_new_run_what_it_drops(
+    tiny_folder: Path, recipe: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = _arguments(tiny_folder, recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr("vdit_quant.calibrate.pipeline.write_artifact", _interrupt)
+        first, second = cli(*arguments), cli(*arguments)
+        other = cli(*arguments, "--seed", "1")
+    kept = "interrupted; finished parts are in .out.partial: the same command with --resume goes on\n"
+    assert (first.code, first.err) == (130, kept)
+    assert "starting anew" not in first.out
+    assert "finished part(s) of an interrupted run are dropped; --resume would have gone on" in second.out
+    assert "they are of other settings" in other.out
+    monkeypatch.setattr("vdit_quant.calibrate.pipeline.statistics.gather", _interrupt)
+    early = cli(*arguments)
+    assert (early.code, early.err) == (130, "interrupted\n")
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import PixArtTransformer2DModel
 
 Refused = Callable[..., str]
 
@@ -106,12 +107,60 @@ def test_an_option_that_changes_no_step(
         (("--sensitivity", "dift"), ("--sensitivity", "did you mean 'drift'")),
         (("--seed", "99999999999999"), ("--seed", "from 0 to")),
         (("--dtype", "float"), ("dtype", "float16")),
+        (("--prompts", "nope.txt"), ("nope.txt", "prompts cannot be read")),
+        (("--conditions", "nope.safetensors"), ("nope.safetensors", "conditions cannot be read")),
+        (("--size", "32x32"), ("--size", "for a pipeline")),
+        (("--bits", "w8a8", "--recipe", "mine.toml"), ("--bits w8a8", "--recipe mine.toml", "not both")),
+        (("--sensitivity", "samples"), ("--sensitivity samples", "needs --budget")),
+        (("--stats-gb", "-1"), ("--stats-gb", "expected a positive number, found -1")),
     ],
 )
 def test_a_dry_run_refuses_what_the_run_would(
     options: tuple[str, ...], words: tuple[str, ...], refused: Refused, tiny_folder: Path
 ) -> None:
     refused("calibrate", tiny_folder, "--dry-run", *options, words=words)
+
+
+def test_a_text_model_without_conditions_is_refused_unless_nothing_is_sampled(
+    refused: Refused, cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "pixart"
+    sizes = {"num_layers": 2, "cross_attention_dim": 64, "caption_channels": 32, "sample_size": 8, "norm_num_groups": 2}
+    PixArtTransformer2DModel(2, 32, in_channels=4, out_channels=8, **sizes).save_pretrained(folder)
+    for more in (("--dry-run",), ()):
+        refused("calibrate", folder, "-o", "out", *more, words=("pixart", "--conditions FILE"))
+        refused("prune", folder, "--keep", "1", "-o", "out", *more, words=("pixart", "--conditions FILE"))
+    assert cli("calibrate", folder, "--bits", "w8a16", "--dry-run").code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--prompts", "prompts.txt"), ("prompts.txt", "takes no prompt")),
+        (("--conditions", "prompts.txt"), ("prompts.txt", "not for a whole pipeline")),
+        (("--size", "32x32"), ("--size 32x32", "takes no height")),
+    ],
+)
+def test_a_dry_run_knows_what_a_pipeline_does_not_take(
+    options: tuple[str, ...], words: tuple[str, ...], refused: Refused, demo: Path
+) -> None:
+    Path("prompts.txt").write_text("a cat\n", encoding="utf-8")
+    refused("calibrate", demo, "--dry-run", *options, words=words)
+
+
+def test_a_dry_run_looks_for_data(refused: Refused, tiny_folder: Path) -> None:
+    refused("prune", tiny_folder, "--keep", "1", "--data", "nope", "--dry-run", words=("nope", "found none"))
+
+
+def test_a_dry_run_takes_an_output_that_exists_for_a_note(
+    cli: Callable[..., Any], refused: Refused, tiny_folder: Path
+) -> None:
+    Path("tiny-dit-w4a8").mkdir()
+    result = cli("calibrate", tiny_folder, "--dry-run")
+    assert result.code == 0, result.err
+    assert "without --dry-run refused: tiny-dit-w4a8 exists" in result.out
+    refused("calibrate", tiny_folder, "--dry-run", "--keep", "blocks.99.*", words=("matches no layer",))
+    refused("calibrate", tiny_folder, words=("tiny-dit-w4a8 exists", "--overwrite"))
 
 
 def test_a_dry_run_under_a_budget_says_that_its_plan_is_not_the_last_word(

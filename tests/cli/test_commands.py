@@ -69,6 +69,18 @@ def test_calibrate_writes_one_folder_and_says_where(cli: Cli, tiny_folder: Path)
     ]
 
 
+def test_the_next_command_has_the_conditions(cli: Cli, tiny_folder: Path) -> None:
+    save_file({"class_labels": torch.arange(3)}, "c.safetensors")
+    result = cli("calibrate", tiny_folder, "--bits", "w8a16", "-o", "out", "--conditions", "c.safetensors")
+    assert result.code == 0, result.err
+    assert "vdit-quant compare out --conditions c.safetensors\n" in result.out
+    few = ("--keep", "1", "--criterion", "even", "--recover", "0", "--samples", "8", "--steps", "1")
+    result = cli("prune", tiny_folder, "-o", "shallow", *few, "--conditions", "c.safetensors")
+    assert result.code == 0, result.err
+    assert "vdit-quant compare shallow --conditions c.safetensors\n" in result.out
+    assert "prune --help" not in result.out
+
+
 def test_names_with_brackets_are_printed_as_they_are(cli: Cli, tiny_folder: Path) -> None:
     result = cli("calibrate", tiny_folder, "--bits", "w8a8", "-o", "out[a]/b[/x]")
     assert result.code == 0, result.err
@@ -186,6 +198,11 @@ def test_a_comparison_is_never_written_into_the_model(
     result = cli("compare", "art", "-o", "art/report")
     assert (result.code, len(result.err.splitlines())) == (2, 1)
     assert "lies inside art" in result.err
+
+
+def test_the_version_is_shown_without_a_command(cli: Cli) -> None:
+    result = cli("--version")
+    assert (result.code, result.out.strip()) == (0, vdit_quant.__version__)
 
 
 def test_doctor_json_has_a_reason_for_every_kernel_that_falls_back(cli: Cli) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import diffusers
 import pytest
@@ -133,12 +134,12 @@ def test_other_data_is_refused(dit: Any, tmp_path: Path) -> None:
 
 @pytest.fixture
 def sampled(dit: Any, tmp_path: Path) -> Callable[..., Path]:
-    def make(name: str = "data", **options: Any) -> Path:
+    def make(name: str = "data", progress: Any = None, **options: Any) -> Path:
         from vdit_quant.calibrate.progress import Progress
 
         scheduler = diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False)
         settings = Generation(**{"samples": 7, "steps": 2, "batch_size": 3, **options})
-        return generate_latents(dit, scheduler, settings, tmp_path / name, "a teacher", Progress())
+        return generate_latents(dit, scheduler, settings, tmp_path / name, "a teacher", progress or Progress())
 
     return make
 
@@ -166,6 +167,13 @@ def test_an_interrupted_sampling_goes_on(sampled: Callable[..., Path]) -> None:
     sampled()
     assert {path.name: path.read_bytes() for path in folder.glob("*.safetensors")} == before
     assert (folder / "latents-00000.safetensors").stat().st_mtime_ns == kept
+
+
+def test_every_step_of_a_batch_is_reported(sampled: Callable[..., Path]) -> None:
+    progress = Mock()
+    sampled(progress=progress, samples=5, batch_size=3, steps=4)
+    assert progress.stage.call_args.args[1] == 8
+    assert [call.args[0] for call in progress.advance.call_args_list] == [*range(1, 9), 8]
 
 
 def test_a_cache_of_other_settings_is_not_used(sampled: Callable[..., Path], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from vdit_quant.runtime.checkpoint import WEIGHTS
 from vdit_quant.runtime.source import find_source, load_transformer
 
 PLOT = {"prune.png"} if find_spec("matplotlib") else set()
-FEW = {"samples": 16, "steps": 2, "batch_size": 4, "search": "3", "recover": "4", "grids": 0}
+FEW = {"samples": 16, "steps": 2, "batch_size": 4, "recover": "4", "grids": 0}
 
 
 KILLED = """

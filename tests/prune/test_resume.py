@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from vdit_quant.prune.options import Options
 from vdit_quant.prune.pipeline import prune_model
 from vdit_quant.quantize.errors import InputError
 
-FEW = {"samples": 16, "steps": 2, "batch_size": 4, "search": "3", "recover": "4", "grids": 0}
+FEW = {"samples": 16, "steps": 2, "batch_size": 4, "recover": "4", "grids": 0}
 
 
 def _plan(path: Path, kept: int) -> str:
@@ -41,11 +42,11 @@ def test_blocks_that_must_stay_are_known_before_anything_is_sampled(
 
 
 @pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], Any]:
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], Any]:
     """Context manager: a run raises the given error where its recovery would begin."""
 
     @contextmanager
-    def inside(error: Exception) -> Iterator[None]:
+    def inside(error: BaseException) -> Iterator[None]:
         def fail(*_: Any) -> None:
             raise error
 
@@ -57,7 +58,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], Any]:
 
 
 def test_other_contents_of_a_plan_or_of_data_are_not_resumed(
-    tiny_folder: Path, tmp_path: Path, failing: Callable[[Exception], Any]
+    tiny_folder: Path, tmp_path: Path, failing: Callable[[BaseException], Any]
 ) -> None:
     (tmp_path / "data").mkdir()
     shard, plan = tmp_path / "data" / "a.safetensors", tmp_path / "plan.json"
@@ -81,7 +82,7 @@ def test_other_contents_of_a_plan_or_of_data_are_not_resumed(
 
 
 def test_sampled_data_outlives_an_error_and_a_damaged_file_of_it_is_named(
-    tiny_folder: Path, tmp_path: Path, failing: Callable[[Exception], Any], notes: Any
+    tiny_folder: Path, tmp_path: Path, failing: Callable[[BaseException], Any], notes: Any
 ) -> None:
     options = {**FEW, "keep": 1, "criterion": "even", "recover": "0", "progress": notes}
     with failing(InputError("not today")), pytest.raises(InputError, match="not today"):
@@ -93,3 +94,37 @@ def test_sampled_data_outlives_an_error_and_a_damaged_file_of_it_is_named(
         prune_model(tiny_folder, tmp_path / "out", **options, resume=True)
     shard.unlink()
     assert prune_model(tiny_folder, tmp_path / "out", **options, resume=True).is_dir()
+
+
+def test_an_interruption_says_what_is_kept_and_a_new_run_what_it_drops(
+    tiny_folder: Path, tmp_path: Path, failing: Callable[[BaseException], Any], notes: Any
+) -> None:
+    options = {**FEW, "keep": 1, "criterion": "even", "recover": "0", "progress": notes}
+    folder = tmp_path / ".out.partial"
+    with failing(KeyboardInterrupt()), pytest.raises(KeyboardInterrupt, match="--resume goes on") as stop:
+        prune_model(tiny_folder, tmp_path / "out", **options)
+    assert str(folder) in str(stop.value)
+    with failing(KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        prune_model(tiny_folder, tmp_path / "out", **options)
+    assert notes.lines == [
+        "starting anew: 2 finished part(s) of an interrupted run are dropped; --resume would have gone on"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"plan": "p.json", "criterion": "even"}, "--plan and --criterion: .* not both"),
+     ({"plan": "p.json", "groups": ("1:2",)}, "--plan and --group: .* not both"),
+     ({"plan": "p.json", "search": "50"}, "--plan and --search: .* not both"),
+     ({"criterion": "even", "groups": ("1:2",)}, "--group needs --criterion learned"),
+     ({"criterion": "even", "search": "50"}, "--search needs --criterion learned"),
+     ({"search": "0"}, "--search: expected a positive number .*, found 0")],
+)  # fmt: skip
+def test_options_that_would_be_ignored_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Options(**options).check()
+
+
+def test_defaults_may_be_given() -> None:
+    Options(plan="p.json", criterion="learned", groups=(), search="60s").check()
+    Options(criterion="even", groups=(), search="60s").check()

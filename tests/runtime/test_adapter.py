@@ -25,6 +25,7 @@ LAYERS = {
     "proj_out_2": (16, 64),  # not compressed
 }
 RANK, OUT = 4, "proj_out_1__"
+OTHER = "transformer_blocks.0.attn1.to_q"  # of the demo, 128 wide
 
 
 def factors(sizes: dict[str, tuple[int, int]] = LAYERS, rank: int = RANK) -> dict[str, tuple[Tensor, Tensor]]:
@@ -212,9 +213,45 @@ def test_a_branch_wider_than_its_layer_and_other_files_are_refused(tiny_artifact
     with pytest.raises(InputError, match="a pickle"):
         vdit_quant.join_lora(tiny_artifact, tmp_path / "a.bin", tmp_path / "out")
     (tmp_path / "b.safetensors").write_bytes(b"no")
-    with pytest.raises(InputError, match="not a readable safetensors file"):
+    with pytest.raises(InputError, match="not a complete safetensors file"):
         vdit_quant.join_lora(tiny_artifact, tmp_path / "b.safetensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["x.lora_A.weight", "x.lora_B.weight", "x.alpha"])
+def test_a_factor_that_is_not_finite_is_refused(name: str, value: float, tmp_path: Path) -> None:
+    tensors = {"x.lora_A.weight": torch.ones(2, 8), "x.lora_B.weight": torch.ones(4, 2), "x.alpha": torch.ones(1)}
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=f"{name}: 1 of .* values are NaN or infinite"):
+        read_adapter(tmp_path / "a.safetensors", {"x": (4, 8)}, "Model")
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf", "1e300"])
+def test_a_scale_that_is_not_finite_is_refused(
+    scale: str, write, tiny_artifact: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    done = cli("join", tiny_artifact, write(), "-o", tmp_path / "out", "--scale", scale)
+    assert (done.code, "expected a finite scale, found" in done.err) == (2, True), done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_cannot_replace_the_pipeline_it_is_made_from(
+    write, demo_artifact: Callable[..., Path], copy_of: Callable[[Path], Path], cli: Callable[..., Any]
+) -> None:
+    folder = copy_of(demo_artifact("w8a16"))
+    lora = write()
+    save_file({f"{OTHER}.lora_A.weight": torch.ones(1, 128), f"{OTHER}.lora_B.weight": torch.ones(128, 1)}, lora)
+    done = cli("join", folder, lora, "-o", folder, "--overwrite")
+    assert done.code == 2
+    assert "cannot replace the folder it is made from" in done.err
+    assert done.err.strip().endswith(f"-o {folder}-2")
+
+
+def test_a_folder_in_the_place_of_an_adapter(tiny_artifact: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a folder, expected a safetensors file"):
+        vdit_quant.join_lora(tiny_artifact, tmp_path, tmp_path / "out")
 
 
 def test_the_command_says_what_it_joined(write, tiny_artifact: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:

@@ -1,0 +1,40 @@
+"""Whether a checkpoint holds the tensors of the model that its config describes, all of them and no others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from ..quantize.errors import InputError
+
+Header = tuple[tuple[int, ...], str]
+
+
+def check_complete(model: nn.Module, headers: Mapping[str, Header], label: str, first: Iterable[str] = ()) -> None:
+    """Raises InputError for a tensor of the model that the file lacks or holds in another shape, and for one of the
+    file that the model does not have, but for what loading makes up or leaves out itself.
+
+    model    a skeleton on the meta device, or a model in memory
+    headers  tensor name -> (shape, dtype) of the file
+    first    names that the message prefers where several differ
+    """
+    state = model.state_dict()
+    ignored = getattr(type(model), "_keys_to_ignore_on_load_unexpected", None) or ()
+    # older versions stored buffers that a model computes itself by now
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    wrong: dict[str, str] = {}
+    for name in dict.fromkeys([*first, *state]):
+        if name not in headers:
+            if name not in state or state[name].is_meta:  # a buffer that is not on meta has its value
+                wrong[name] = "the file holds no such tensor"
+        elif name in state and headers[name][0] != tuple(state[name].shape):
+            wrong[name] = f"the config says {list(state[name].shape)}, the file holds {list(headers[name][0])}"
+    for name in headers:
+        if name not in state and name not in buffers and not any(re.search(pattern, name) for pattern in ignored):
+            wrong[name] = f"the file holds it ({list(headers[name][0])}), the config describes a model without it"
+    if wrong:
+        name, what = next(iter(wrong.items()))
+        rest = f" ({len(wrong)} tensors differ)" if len(wrong) > 1 else ""
+        raise InputError(f"{label}: config and weights disagree: {name}: {what}{rest}")
