@@ -59,9 +59,8 @@ CUDNN = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFI
 PEERS = ("torchao-fp8", "torchao-int8", "bitsandbytes-nf4", "bitsandbytes-int8")
 WAYS = (
     "bf16-eager", "bf16-compiled", "bf16-compiled-cudnn", "bf16-compiled-graph", "bf16-compiled-cudnn-graph",
-    *(f"{recipe}{way}" for recipe in RECIPES for way in ("", "-graph")), "w8a8-compiled",
-    "w8a8-compiled-graph", "w8a8-unfused",
-    "svdquant-w4a8-unfused", *PEERS,
+    *(f"{recipe}{way}" for recipe in RECIPES for way in ("", "-graph")), "w8a8-compiled", "w8a8-compiled-graph",
+    "w8a8-unfused", "svdquant-w4a8-unfused", *PEERS,
 )  # fmt: skip
 
 
@@ -271,7 +270,7 @@ class Bench:
             return original, original, None, None
         module = fuse(copy.deepcopy(original))
         if mode == "-graph":
-            module = replay_graphs(module)
+            replay_graphs(module)
         if not mode.startswith("-compiled"):
             return module, module, None, own
         inductor = "reduce-overhead" if mode.endswith("graph") else None

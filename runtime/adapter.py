@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..quantize.errors import InputError
+from ..quantize.errors import InputError, reason_of
 from ..quantize.format import Tensors
 from ..quantize.layer import check_shape, layer_layout
 from ..quantize.low_rank import join_adapter
@@ -195,7 +195,7 @@ def _convert(tensors: dict[str, Tensor], model_class: str, path: Path) -> dict[s
         converted, alphas = mixin.lora_state_dict(dict(tensors), return_alphas=True)
         return {**converted, **(alphas or {})}
     except Exception as error:  # whatever a converter makes of names it does not know
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {reason_of(error)}"
         raise InputError(f"{path}: diffusers cannot read this adapter for {model_class} ({reason})") from error
 
 

@@ -76,7 +76,7 @@ class Modulation:
         # specs are compared here alone: a tracer cannot compare them
         if not torch.compiler.is_compiling() and is_stale(layers, self.parts):
             if self.keeps():
-                self.parts = []
+                self.forget()
                 return False
             self._join([layer for layer in layers if isinstance(layer, CompressedLinear)])
         return len(self.parts) > 0

@@ -119,7 +119,7 @@ class Stage:
             return False
         if not torch.compiler.is_compiling() and is_stale(layers, self.parts):
             if self.keeps():
-                self.parts = []
+                self.forget()
                 return False
             self.parts = [] if self.refusal() is not None else merge(layers)
             if self.parts:

@@ -1,6 +1,6 @@
 """What is put around and between fused blocks takes effect: skipped layers, offloading, caches, one layer's tensors."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,14 @@ class Counter(ModelHook):
         return args, kwargs
 
 
+def put_around(blocks: Iterable[nn.Module]) -> Counter:
+    """One counter, put around all of them."""
+    counter = Counter()
+    for block in blocks:
+        add_hook_to_module(block, counter)
+    return counter
+
+
 def test_blocks_skipped_on_both_sides_of_a_group_leave_the_others_their_text() -> None:
     case = replace(CASES["wan"], config={**CASES["wan"].config, "num_layers": 8})
     plain, fused = compressed(case, "w8-a8tok"), fuse(compressed(case, "w8-a8tok"), cpu=True)
@@ -77,22 +85,16 @@ def test_groups_that_are_offloaded_run_as_before(kind: str, how: str, tmp_path: 
 
 
 def test_fusing_again_keeps_what_was_put_around_a_block() -> None:
-    case, counter = CASES["dit"], Counter()
-    model = fuse(compressed(case), cpu=True)
-    expected = call(model, case)
-    for block in blocks_of(model):
-        add_hook_to_module(block, counter)
+    case, model = CASES["dit"], fuse(compressed(CASES["dit"]), cpu=True)
+    expected, counter = call(model, case), put_around(blocks_of(model))
     fuse(model, cpu=True)
     assert close(call(model, case), expected)
     assert counter.calls == len(blocks_of(model))
 
 
 def test_unfusing_reaches_behind_what_was_put_around_a_block() -> None:
-    case, counter = CASES["dit"], Counter()
-    model = fuse(compressed(case), cpu=True)
-    expected = call(model, case)
-    for block in blocks_of(model):
-        add_hook_to_module(block, counter)
+    case, model = CASES["dit"], fuse(compressed(CASES["dit"]), cpu=True)
+    expected, counter = call(model, case), put_around(blocks_of(model))
     unfuse(model)
     assert [block._fused_block.accepts(torch.zeros(1, 4, 64)) for block in blocks_of(model)] == [False] * 3
     assert close(call(model, case), expected)
@@ -102,11 +104,8 @@ def test_unfusing_reaches_behind_what_was_put_around_a_block() -> None:
 
 
 def test_a_block_that_something_was_put_around_before_is_left_alone_and_named() -> None:
-    case, counter = CASES["dit"], Counter()
-    model = compressed(case)
-    expected = call(model, case)
-    for block in model.transformer_blocks:
-        add_hook_to_module(block, counter)
+    case, model = CASES["dit"], compressed(CASES["dit"])
+    expected, counter = call(model, case), put_around(model.transformer_blocks)
     fuse(model, cpu=True)
     assert close(call(model, case), expected)
     assert counter.calls == 3
