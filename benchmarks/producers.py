@@ -327,7 +327,7 @@ def compile_one(item: tuple[Case, dict[str, Any]]) -> None:
     configure(changes)
     try:
         with dispatch.use(strict=True):
-            Operands(case, m=min(case.m, 2 * case.tokens, 512)).fused()
+            Operands(case).fused()
     except Exception as error:
         print(f"{case} {changes}: {type(error).__name__}", file=sys.stderr)
 

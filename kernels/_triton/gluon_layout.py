@@ -1,11 +1,15 @@
 """Where the fused producers for NVIDIA GPUs keep the channels of a token: which thread, which register.
 
-R tokens are a few tiles [R, WIDTH] (`pieces`) whose layout says which thread holds which channel (`layout_of`): 8 side
-by side, so that memory is accessed 16 bytes at a time, and lanes next to each other hold the rest of a Hadamard block.
+The tokens of a program are a few tiles [ROWS, WIDTH] (`pieces`) whose layout says which thread holds which channel
+(`layout_of`): 8 side by side, so that memory is accessed 16 bytes at a time, and lanes next to each other hold the rest
+of a Hadamard block. Tokens are shared by the warps of a team. Several teams of a program do the same, each with tokens
+of its own, and read vectors over the channels once for all: how many there are changes no result.
 """
 
 # Run by the compiler, on constants.
 # mypy: disable-error-code="no-untyped-def"
+
+from dataclasses import dataclass
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -33,14 +37,16 @@ def thread_bits(width, warps, block, held):
 
 
 @gluon.constexpr_function
-def layout_of(rows, width, warps, block, held):
-    """Layout of a tile [rows, width]: lanes and warps are spread over the channels first, then over the tokens."""
+def layout_of(rows, width, warps, block, held, teams=1):
+    """Layout of a tile [rows * teams, width]: the lanes and warps of a team are spread over the channels first, then
+    over its tokens."""
     inside, rest = thread_bits(width, warps, block, held)
     threads = 5 + log2(warps)
     order = [[0, 1 << bit] for bit in rest] + [[1 << bit, 0] for bit in range(log2(rows))]
     spread = (order + [[0, 0]] * threads)[:threads]
+    spread += [[rows << bit, 0] for bit in range(log2(teams))]
     registers = [[0, 1 << bit] for bit in inside] + order[threads:]
-    return gl.DistributedLinearLayout(registers, spread[:5], spread[5:], [], [rows, width])
+    return gl.DistributedLinearLayout(registers, spread[:5], spread[5:], [], [rows * teams, width])
 
 
 @gluon.constexpr_function
@@ -65,9 +71,21 @@ def held_by_thread(width, warps, block, held):
 
 
 @gluon.constexpr_function
-def is_spread_alike(sizes, warps):
-    """Whether every thread holds all tokens of every tile, so that the tiles can be added thread by thread."""
-    return all(width >= 32 * LANE * warps for _, width, _ in sizes)
+def is_whole(width, warps):
+    """Whether every thread of a team holds channels of all its tokens in a tile of this width."""
+    return width >= 32 * LANE * warps
+
+
+@gluon.constexpr_function
+def is_halved(width, rows, warps):
+    """Whether half of a warp holds one token, the other half another, and that is all."""
+    return rows == 2 and warps == 1 and 2 * width == 32 * LANE
+
+
+@gluon.constexpr_function
+def is_spread_alike(t):
+    """Whether the tiles of a `Tiling` can be added thread by thread."""
+    return all(is_whole(width, t.warps) or is_halved(width, t.rows, t.warps) for _, width, _ in t.pieces)
 
 
 @gluon.constexpr_function
@@ -76,3 +94,40 @@ def split_shape(rows, width, warps, block, held):
     inside, _ = thread_bits(width, warps, block, held)
     more, lanes = 1 << (len(inside) - 3), 1 << (max(log2(block), 3) - len(inside))
     return [rows, width // (32 * warps * more * 8), 32 * warps // lanes, more, lanes, 8]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """What a program does with its tokens.
+
+    pieces: its tiles, as `pieces` has them
+    rows: tokens of a team; warps: of a team; teams: of a program
+    block, regular: size of a Hadamard block, or 0, and whether its matrix is regular
+    held: most channels of a block in one thread
+    product: whether tensor cores rotate
+    """
+
+    pieces: tuple[tuple[int, int, int], ...]
+    rows: int
+    warps: int
+    teams: int
+    block: int
+    regular: bool
+    held: int
+    product: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.teams
+
+
+@gluon.constexpr_function
+def tiling(k, prefix, rows, warps, teams, block, regular, held, product):
+    """The tiling of tokens of k channels by `teams` teams of `warps` warps."""
+    return Tiling(pieces(k, prefix, rows, warps, block), rows, warps, teams, block, regular, held, product)
+
+
+@gluon.constexpr_function
+def layout(t, i):
+    """That of tile i of a `Tiling`."""
+    return layout_of(t.rows, t.pieces[i][1], t.warps, t.block, t.held, t.teams)

@@ -126,9 +126,9 @@ def floats(n):
 
 
 @gluon.jit
-def rotate(y, BLOCK: gl.constexpr, REGULAR: gl.constexpr, HELD: gl.constexpr, PRODUCT: gl.constexpr):
+def rotate(y, T: gl.constexpr):
     """y [R, WIDTH] times H (of +-1) in every block of channels."""
     WIDTH: gl.constexpr = y.shape[1]
-    ASM: gl.constexpr = rotation(WIDTH, gl.num_warps(), BLOCK, HELD, REGULAR, PRODUCT)
-    N: gl.constexpr = held_by_thread(WIDTH, gl.num_warps(), BLOCK, HELD)
+    ASM: gl.constexpr = rotation(WIDTH, T.warps, T.block, T.held, T.regular, T.product)
+    N: gl.constexpr = held_by_thread(WIDTH, T.warps, T.block, T.held)
     return gl.inline_asm_elementwise(ASM, floats(N), [y], dtype=gl.float32, is_pure=True, pack=N)

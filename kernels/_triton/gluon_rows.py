@@ -15,17 +15,30 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.language.target_info import cuda_capability_geq
 
 from .gluon_fp4 import fp4_codes
-from .gluon_layout import is_spread_alike, split_shape
 from .gluon_rotation import rotate
+from .gluon_sums import magnitudes, max_or_nan, per_token
 from .tiles import limit_of
+
+
+@gluon.jit
+def wait_for_inputs():
+    """Wait for the kernels launched before; what no kernel of ours writes may be read before that."""
+    if cuda_capability_geq(9, 0):
+        gdc_wait()
+
+
+@gluon.jit
+def start_next():
+    """Let the next kernel start. The compiler moves no load from before this to behind it."""
+    if cuda_capability_geq(9, 0):
+        gdc_launch_dependents()
 
 
 @gluon.jit
 def await_inputs():
     """As in `tiles`."""
-    if cuda_capability_geq(9, 0):
-        gdc_wait()
-        gdc_launch_dependents()
+    wait_for_inputs()
+    start_next()
 
 
 @gluon.jit
@@ -81,101 +94,6 @@ def load_rows(ptr, row, stride, FROM: gl.constexpr, END: gl.constexpr, LAYOUT: g
     else:
         tile = gl.load(at)
     return tile
-
-
-@gluon.jit
-def load_vector(ptr, FROM: gl.constexpr, END: gl.constexpr, LAYOUT: gl.constexpr):
-    """fp32 [1, WIDTH] of a vector over the channels; 0 from END on."""
-    WIDTH: gl.constexpr = LAYOUT.shape[1]
-    k = FROM + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
-    if FROM + WIDTH > END:
-        vector = gl.load(ptr + k, mask=k < END, other=0.0)
-    else:
-        vector = gl.load(ptr + k)
-    return gl.expand_dims(widen(vector), 0)
-
-
-@gluon.jit
-def load_factor(pre_scale_ptr, signs_ptr, FROM: gl.constexpr, END: gl.constexpr, LAYOUT: gl.constexpr):
-    """fp32 [1, WIDTH]: pre_scale * signs, either of which may be None."""
-    WIDTH: gl.constexpr = LAYOUT.shape[1]
-    if pre_scale_ptr is not None:
-        factor = load_vector(pre_scale_ptr, FROM, END, LAYOUT)
-    else:
-        factor = gl.expand_dims(gl.full([WIDTH], 1.0, gl.float32, gl.SliceLayout(0, LAYOUT)), 0)
-    if signs_ptr is not None:
-        k = FROM + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
-        if FROM + WIDTH > END:
-            signs = gl.load(signs_ptr + k, mask=k < END, other=0)
-        else:
-            signs = gl.load(signs_ptr + k)
-        # One word has the signs of four channels.
-        factor = gl.inline_asm_elementwise(
-            """{ .reg .b32 s0, s1, s2;
-            shl.b32 s0, $4, 24; shl.b32 s1, $4, 16; shl.b32 s2, $4, 8;
-            lop3.b32 $0, $5, s0, 0x80000000, 0x78; lop3.b32 $1, $6, s1, 0x80000000, 0x78;
-            lop3.b32 $2, $7, s2, 0x80000000, 0x78; lop3.b32 $3, $8, $4, 0x80000000, 0x78; }""",
-            "=f,=f,=f,=f,r,f,f,f,f", [gl.expand_dims(signs, 0), factor], dtype=gl.float32, is_pure=True, pack=4,
-        )  # fmt: skip
-    return factor
-
-
-@gluon.jit
-def max_or_nan(a, b):
-    """The larger one, nan if either is."""
-    return gl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@gluon.jit
-def by_thread(tile, BLOCK: gl.constexpr, HELD: gl.constexpr):
-    """[R, WIDTH] -> [R, threads, channels of a thread]; nothing moves."""
-    SHAPE: gl.constexpr = split_shape(tile.shape[0], tile.shape[1], gl.num_warps(), BLOCK, HELD)
-    parts = gl.permute(gl.reshape(tile, SHAPE), (0, 2, 4, 1, 3, 5))
-    THREADS: gl.constexpr = 32 * gl.num_warps()
-    return gl.reshape(parts, [tile.shape[0], THREADS, tile.shape[1] // THREADS])
-
-
-@gluon.jit
-def combine(a, b, MAXIMUM: gl.constexpr):
-    if MAXIMUM:
-        both = max_or_nan(a, b)
-    else:
-        both = a + b
-    return both
-
-
-@gluon.jit
-def combine_along(tile, axis: gl.constexpr, MAXIMUM: gl.constexpr):
-    if MAXIMUM:
-        both = gl.reduce(tile, axis, max_or_nan)
-    else:
-        both = gl.sum(tile, axis)
-    return both
-
-
-@gluon.jit
-def per_token(tiles, MAXIMUM: gl.constexpr, PIECES: gl.constexpr, BLOCK: gl.constexpr, HELD: gl.constexpr):
-    """fp32 [R]: sums or maxima over all tiles; at once where that can be, because warps wait for each other."""
-    if is_spread_alike(PIECES, gl.num_warps()):
-        part = combine_along(by_thread(tiles[0], BLOCK, HELD), 2, MAXIMUM)
-        for i in gl.static_range(1, len(tiles)):
-            other = combine_along(by_thread(tiles[i], BLOCK, HELD), 2, MAXIMUM)
-            part = combine(part, gl.convert_layout(other, part.type.layout, assert_trivial=True), MAXIMUM)
-        total = combine_along(part, 1, MAXIMUM)
-    else:
-        total = combine_along(tiles[0], 1, MAXIMUM)
-        for i in gl.static_range(1, len(tiles)):
-            other = gl.convert_layout(combine_along(tiles[i], 1, MAXIMUM), total.type.layout)
-            total = combine(total, other, MAXIMUM)
-    return total
-
-
-@gluon.jit
-def magnitudes(tiles):
-    found = ()
-    for i in gl.static_range(len(tiles)):
-        found = found + (gl.abs(tiles[i]),)
-    return found
 
 
 @gluon.jit
@@ -239,53 +157,49 @@ def store_rows(ptr, tile, first, M, FROM: gl.constexpr, END: gl.constexpr, K: gl
 
 
 @gluon.jit
-def store_fp4(
-    tiles, inverse, codes_ptr, first, M, PIECES: gl.constexpr, FP4: gl.constexpr, BLOCK: gl.constexpr,
-    HELD: gl.constexpr, K: gl.constexpr,
-):  # fmt: skip
+def store_fp4(tiles, inverse, codes_ptr, first, M, T: gl.constexpr, FP4: gl.constexpr, K: gl.constexpr):
     """Store the codes of t = tiles * inverse; returns the gain |t|^2 / <t, codes> of every token, fp32 [R]."""
     squares = ()
     along = ()
     for i in gl.static_range(len(tiles)):
         t = tiles[i] * spread(inverse, tiles[i])
         codes, raised = fp4_codes(t, FP4)
-        store_rows(codes_ptr, low_bytes(raised), first, M, PIECES[i][0], PIECES[i][2], K)
+        store_rows(codes_ptr, low_bytes(raised), first, M, T.pieces[i][0], T.pieces[i][2], K)
         squares = squares + (t * t,)
         along = along + (t * codes,)
-    total = per_token(along, False, PIECES, BLOCK, HELD)
-    return gl.where(total > 0, per_token(squares, False, PIECES, BLOCK, HELD) / total, 1.0)
+    total = per_token(along, False, T)
+    return gl.where(total > 0, per_token(squares, False, T) / total, 1.0)
 
 
 @gluon.jit
 def quantize_tokens(
-    tiles, codes_ptr, scale_ptr, first, M, PIECES: gl.constexpr, GAIN: gl.constexpr, INT8: gl.constexpr,
-    FP4: gl.constexpr, TINY: gl.constexpr, BLOCK: gl.constexpr, REGULAR: gl.constexpr, HELD: gl.constexpr,
-    PRODUCT: gl.constexpr, K: gl.constexpr,
+    tiles, codes_ptr, scale_ptr, first, M, T: gl.constexpr, GAIN: gl.constexpr, INT8: gl.constexpr, FP4: gl.constexpr,
+    TINY: gl.constexpr, K: gl.constexpr,
 ):  # fmt: skip
-    """Rotate (BLOCK > 0), find one scale per token, round and store all tiles times GAIN, a power of two. H's
-    1 / sqrt(BLOCK) is in the scale.
+    """Rotate (T.block > 0), find one scale per token, round and store all tiles times GAIN, a power of two. H's
+    1 / sqrt(T.block) is in the scale.
 
     FP4: None, or the group of `quant_token_fp4`.
     """
     LIMIT: gl.constexpr = limit_of(INT8, FP4)
-    UNIT: gl.constexpr = GAIN * BLOCK**-0.5 if BLOCK > 0 else GAIN
-    if BLOCK > 0:
+    UNIT: gl.constexpr = GAIN * T.block**-0.5 if T.block > 0 else GAIN
+    if T.block > 0:
         rotated = ()
         for i in gl.static_range(len(tiles)):
-            rotated = rotated + (rotate(tiles[i], BLOCK, REGULAR, HELD, PRODUCT),)
+            rotated = rotated + (rotate(tiles[i], T),)
     else:
         rotated = tiles
-    top = per_token(magnitudes(rotated), True, PIECES, BLOCK, HELD)
+    top = per_token(magnitudes(rotated), True, T)
     amax = max_or_nan(top * UNIT, gl.full(top.shape, TINY, gl.float32, top.type.layout))
     row = first + gl.arange(0, top.shape[0], layout=top.type.layout)
     limit = gl.full(amax.shape, LIMIT, gl.float32, amax.type.layout)
     scale = divided(amax, limit, gl.full(amax.shape, 1.0 / LIMIT, gl.float32, amax.type.layout))
     inverse = divided(limit, amax, reciprocal(amax)) * UNIT
     if FP4 is not None:
-        gain = store_fp4(rotated, inverse, codes_ptr, first, M, PIECES, FP4, BLOCK, HELD, K)
+        gain = store_fp4(rotated, inverse, codes_ptr, first, M, T, FP4, K)
         scale = scale * gl.convert_layout(gain, scale.type.layout)
     gl.store(scale_ptr + row, scale, mask=row < M)
     if FP4 is None:
         for i in gl.static_range(len(tiles)):
             codes = encode(rotated[i], spread(inverse, rotated[i]), INT8)
-            store_rows(codes_ptr, codes, first, M, PIECES[i][0], PIECES[i][2], K)
+            store_rows(codes_ptr, codes, first, M, T.pieces[i][0], T.pieces[i][2], K)

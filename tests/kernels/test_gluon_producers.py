@@ -37,7 +37,9 @@ from vdit_quant.kernels._triton import gluon_layout, gluon_moments, gluon_produc
 TILES = [(2, 1024, 1), (2, 128, 1), (1, 2048, 2), (2, 4096, 4), (1, 2048, 8)]
 FEW = (1152, 5120, 13824)
 MODELS = (1152, 1536, 2240, 3072, 4608, 5120, 12288, 13824, 15360)
-CONSTANTS = ("R", "HELD", "PRODUCT")
+CONSTANTS = ("R", "HELD", "PRODUCT", "TEAMS")
+VECTORS = ("shift_ptr", "mod_scale_ptr", "weight_ptr", "bias_ptr", "pre_scale_ptr", "signs_ptr")
+DTYPES = {"*bf16": torch.bfloat16, "*fp32": torch.float32, "*i8": torch.int8}
 ROTATIONS = [*((size, "sylvester") for size in (16, 32, 64, 128)), (16, "regular"), (64, "regular")]
 
 
@@ -204,15 +206,31 @@ def test_pieces_cover_every_channel_once(k: int, prefix: float, kind: str) -> No
     assert at == k
 
 
+@pytest.mark.parametrize(("rows", "width", "warps"), TILES)
+@pytest.mark.parametrize("teams", [1, 2, 4])
+def test_teams_hold_tokens_of_their_own_as_one_alone_does(rows: int, width: int, warps: int, teams: int) -> None:
+    alone = places_of(gluon_layout.layout_of(rows, width, warps, 64, 16))
+    place = places_of(gluon_layout.layout_of(rows, width, warps, 64, 16, teams)).unflatten(1, (teams, warps))
+    for team in range(teams):
+        assert torch.equal(place[:, team], alone + torch.tensor([rows * team, 0]))
+
+
+@pytest.mark.parametrize(
+    ("m", "shared", "teams"), [(8192, 256, 4), (8192, 0, 4), (512, 256, 2), (512, 258, 1), (1, 0, 1), (8192, 4, 2)]
+)
+def test_a_program_has_several_teams_where_programs_are_many_and_samples_long(m: int, shared: int, teams: int) -> None:
+    assert gluon_producers.teams_for(m, {"R": 2, "TEAMS": 4}, shared) == teams
+
+
 def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """(name, kernel, types, constants, launch options); an argument without type or constant is None."""
     rows = {"x_ptr": "*bf16", "codes_ptr": "*i8", "scale_ptr": "*fp32", "M": "i32", "x_stride": "i32"}
-    vectors = {"pre_scale_ptr": "*fp32", "signs_ptr": "*i8"}
+    vectors = {"pre_scale_ptr": "*fp32"}  # with the signs in it: `join_vectors`
     mod = {"shift_ptr": "*bf16", "mod_scale_ptr": "*bf16", "shift_stride": "i32", "mod_scale_stride": "i32"}
     gate = {"branch_ptr": "*bf16", "gate_ptr": "*bf16", "h_ptr": "*bf16", "branch_stride": "i32", "gate_stride": "i32"}
     shapes = [(k, size, kind) for k in MODELS for size, kind in ((0, ""), (64, "sylvester"), (128, "sylvester"))]
     for k, size, kind in [*shapes, (3072, 64, "regular"), (1152, 16, "regular")]:
-        transform = vectors if size else {}
+        transform = (vectors if kind != "regular" else {"signs_ptr": "*i8"}) if size else {}
         constants = {"K": k, "INT8": True, "TINY": 1e-30, "BLOCK": size, "REGULAR": kind == "regular"}
         options = gluon_producers.launch_options(k, size, "act")
         constants |= {name: options[name] for name in CONSTANTS}
@@ -229,15 +247,15 @@ def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
                 yield name, gluon_producers.norm_quant_kernel, norm, constants | more, options
             name, more = f"gate K={k} {size}{kind}", {"LAYER": True, "ONE": True}
             yield name, gluon_producers.norm_quant_kernel, norm | gate, constants | more, options
-    options = gluon_producers.launch_options(15360, 64, "act")
+    options = gluon_producers.launch_options(15360, 64, "prefixed")
     constants = {"ACT": "gelu_tanh", "K": 15360, "PREFIX": 3072, "INT8": True, "TINY": 1e-30, "BLOCK": 64}
     constants |= {"REGULAR": False, **{name: options[name] for name in CONSTANTS}}
     types = rows | vectors | {"prefix_ptr": "*bf16", "prefix_stride": "i32"}
     yield "act behind a prefix", gluon_producers.act_quant_kernel, types, constants, options
-    options = gluon_producers.launch_options(15360, 64, "act", fp4=True)
+    options = gluon_producers.launch_options(15360, 64, "prefixed", fp4=True)
     yield "act behind a prefix to FP4", gluon_producers.act_quant_kernel, types, {**constants, "FP4": 16}, options
     norm = rows | mod | {"TOKENS": "i32", "eps": "fp32"}
-    options = gluon_producers.launch_options(1152, 0, "scaled")
+    options = gluon_producers.launch_options(1152, 0, "norm")
     constants = {"K": 1152, "INT8": True, "TINY": 1e-30, "BLOCK": 0, "REGULAR": False, "LAYER": True, "ONE": True}
     constants |= {name: options[name] for name in CONSTANTS}
     scaled = norm | {"pre_scale_ptr": "*fp32"}
@@ -275,7 +293,7 @@ def fp8_cases(
         (12288, "gelu_tanh", 0),
         (15360, "gelu_tanh", 3072),
     ):
-        options = gluon_producers.launch_options(k, 0, "act")
+        options = gluon_producers.launch_options(k, 0, "prefixed" if prefix else "act")
         more = constants | {"K": k, "ACT": act, "PREFIX": prefix, **{name: options[name] for name in CONSTANTS}}
         types = rows | ({"prefix_ptr": "*bf16", "prefix_stride": "i32"} if prefix else {})
         yield f"act K={k} to fp8", gluon_producers.act_quant_kernel, types, more, options
@@ -294,31 +312,40 @@ def compile_all(capability: int) -> None:
         if capability < 90 and (constants["K"] not in FEW or not constants["INT8"]):
             continue
         signature, fixed, attributes = {}, {}, {}
+        vectors = [types[name] for name in VECTORS if name in types]
+        staged = gluon_producers.is_staged(constants["K"], *(torch.empty(0, dtype=DTYPES[name]) for name in vectors))
+        constants = constants | {"STAGED": staged}
         for i, argument in enumerate(kernel.arg_names):
             signature[argument] = types.get(argument, "constexpr")
             if argument not in types:
                 fixed[(i,)] = constants.get(argument)
             elif types[argument][0] == "*" or argument.endswith("stride"):
                 attributes[(i,)] = [["tt.divisibility", 16]]
-        launch = {name: options[name] for name in ("num_warps", "maxnreg")}
+        launch = {"num_warps": options["num_warps"] * options["TEAMS"], "maxnreg": options["maxnreg"]}
         source = GluonASTSource(kernel, signature, fixed, attributes)
         made = triton.compile(source, target=target, options=launch)
-        found = {"name": name, "shared": made.metadata.shared, **inspect_cubin(made.asm["cubin"], disassemble=True)}
+        size = sum(DTYPES[name].itemsize for name in vectors) * constants["K"] if staged else 0
+        found = {
+            "name": name,
+            "staged": size,
+            "shared": made.metadata.shared,
+            **inspect_cubin(made.asm["cubin"], disassemble=True),
+        }
         sys.stdout.write(json.dumps(found) + "\n")
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_compiles_without_spills_and_hardly_any_shared_memory(capability: int, child_environment) -> None:
+def test_compiles_without_spills_and_with_no_shared_memory_but_for_vectors(capability: int, child_environment) -> None:
     command = [sys.executable, __file__, str(capability)]
     done = subprocess.run(command, capture_output=True, text=True, env=child_environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(kernels) > (30 if capability < 90 else 80)
     for kernel in kernels:
-        assert kernel["shared"] <= 512, kernel
+        assert kernel["shared"] <= 1.34 * kernel["staged"] + 512, kernel
         # A number or two that wait for the end: a program less on a processor would cost more.
-        assert kernel.get("stack", 0) <= (16 if capability < 90 else 8), kernel
-        assert kernel.get("spills", 0) <= (4 if capability < 90 else 2), kernel
+        assert kernel.get("stack", 0) <= 24, kernel
+        assert kernel.get("spills", 0) <= (6 if "alone=False" in kernel["name"] or capability < 90 else 3), kernel
 
 
 @pytest.fixture
