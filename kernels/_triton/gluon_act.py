@@ -56,7 +56,7 @@ def act_tile(
     LAYOUT: gl.constexpr = layout(T, i)
     FROM: gl.constexpr = T.pieces[i][0]
     END: gl.constexpr = T.pieces[i][2]
-    row = tokens(first, M, LAYOUT).to(gl.int64)
+    row = tokens(first, M, i, T).to(gl.int64)
     if FROM < PREFIX:
         tile = (load_rows(prefix_ptr, row, prefix_stride, FROM, END, LAYOUT),)
     else:
@@ -84,11 +84,11 @@ def activated(stored, IS_PREFIX: gl.constexpr, ACT: gl.constexpr, TWICE: gl.cons
 def act_quant_kernel(
     x_ptr, prefix_ptr, pre_scale_ptr, signs_ptr, codes_ptr, scale_ptr, x_stride, prefix_stride, M,
     ACT: gl.constexpr, K: gl.constexpr, PREFIX: gl.constexpr, INT8: gl.constexpr, FP4: gl.constexpr, TINY: gl.constexpr,
-    BLOCK: gl.constexpr, REGULAR: gl.constexpr, R: gl.constexpr, TEAMS: gl.constexpr, HELD: gl.constexpr,
-    PRODUCT: gl.constexpr, STAGED: gl.constexpr,
+    BLOCK: gl.constexpr, REGULAR: gl.constexpr, R: gl.constexpr, FEW: gl.constexpr, TEAMS: gl.constexpr,
+    HELD: gl.constexpr, PRODUCT: gl.constexpr, STAGED: gl.constexpr,
 ):  # fmt: skip
-    """R tokens for each team."""
-    T: gl.constexpr = tiling(K, PREFIX, R, gl.num_warps() // TEAMS, TEAMS, BLOCK, REGULAR, HELD, PRODUCT)
+    """R tokens for each team, half of that if they are FEW."""
+    T: gl.constexpr = tiling(K, PREFIX, R, FEW, gl.num_warps() // TEAMS, TEAMS, BLOCK, REGULAR, HELD, PRODUCT)
     # A rotation by products rounds to bfloat16, beside which an approximate tanh is exact.
     TWICE: gl.constexpr = ACT == "gelu_tanh" and PRODUCT and BLOCK >= 32 and not REGULAR
     # parameters of a model: no kernel of ours writes them

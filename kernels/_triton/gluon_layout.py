@@ -77,15 +77,21 @@ def is_whole(width, warps):
 
 
 @gluon.constexpr_function
-def is_halved(width, rows, warps):
-    """Whether half of a warp holds one token, the other half another, and that is all."""
-    return rows == 2 and warps == 1 and 2 * width == 32 * LANE
+def is_halved(t, i):
+    """Whether half of a warp holds one token of tile i, the other half another, and that is all."""
+    return t.warps == 1 and 2 * t.pieces[i][1] == 32 * LANE and t.rows * (1 + t.few) == 2
+
+
+@gluon.constexpr_function
+def is_doubled(t, i):
+    """Whether tile i has two rows for every token, the same twice."""
+    return t.few and is_halved(t, i)
 
 
 @gluon.constexpr_function
 def is_spread_alike(t):
     """Whether the tiles of a `Tiling` can be added thread by thread."""
-    return all(is_whole(width, t.warps) or is_halved(width, t.rows, t.warps) for _, width, _ in t.pieces)
+    return all(is_whole(width, t.warps) or is_halved(t, i) for i, (_, width, _) in enumerate(t.pieces))
 
 
 @gluon.constexpr_function
@@ -101,7 +107,7 @@ class Tiling:
     """What a program does with its tokens.
 
     pieces: its tiles, as `pieces` has them
-    rows: tokens of a team; warps: of a team; teams: of a program
+    rows: tokens of a team, half as usual where they are `few`; warps: of a team; teams: of a program
     block, regular: size of a Hadamard block, or 0, and whether its matrix is regular
     held: most channels of a block in one thread
     product: whether tensor cores rotate
@@ -109,6 +115,7 @@ class Tiling:
 
     pieces: tuple[tuple[int, int, int], ...]
     rows: int
+    few: bool
     warps: int
     teams: int
     block: int
@@ -122,12 +129,18 @@ class Tiling:
 
 
 @gluon.constexpr_function
-def tiling(k, prefix, rows, warps, teams, block, regular, held, product):
-    """The tiling of tokens of k channels by `teams` teams of `warps` warps."""
-    return Tiling(pieces(k, prefix, rows, warps, block), rows, warps, teams, block, regular, held, product)
+def tiling(k, prefix, rows, few, warps, teams, block, regular, held, product):
+    """The tiling of tokens of k channels by `teams` teams of `warps` warps.
+
+    few: half of the `rows` of a team are left out, so that more warps share the work. The others' channels are where
+    they would be with all, and so are their sums the same.
+    """
+    covered = pieces(k, prefix, rows, warps, block)
+    return Tiling(covered, rows // 2 if few else rows, few, warps, teams, block, regular, held, product)
 
 
 @gluon.constexpr_function
 def layout(t, i):
     """That of tile i of a `Tiling`."""
-    return layout_of(t.rows, t.pieces[i][1], t.warps, t.block, t.held, t.teams)
+    rows = 2 if is_doubled(t, i) else t.rows
+    return layout_of(rows, t.pieces[i][1], t.warps, t.block, t.held, t.teams)

@@ -75,6 +75,10 @@ def both_sums(a, b, c, d):
     return a + c, b + d
 
 
+OTHER_TOKEN = gl.constexpr(18)
+"""Lanes that have a sum of `moments_of` for the one and for the other half of a warp differ in these bits."""
+
+
 @gluon.jit
 def first_of_threads(tile, N: gl.constexpr, T: gl.constexpr):
     """[R, WIDTH] -> [R, threads]: the sums over the first of every N channels that a thread holds."""
@@ -83,7 +87,7 @@ def first_of_threads(tile, N: gl.constexpr, T: gl.constexpr):
         groups = gl.reshape(held, [held.shape[0], held.shape[1], held.shape[2] // N, N])
         part = gl.sum(gl.reduce(groups, 3, first), 2)
     else:
-        part = by_lane(gl.reduce(gl.reshape(tile, [tile.shape[0], 16, N]), 2, first), False)
+        part = by_lane(gl.reduce(gl.reshape(tile, [tile.shape[0], 16, N]), 2, first), OTHER_TOKEN, T)
     return part
 
 

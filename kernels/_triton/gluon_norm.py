@@ -45,7 +45,7 @@ def gated_tile(
     LAYOUT: gl.constexpr = layout(T, i)
     FROM: gl.constexpr = T.pieces[i][0]
     END: gl.constexpr = T.pieces[i][2]
-    row = tokens(first, M, LAYOUT)
+    row = tokens(first, M, i, T)
     h = load_rows(x_ptr, row.to(gl.int64), x_stride, FROM, END, LAYOUT)
     if branch_ptr is not None:
         tile = widen(h)
@@ -56,7 +56,7 @@ def gated_tile(
         else:
             tile = tile + branch
         h = narrow(tile, h_ptr.dtype.element_ty)
-        store_rows(h_ptr, h, first, M, FROM, END, K)
+        store_rows(h_ptr, h, first, M, i, T, K)
     return h
 
 
@@ -136,12 +136,12 @@ def norm_quant_kernel(
     x_ptr, branch_ptr, gate_ptr, h_ptr, shift_ptr, mod_scale_ptr, weight_ptr, bias_ptr, pre_scale_ptr, signs_ptr,
     codes_ptr, scale_ptr, x_stride, branch_stride, gate_stride, shift_stride, mod_scale_stride, M, TOKENS, eps,
     LAYER: gl.constexpr, K: gl.constexpr, ONE: gl.constexpr, INT8: gl.constexpr, FP4: gl.constexpr, TINY: gl.constexpr,
-    BLOCK: gl.constexpr, REGULAR: gl.constexpr, R: gl.constexpr, TEAMS: gl.constexpr, HELD: gl.constexpr,
-    PRODUCT: gl.constexpr, STAGED: gl.constexpr,
+    BLOCK: gl.constexpr, REGULAR: gl.constexpr, R: gl.constexpr, FEW: gl.constexpr, TEAMS: gl.constexpr,
+    HELD: gl.constexpr, PRODUCT: gl.constexpr, STAGED: gl.constexpr,
 ):  # fmt: skip
-    """R tokens for each team, of which TOKENS share a row of gate, shift and scale. ONE: so do all of the
-    program, and its second number is that of the row."""
-    T: gl.constexpr = tiling(K, 0, R, gl.num_warps() // TEAMS, TEAMS, BLOCK, REGULAR, HELD, PRODUCT)
+    """R tokens for each team, half of that if they are FEW, of which TOKENS share a row of gate, shift and scale.
+    ONE: so do all of the program, and its second number is that of the row."""
+    T: gl.constexpr = tiling(K, 0, R, FEW, gl.num_warps() // TEAMS, TEAMS, BLOCK, REGULAR, HELD, PRODUCT)
     CHANGED: gl.constexpr = (
         pre_scale_ptr is not None or signs_ptr is not None or weight_ptr is not None or shift_ptr is not None
     )
@@ -176,7 +176,7 @@ def norm_quant_kernel(
             tile = changed_tile(
                 tile, (pre_scale_ptr, signs_ptr, weight_ptr, bias_ptr),
                 (pre_scales, all_signs, weights, biases, shifts, scales), shift_ptr, mod_scale_ptr, shift_stride,
-                mod_scale_stride, sample, tokens(first, M, layout(T, i)), TOKENS, i, T, ONE,
+                mod_scale_stride, sample, tokens(first, M, i, T), TOKENS, i, T, ONE,
             )  # fmt: skip
         changed = changed + (tile,)
     if branch_ptr is not None or not ONE:  # where registers are scarce

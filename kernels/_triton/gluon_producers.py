@@ -36,6 +36,10 @@ MIN_PROGRAMS = 96
 """Programs that are not joined to have more teams: a large GPU has 132 multiprocessors."""
 
 
+SCHEDULERS = 528
+"""Those of a large GPU: with fewer warps, some would have nothing to do."""
+
+
 @cache
 def launch_options(
     k: int, block_size: int, kind: str, dtype: torch.dtype = torch.bfloat16, fp4: bool = False
@@ -53,13 +57,17 @@ def launch_options(
     return {"R": rows, "num_warps": warps, "maxnreg": registers, **rotation, "TEAMS": teams}
 
 
-def teams_for(m: int, options: dict[str, Any], shared: int = 0) -> int:
-    """Teams of a program; no result depends on it. shared: tokens of a sample, of which a program has no other; 0 is
-    any number."""
-    teams, tokens = options["TEAMS"], options["R"] * options["TEAMS"]
+def share(m: int, options: dict[str, Any], shared: int = 0) -> tuple[bool, int]:
+    """Whether m tokens are few, and the teams of a program; no result depends on either.
+
+    shared: tokens of a sample, of which a program has no other; 0 is any number
+    """
+    rows, teams = options["R"], options["TEAMS"]
+    few = rows == 2 and m * options["num_warps"] <= SCHEDULERS
+    tokens = (rows // 2 if few else rows) * teams
     while teams > 1 and (m < tokens * MIN_PROGRAMS or shared % tokens):
         teams, tokens = teams // 2, tokens // 2
-    return teams
+    return few, teams
 
 
 @cache
@@ -99,15 +107,13 @@ def _launch(
     numbers: tuple[Any, ...],
     constants: tuple[Any, ...],
     options: dict[str, Any],
-    teams: int,
-    staged: bool,
 ) -> None:
     """Launch on tensors that `_rows` has seen; compiled once for every set of dtypes and constants.
 
     Triton would examine every argument again at every call, which takes longer than many of these kernels.
     """
-    limits = {"num_warps": options["num_warps"] * teams, "maxnreg": options["maxnreg"]}
-    constants = (*constants, options["R"], teams, options["HELD"], options["PRODUCT"], staged)
+    limits = {"num_warps": options["num_warps"] * options["TEAMS"], "maxnreg": options["maxnreg"]}
+    constants = (*constants, *(options[name] for name in ("R", "FEW", "TEAMS", "HELD", "PRODUCT", "STAGED")))
     types = [None if t is None else t.dtype for t in tensors]
     key = (kernel, torch.cuda.current_device(), *limits.values(), constants, *types)
     compiled = _compiled.get(key)
@@ -130,9 +136,10 @@ def run_act(x: Tensor, act: str, transform: Transform, prefix: Tensor | None, k:
         tensors = (x, prefix, *vectors, codes, scale)
         numbers = (_stride(x), _stride(prefix), m)
         constants = (act, k, p, *_constants(transform))
-        teams = teams_for(m, options)
-        programs = (-(-m // (options["R"] * teams)), 1, 1)
-        _launch(act_quant_kernel, programs, tensors, numbers, constants, options, teams, is_staged(k, *vectors))
+        few, teams = share(m, options)
+        options = options | {"FEW": few, "TEAMS": teams, "STAGED": is_staged(k, *vectors)}
+        programs = (-(-m // tokens_of(options)), 1, 1)
+        _launch(act_quant_kernel, programs, tensors, numbers, constants, options)
     return codes, scale
 
 
@@ -154,11 +161,17 @@ def run_norm(stream: list[Tensor], norm: Norm, transform: Transform) -> tuple[Te
         numbers = (*map(_stride, (x, branch, gate, shift, mod_scale)), m, shared or m, norm.eps)
         alone = shared % options["R"] == 0 and samples < 1 << 16  # a grid is no higher
         constants = (norm.kind == "layer", k, alone, *_constants(transform))
-        teams = teams_for(m, options, shared if alone else 0)
-        tokens = options["R"] * teams
+        few, teams = share(m, options, shared if alone else 0)
+        options = options | {"FEW": few, "TEAMS": teams, "STAGED": is_staged(k, *vectors)}
+        tokens = tokens_of(options)
         programs = (-(-(shared or m) // tokens), samples, 1) if alone else (-(-m // tokens), 1, 1)
-        _launch(norm_quant_kernel, programs, tensors, numbers, constants, options, teams, is_staged(k, *vectors))
+        _launch(norm_quant_kernel, programs, tensors, numbers, constants, options)
     return (codes, scale) if h is None else (h, codes, scale)
+
+
+def tokens_of(options: dict[str, Any]) -> int:
+    """Tokens of a program."""
+    return int(options["R"] // (1 + options["FEW"]) * options["TEAMS"])
 
 
 def is_staged(k: int, *vectors: Tensor | None) -> bool:

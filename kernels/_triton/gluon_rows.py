@@ -15,6 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.language.target_info import cuda_capability_geq
 
 from .gluon_fp4 import fp4_codes
+from .gluon_layout import is_doubled, layout
 from .gluon_rotation import rotate
 from .gluon_sums import magnitudes, max_or_nan, per_token
 from .tiles import limit_of
@@ -98,8 +99,15 @@ def load_rows(ptr, row, stride, FROM: gl.constexpr, END: gl.constexpr, LAYOUT: g
 
 @gluon.jit
 def spread(values, tile):
-    """[R] -> [R, 1] in the layout of a tile."""
-    return gl.expand_dims(gl.convert_layout(values, gl.SliceLayout(1, tile.type.layout)), 1)
+    """[R] -> [R, 1] in the layout of a tile; [2 R, WIDTH] where that has every token twice."""
+    if tile.shape[0] == values.shape[0]:
+        found = gl.expand_dims(gl.convert_layout(values, gl.SliceLayout(1, tile.type.layout)), 1)
+    else:
+        twice = gl.reshape(tile, [values.shape[0], 2, tile.shape[1]])
+        one = gl.convert_layout(values, gl.SliceLayout(1, gl.SliceLayout(2, twice.type.layout)))
+        found, twice = gl.broadcast(gl.expand_dims(gl.expand_dims(one, 1), 2), twice)
+        found = gl.convert_layout(gl.reshape(found, tile.shape), tile.type.layout, assert_trivial=True)
+    return found
 
 
 @gluon.jit
@@ -139,17 +147,28 @@ def encode(z, inverse, INT8: gl.constexpr):
 
 
 @gluon.jit
-def tokens(first, M, LAYOUT: gl.constexpr):
-    """int32 [R]: the tokens from `first` on. Beyond the edge the last one repeats: nothing of it is stored."""
-    return gl.minimum(first + gl.arange(0, LAYOUT.shape[0], layout=gl.SliceLayout(1, LAYOUT)), M - 1)
+def numbers(i: gl.constexpr, T: gl.constexpr):
+    """int32: which of the program's tokens the rows of tile i are."""
+    LAYOUT: gl.constexpr = layout(T, i)
+    row = gl.arange(0, LAYOUT.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+    if is_doubled(T, i):
+        row = row // 2
+    return row
 
 
 @gluon.jit
-def store_rows(ptr, tile, first, M, FROM: gl.constexpr, END: gl.constexpr, K: gl.constexpr):
-    """Store a tile into dense rows of K channels."""
-    LAYOUT: gl.constexpr = tile.type.layout
-    row = first + gl.arange(0, tile.shape[0], layout=gl.SliceLayout(1, LAYOUT))
-    k = gl.expand_dims(FROM + gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, LAYOUT)), 0)
+def tokens(first, M, i: gl.constexpr, T: gl.constexpr):
+    """int32: the tokens of tile i from `first` on. Beyond the edge the last one repeats: nothing of it is stored."""
+    return gl.minimum(first + numbers(i, T), M - 1)
+
+
+@gluon.jit
+def store_rows(ptr, tile, first, M, i: gl.constexpr, T: gl.constexpr, K: gl.constexpr):
+    """Store tile i into dense rows of K channels."""
+    FROM: gl.constexpr = T.pieces[i][0]
+    END: gl.constexpr = T.pieces[i][2]
+    row = first + numbers(i, T)
+    k = gl.expand_dims(FROM + gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, tile.type.layout)), 0)
     mask = gl.expand_dims(row < M, 1)
     if FROM + tile.shape[1] > END:
         mask = mask & (k < END)
@@ -164,7 +183,7 @@ def store_fp4(tiles, inverse, codes_ptr, first, M, T: gl.constexpr, FP4: gl.cons
     for i in gl.static_range(len(tiles)):
         t = tiles[i] * spread(inverse, tiles[i])
         codes, raised = fp4_codes(t, FP4)
-        store_rows(codes_ptr, low_bytes(raised), first, M, T.pieces[i][0], T.pieces[i][2], K)
+        store_rows(codes_ptr, low_bytes(raised), first, M, i, T, K)
         squares = squares + (t * t,)
         along = along + (t * codes,)
     total = per_token(along, False, T)
@@ -202,4 +221,4 @@ def quantize_tokens(
     if FP4 is None:
         for i in gl.static_range(len(tiles)):
             codes = encode(rotated[i], spread(inverse, rotated[i]), INT8)
-            store_rows(codes_ptr, codes, first, M, T.pieces[i][0], T.pieces[i][2], K)
+            store_rows(codes_ptr, codes, first, M, i, T, K)

@@ -46,24 +46,33 @@ def combine_along(tile, axis: gl.constexpr, MAXIMUM: gl.constexpr):
 
 
 @gluon.constexpr_function
-def halves(maximum):
-    """PTX: a number of the lane's own token -> those for both tokens, 0 where the lane has none. For sums, both tokens'
-    numbers come to the same lanes: what a sum is must not depend on which of the two a token is."""
-    lane = "{ .reg .b32 lane, moved; .reg .pred second; mov.u32 lane, %laneid; setp.gt.u32 second, lane, 15; "
-    if maximum:
-        return lane + "selp.b32 $0, 0, $2, second; selp.b32 $1, $2, 0, second; }"
-    move = "shfl.sync.bfly.b32 moved, $2, 16, 0x1f, 0xffffffff; "
-    return lane + move + "selp.b32 $0, 0, $2, second; selp.b32 $1, 0, moved, second; }"
+def halves(step):
+    """PTX: a number of the lane's own token -> those for both tokens, 0 where the lane has none.
+
+    The second token's come from the lanes that differ in the bits of `step`, so that a sum does not depend on which of
+    the two a token is; for a step of 0 they stay.
+    """
+    lines = [
+        ".reg .b32 lane, moved; .reg .pred second; mov.u32 lane, %laneid; setp.gt.u32 second, lane, 15;",
+        f"shfl.sync.bfly.b32 moved, $2, {step}, 0x1f, 0xffffffff;" if step else "",
+        "selp.b32 $0, 0, $2, second;",
+        "selp.b32 $1, 0, moved, second;" if step else "selp.b32 $1, $2, 0, second;",
+    ]
+    return " ".join(["{", *lines, "}"])
 
 
 @gluon.jit
-def by_lane(part, MAXIMUM: gl.constexpr):
-    """[R, 16 lanes] of a halved tile -> [R, 32 lanes]."""
-    ASM: gl.constexpr = halves(MAXIMUM)
-    one, other = gl.inline_asm_elementwise(ASM, "=f,=f,f", [part], dtype=(gl.float32, gl.float32), is_pure=True, pack=1)
-    TEAMS: gl.constexpr = part.shape[0] // 2
-    both = gl.join(gl.reshape(one, [TEAMS, 32]), gl.reshape(other, [TEAMS, 32]))
-    return gl.reshape(gl.permute(both, (0, 2, 1)), [part.shape[0], 32])
+def by_lane(part, STEP: gl.constexpr, T: gl.constexpr):
+    """[R, 16 lanes] of a halved tile -> [R, 32 lanes]; see `halves`."""
+    ASM: gl.constexpr = halves(STEP)
+    one, other = gl.inline_asm_elementwise(
+        ASM, "=f,=f,f", [part], dtype=(gl.float32, gl.float32), is_pure=True, pack=1
+    )  # fmt: skip
+    lanes = gl.reshape(one, [T.teams, 32])
+    if not T.few:  # else both are of the same token
+        both = gl.join(lanes, gl.reshape(other, [T.teams, 32]))
+        lanes = gl.reshape(gl.permute(both, (0, 2, 1)), [2 * T.teams, 32])
+    return lanes
 
 
 @gluon.jit
@@ -72,7 +81,7 @@ def of_threads(tile, MAXIMUM: gl.constexpr, T: gl.constexpr):
     if is_whole(tile.shape[1], T.warps):
         part = combine_along(by_thread(tile, T), 2, MAXIMUM)
     else:
-        part = by_lane(combine_along(gl.reshape(tile, [tile.shape[0], 16, 8]), 2, MAXIMUM), MAXIMUM)
+        part = by_lane(combine_along(gl.reshape(tile, [tile.shape[0], 16, 8]), 2, MAXIMUM), 0 if MAXIMUM else 16, T)
     return part
 
 

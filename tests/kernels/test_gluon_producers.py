@@ -216,10 +216,21 @@ def test_teams_hold_tokens_of_their_own_as_one_alone_does(rows: int, width: int,
 
 
 @pytest.mark.parametrize(
-    ("m", "shared", "teams"), [(8192, 256, 4), (8192, 0, 4), (512, 256, 2), (512, 258, 1), (1, 0, 1), (8192, 4, 2)]
+    ("m", "shared", "few", "teams"),
+    [
+        (8192, 256, False, 4),
+        (8192, 0, False, 4),
+        (8192, 4, False, 2),
+        (1024, 258, False, 1),
+        (512, 256, True, 4),
+        (512, 258, True, 2),
+        (1, 0, True, 1),
+    ],
 )
-def test_a_program_has_several_teams_where_programs_are_many_and_samples_long(m: int, shared: int, teams: int) -> None:
-    assert gluon_producers.teams_for(m, {"R": 2, "TEAMS": 4}, shared) == teams
+def test_a_program_has_several_teams_where_programs_are_many_and_samples_long(
+    m: int, shared: int, few: bool, teams: int
+) -> None:
+    assert gluon_producers.share(m, {"R": 2, "num_warps": 1, "TEAMS": 4}, shared) == (few, teams)
 
 
 def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
@@ -244,6 +255,9 @@ def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
             norm = rows | transform | mod | {"TOKENS": "i32", "eps": "fp32"}
             for alone in (True, False) if k in FEW else (True,):
                 name, more = f"norm K={k} {size}{kind} alone={alone}", {"LAYER": True, "ONE": alone}
+                yield name, gluon_producers.norm_quant_kernel, norm, constants | more, options
+            name, more = f"few norm K={k} {size}{kind}", {"LAYER": True, "ONE": True, "FEW": True}
+            if k <= 3072 and kind != "regular":
                 yield name, gluon_producers.norm_quant_kernel, norm, constants | more, options
             name, more = f"gate K={k} {size}{kind}", {"LAYER": True, "ONE": True}
             yield name, gluon_producers.norm_quant_kernel, norm | gate, constants | more, options
@@ -314,7 +328,7 @@ def compile_all(capability: int) -> None:
         signature, fixed, attributes = {}, {}, {}
         vectors = [types[name] for name in VECTORS if name in types]
         staged = gluon_producers.is_staged(constants["K"], *(torch.empty(0, dtype=DTYPES[name]) for name in vectors))
-        constants = constants | {"STAGED": staged}
+        constants = {"FEW": False} | constants | {"STAGED": staged}
         for i, argument in enumerate(kernel.arg_names):
             signature[argument] = types.get(argument, "constexpr")
             if argument not in types:
