@@ -37,6 +37,7 @@ from random_models import Shape, build, compressed, inputs
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vdit_quant.runtime.fusion import fuse
 from vdit_quant.runtime.graphs import replay_graphs
@@ -360,8 +361,20 @@ def attention(backends: Any) -> AbstractContextManager[None]:
 
 def bytes_of(module: nn.Module) -> int:
     """Bytes of parameters and buffers, each storage once."""
-    tensors = [*module.parameters(), *module.buffers()]
+    tensors = [part for whole in (*module.parameters(), *module.buffers()) for part in parts_of(whole)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def parts_of(tensor: Any) -> Iterator[Tensor]:
+    """The plain tensors of one that wraps others, as torchao's weights do, or has more beside it, as bitsandbytes' do."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from parts_of(getattr(tensor, name))
+        return
+    yield tensor
+    state = getattr(tensor, "quant_state", None)
+    if state is not None:
+        yield from (t for t in state.as_dict().values() if isinstance(t, Tensor) and t.device == tensor.device)
 
 
 def time_calls(call: Callable[[], Tensor], count: int) -> list[float]:
