@@ -366,7 +366,7 @@ def bytes_of(module: nn.Module) -> int:
 
 
 def parts_of(tensor: Any) -> Iterator[Tensor]:
-    """The plain tensors of one that wraps others, as torchao's weights do, or has more beside it, as bitsandbytes' do."""
+    """The plain tensors of one that wraps others, as torchao does, or has more beside it, as bitsandbytes does."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             yield from parts_of(getattr(tensor, name))

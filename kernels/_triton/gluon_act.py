@@ -8,7 +8,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .gluon_layout import layout, tiling
+from .gluon_layout import layout, pieces, tiling
 from .gluon_rows import load_rows, program_again, quantize_tokens, start_next, tokens, wait_for_inputs, widen
 from .gluon_vectors import await_copies, end_of_copies, factor_of, stage, vector_of
 
@@ -88,7 +88,9 @@ def act_quant_kernel(
     HELD: gl.constexpr, PRODUCT: gl.constexpr, STAGED: gl.constexpr,
 ):  # fmt: skip
     """R tokens for each team, half of that if they are FEW."""
-    T: gl.constexpr = tiling(K, PREFIX, R, FEW, gl.num_warps() // TEAMS, TEAMS, BLOCK, REGULAR, HELD, PRODUCT)
+    WARPS: gl.constexpr = gl.num_warps() // TEAMS
+    PIECES: gl.constexpr = pieces(K, PREFIX, R, WARPS, BLOCK)
+    T: gl.constexpr = tiling(PIECES, (R, WARPS, FEW, TEAMS), (BLOCK, REGULAR, HELD, PRODUCT))
     # A rotation by products rounds to bfloat16, beside which an approximate tanh is exact.
     TWICE: gl.constexpr = ACT == "gelu_tanh" and PRODUCT and BLOCK >= 32 and not REGULAR
     # parameters of a model: no kernel of ours writes them

@@ -129,13 +129,16 @@ class Tiling:
 
 
 @gluon.constexpr_function
-def tiling(k, prefix, rows, few, warps, teams, block, regular, held, product):
-    """The tiling of tokens of k channels by `teams` teams of `warps` warps.
+def tiling(covered, team, rotation):
+    """The `Tiling` of tokens that tiles (`pieces`) cover.
 
-    few: half of the `rows` of a team are left out, so that more warps share the work. The others' channels are where
-    they would be with all, and so are their sums the same.
+    team: tokens and warps of one, whether half of the tokens are left out, and teams of a program. What is left out
+    when tokens are few makes more warps share the work; the others' channels are where they would be with all, and so
+    are their sums the same.
+    rotation: block, regular, held and product
     """
-    covered = pieces(k, prefix, rows, warps, block)
+    rows, warps, few, teams = team
+    block, regular, held, product = rotation
     return Tiling(covered, rows // 2 if few else rows, few, warps, teams, block, regular, held, product)
 
 

@@ -8,7 +8,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .gluon_layout import layout, tiling
+from .gluon_layout import layout, pieces, tiling
 from .gluon_moments import token_moments
 from .gluon_rows import (
     load_rows,
@@ -141,7 +141,9 @@ def norm_quant_kernel(
 ):  # fmt: skip
     """R tokens for each team, half of that if they are FEW, of which TOKENS share a row of gate, shift and scale.
     ONE: so do all of the program, and its second number is that of the row."""
-    T: gl.constexpr = tiling(K, 0, R, FEW, gl.num_warps() // TEAMS, TEAMS, BLOCK, REGULAR, HELD, PRODUCT)
+    WARPS: gl.constexpr = gl.num_warps() // TEAMS
+    PIECES: gl.constexpr = pieces(K, 0, R, WARPS, BLOCK)
+    T: gl.constexpr = tiling(PIECES, (R, WARPS, FEW, TEAMS), (BLOCK, REGULAR, HELD, PRODUCT))
     CHANGED: gl.constexpr = (
         pre_scale_ptr is not None or signs_ptr is not None or weight_ptr is not None or shift_ptr is not None
     )

@@ -18,6 +18,7 @@ from ..norm_quant import Norm
 from ..quant_token import FLOATS
 from .act_quant import activate
 from .int8_linear import dot_dtype
+from .row_moments import load_block, moments_of
 from .rows import AMD, row_stride
 from .tiles import INTERPRETED, ROUND_EACH_STEP, await_inputs, overlap, rows_contiguous
 
@@ -25,6 +26,8 @@ MAX_RANKS = 128
 """Ranks of a program: with more, others read the same rows again."""
 MAX_PARTS = 8
 """Programs that share a tile's sum over K at most: tiles alone are too few to hide what each waits for."""
+NORM_COLUMNS, ACT_COLUMNS = 384, 1152
+"""Columns of one of them; behind a norm, K is smaller."""
 
 
 @triton.jit
@@ -44,16 +47,6 @@ def activate_fast(x, ACT: tl.constexpr):
     else:
         x = activate(x, ACT)
     return x
-
-
-@triton.jit
-def load_block(ptr, at, k, K, EVEN_K: tl.constexpr):
-    """fp32 columns k [1, BK] of the rows that start at `at`; 0 beyond K."""
-    if EVEN_K:
-        x = tl.load(ptr + at + k)
-    else:
-        x = tl.load(ptr + at + k, mask=k < K, other=0.0)
-    return x.to(tl.float32)
 
 
 @triton.jit
@@ -102,30 +95,21 @@ def store_low(low_ptr, acc, M, RANK):
 
 @triton.jit(do_not_specialize=["M", "TOKENS"])
 def norm_down_kernel(
-    x_ptr, shift_ptr, mod_scale_ptr, weight_ptr, bias_ptr, pre_scale_ptr, down_ptr, low_ptr, x_stride, shift_stride,
-    mod_scale_stride, M, K, CHUNK, RANK, TOKENS, eps,
+    x_ptr, moments_ptr, shift_ptr, mod_scale_ptr, weight_ptr, bias_ptr, pre_scale_ptr, down_ptr, low_ptr, x_stride,
+    shift_stride, mod_scale_stride, M, K, CHUNK, RANK, TOKENS,
     LAYER: tl.constexpr, HAS_MOD: tl.constexpr, AFFINE: tl.constexpr, HAS_PRE_SCALE: tl.constexpr,
     ONE_SAMPLE: tl.constexpr, EVEN_K: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
     """BM rows, BR ranks, CHUNK columns, a multiple of BK; ONE_SAMPLE: no tile crosses from one sample of TOKENS rows
-    into the next. Rows are read for their moments, and then the columns for the product."""
+    into the next. moments: of `moments_of`."""
     await_inputs()
     row = tl.minimum(tl.program_id(0) * BM + tl.arange(0, BM), M - 1)
     at = row.to(tl.int64)[:, None] * x_stride
     column = tl.arange(0, BK)
-    sums = tl.zeros((BM, BK), tl.float32)
-    squares = tl.zeros((BM, BK), tl.float32)
-    for start in tl.range(0, K, BK, num_stages=3):
-        x = load_block(x_ptr, at, (start + column)[None, :], K, EVEN_K)
-        sums += x
-        squares = tl.fma(x, x, squares)
-    mean = tl.sum(sums, axis=1) / K
-    variance = tl.sum(squares, axis=1) / K
+    factor = tl.load(moments_ptr + row)[:, None]
     if LAYER:
-        variance = tl.maximum(variance - mean * mean, 0.0)
-    factor = tl.rsqrt(variance + eps)
-    lead = -mean * factor
+        lead = tl.load(moments_ptr + M.to(tl.int64) + row)[:, None]
     if ONE_SAMPLE:
         sample = tl.full((1, 1), tl.program_id(0) * BM // TOKENS, tl.int64)
     else:
@@ -136,9 +120,9 @@ def norm_down_kernel(
         k = (start + column)[None, :]
         x = load_block(x_ptr, at, k, K, EVEN_K)
         if LAYER:
-            y = tl.fma(x, tl.broadcast_to(factor[:, None], (BM, BK)), tl.broadcast_to(lead[:, None], (BM, BK)))
+            y = tl.fma(x, tl.broadcast_to(factor, (BM, BK)), tl.broadcast_to(lead, (BM, BK)))
         else:
-            y = x * factor[:, None]
+            y = x * factor
         slope, offset = slope_and_offset(
             shift_ptr, mod_scale_ptr, weight_ptr, bias_ptr, pre_scale_ptr, sample * shift_stride,
             sample * mod_scale_stride, k, K, HAS_MOD, AFFINE, HAS_PRE_SCALE, EVEN_K,
@@ -217,11 +201,11 @@ def launch_options(rank: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BM": 64, "BR": ranks, "BK": 64, "num_warps": 4, "num_stages": stages}
 
 
-def split(k: int, block: int) -> tuple[int, int]:
-    """Parts of a sum over K and the columns of one, a multiple of the block. K alone tells: not how many rows there are
-    decides the order of a row's sum."""
+def split(k: int, block: int, columns: int) -> tuple[int, int]:
+    """Parts of a sum over K, of about so many columns, and the columns of one, a multiple of the block. K alone tells:
+    not how many rows there are decides the order of a row's sum."""
     blocks = triton.cdiv(k, block)
-    chunk = triton.cdiv(blocks, min(MAX_PARTS, max(1, k // 1152)))
+    chunk = triton.cdiv(blocks, min(MAX_PARTS, max(1, k // columns)))
     return triton.cdiv(blocks, chunk), chunk * block
 
 
@@ -254,10 +238,11 @@ def run_norm(x: Tensor, norm: Norm, pre_scale: Tensor | None, down: Tensor) -> T
     shift, mod_scale = [rows_of(t) for t in norm.mod] or [x, x]
     weight, bias = [*(rows_contiguous(t) for t in norm.affine), x, x][:2]
     tokens = m // shift.shape[0] if norm.mod else m
-    parts, chunk = split(k, options["BK"])
+    parts, chunk = split(k, options["BK"], NORM_COLUMNS)
     target = parts_of(low, parts)
     norm_down_kernel[triton.cdiv(m, options["BM"]), triton.cdiv(rank, options["BR"]), parts](
         x,
+        moments_of(x, norm),
         shift,
         mod_scale,
         weight,
@@ -271,7 +256,6 @@ def run_norm(x: Tensor, norm: Norm, pre_scale: Tensor | None, down: Tensor) -> T
         chunk,
         rank,
         tokens,
-        norm.eps,
         LAYER=norm.kind == "layer",
         HAS_MOD=bool(norm.mod),
         AFFINE=len(norm.affine),
@@ -293,7 +277,7 @@ def run_act(x: Tensor, act: str, pre_scale: Tensor | None, down: Tensor, prefix:
     if len(x) == 0:
         return low
     options, x = launch_options(rank, x.dtype), rows_of(x)
-    parts, chunk = split(k, options["BK"])
+    parts, chunk = split(k, options["BK"], ACT_COLUMNS)
     target = parts_of(low, parts)
     first = x if prefix is None else rows_of(prefix)
     width = 0 if prefix is None else prefix.shape[1]

@@ -34,14 +34,15 @@ def test_act_matches_float64(act: str, make_layer, relative_rms) -> None:
     torch.testing.assert_close(act_down(x, act, scale, down, prefix), act_down(x, act, None, down * scale, prefix))
 
 
+@pytest.mark.parametrize("columns", [384, 1152])
 @pytest.mark.parametrize("block", [32, 64])
 @pytest.mark.parametrize("k", [16, 72, 1152, 2303, 2304, 3072, 4608, 12288, 15360, 20000])
-def test_parts_cover_every_column_once(k: int, block: int) -> None:
+def test_parts_cover_every_column_once(k: int, block: int, columns: int) -> None:
     split = pytest.importorskip("vdit_quant.kernels._triton.low_rank_down", reason="no Triton").split
-    parts, chunk = split(k, block)
+    parts, chunk = split(k, block, columns)
     assert chunk % block == 0
     assert (parts - 1) * chunk < k <= parts * chunk
-    assert parts <= max(1, min(8, k // 1152))
+    assert parts <= max(1, min(8, k // columns))
 
 
 def test_empty_batch(make_layer) -> None:

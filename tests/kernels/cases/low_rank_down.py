@@ -1,5 +1,6 @@
 """`norm_down` and `act_down`."""
 
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,7 +50,7 @@ def compile_cases() -> Iterator[Compile]:
     names = ("x", "shift", "mod_scale", "weight", "bias", "prefix")
     for rank, dtype in ((32, torch.bfloat16), (128, torch.bfloat16), (96, torch.float16), (32, torch.float32)):
         types = dict.fromkeys((f"{name}_ptr" for name in (*names, "low")), POINTERS[dtype])
-        types |= {"pre_scale_ptr": "*fp32", "down_ptr": "*bf16", "eps": "fp32"}
+        types |= {"moments_ptr": "*fp32", "pre_scale_ptr": "*fp32", "down_ptr": "*bf16"}
         types |= dict.fromkeys(
             (*(f"{name}_stride" for name in names), "M", "K", "CHUNK", "RANK", "TOKENS", "PREFIX"), "i32"
         )
@@ -67,6 +68,11 @@ def compile_cases() -> Iterator[Compile]:
                 name, where = f"{act} R={rank} {dtype} fast={fast}", tuple(a for a in some if a in NVIDIA or not fast)
                 given = {**constants, **extra, "FAST": fast}
                 yield Compile(name, file.act_down_kernel, types, given, where, units if where else {})
+    types = {"x_ptr": "*bf16", "moments_ptr": "*fp32", "x_stride": "i32", "M": "i32", "K": "i32", "eps": "fp32"}
+    moments = importlib.import_module("vdit_quant.kernels._triton.row_moments")
+    for k in (1152, 3072):
+        given = {"LAYER": True, "EVEN_K": k % 2048 == 0, **moments.moments_options(k), **file.ROUND_EACH_STEP}
+        yield Compile(f"moments K={k}", moments.moments_kernel, types, given, EVERYWHERE)
     types = {"parts_ptr": "*fp32", "low_ptr": "*bf16", "SIZE": "i32"}
     yield Compile("sum of parts", file.add_parts_kernel, types, {"PARTS": 4, "BLOCK": 1024, "num_warps": 4}, EVERYWHERE)
 
@@ -101,7 +107,7 @@ def interpreter_act_equals_reference(act: str, make_layer) -> None:
 
 def interpreter_parts_of_a_sum_are_added(make_layer) -> None:
     k, file = 2440, twin("act_down")
-    assert file.split(k, 32)[0] == 2
+    assert file.split(k, 32, file.ACT_COLUMNS)[0] == 2
     x, down, b = make_layer(3, k, 1).x, make_layer(20, k, 2).x, make_layer(1, 2 * k, 3).x
     mod = list(b.chunk(2, dim=1))
     got = run_twin("norm_down", x, Norm(mod, [], "layer", 1e-6), None, down)
