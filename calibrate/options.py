@@ -112,7 +112,7 @@ class Options:
     def workload(self) -> Workload:
         seed = CALIBRATION_SEEDS + self.seed
         run = (self.samples, self.steps, seed, self.guidance, self.batch_size, self.conditions, self.dtype)
-        return Workload(*run, parse_size(self.size), self.prompts)
+        return Workload(*run, parse_size(self.size), self.prompts, learn=True)
 
 
 def check_workload(source: Source, workload: Workload) -> None:

@@ -10,17 +10,21 @@ from ..quantize.errors import InputError
 from .conditions import condition_order
 
 
-def pick_prompts(path: str | None, count: int, seed: int) -> list[str]:
+def pick_prompts(path: str | None, count: int, seed: int, learn: bool = False) -> list[str]:
     """`count` prompts of a file with one on each line, or of those that ship, in an order drawn from `seed`; each is
-    used once before any is used again.
+    used once before any is used again. learn: for samples that a method learns from; of those that ship, a comparison
+    has others.
 
     Raises InputError as `read_prompts` does.
     """
-    if path is None:
-        prompts = _lines((resources.files(__package__) / "prompts.txt").read_text(encoding="utf-8"))
-    else:
-        prompts = read_prompts(path)
+    prompts = shipped_prompts(learn) if path is None else read_prompts(path)
     return [prompts[i] for i in condition_order(len(prompts), count, seed).tolist()]
+
+
+def shipped_prompts(learn: bool) -> list[str]:
+    """Prompts that ship with the package, to learn from or to compare by."""
+    name = "prompts_calibrate.txt" if learn else "prompts_compare.txt"
+    return _lines((resources.files(__package__) / name).read_text(encoding="utf-8"))
 
 
 def read_prompts(path: str | Path) -> list[str]:

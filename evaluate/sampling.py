@@ -155,7 +155,7 @@ class PipelineSampler(Sampler):
             labels = self.family.conditions(self.denoiser, workload.samples, generator)["class_labels"]
             return {"class_labels": labels.tolist()}
         if "prompt" in self.accepts:
-            return {"prompt": pick_prompts(workload.prompts, workload.samples, workload.seed)}
+            return {"prompt": pick_prompts(workload.prompts, workload.samples, workload.seed, workload.learn)}
         raise InputError(f"{type(self.pipe).__name__} takes neither class_labels nor prompt; give your own data")
 
     def _sample(self, workload: Workload, conditions: Any, start: int, stop: int, decode: bool) -> Tensor:

@@ -22,6 +22,7 @@ class Workload:
     prompts         a text file with a prompt on each line, for a pipeline; None: those that ship with the package
     size            (height, width) or (frames, height, width) in pixels, of a pipeline's samples; None: its own default
     offload         whether a full-precision denoiser is on the device a block at a time; it samples the same
+    learn           whether a method learns from the samples: prompts that ship are then others than a comparison's
     """
 
     samples: int = 8
@@ -34,10 +35,12 @@ class Workload:
     size: tuple[int, ...] | None = None
     prompts: str | None = None
     offload: bool = False
+    learn: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The settings for a record; files by their contents, wherever they lie."""
-        settings = {name: value for name, value in asdict(self).items() if name != "offload"}  # changes no sample
+        # offload changes no sample, and whose record it is says who learns
+        settings = {name: value for name, value in asdict(self).items() if name not in ("offload", "learn")}
         return {
             **settings,
             "conditions": self.conditions and fingerprint(self.conditions),

@@ -45,7 +45,9 @@ class Generation:
 
     def workload(self) -> Workload:
         seed = TRAINING_SEEDS + self.seed
-        return Workload(self.samples, self.steps, seed, self.guidance, self.batch_size, conditions=self.conditions)
+        return Workload(
+            self.samples, self.steps, seed, self.guidance, self.batch_size, conditions=self.conditions, learn=True
+        )
 
 
 def generate_latents(

@@ -30,7 +30,8 @@ def test_our_kernels_folder_does_not_shadow_hugging_face_kernels(root: Path, tmp
 def test_package_data_is_reachable() -> None:
     recipes = resources.files("vdit_quant.quantize") / "recipes"
     assert {p.name for p in recipes.iterdir()} >= {"w8a8.toml", "w4a8.toml", "w4a16.toml", "w8a16.toml"}
-    assert (resources.files("vdit_quant.evaluate") / "prompts.txt").read_text(encoding="utf-8").strip()
+    for name in ("prompts_calibrate.txt", "prompts_compare.txt"):
+        assert (resources.files("vdit_quant.evaluate") / name).read_text(encoding="utf-8").strip()
     demo = resources.files("vdit_quant.runtime") / "demo_data"
     assert (demo / "model_index.json").is_file()
     assert (demo / "transformer" / "diffusion_pytorch_model.safetensors").is_file()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from vdit_quant.calibrate.options import Options
 from vdit_quant.evaluate.prompts import pick_prompts, prompts_fingerprint, read_prompts
 from vdit_quant.evaluate.sampling import Workload, make_sampler
 from vdit_quant.quantize.errors import InputError
@@ -21,6 +22,14 @@ def test_each_prompt_is_used_once_before_any_again(tmp_path: Path) -> None:
     assert set(chosen[:3]) == set(read_prompts(path))
     assert chosen[3:] == chosen[:2]
     assert len(set(pick_prompts(None, 48, 0))) == 48
+
+
+def test_a_comparison_asks_for_nothing_that_a_method_has_learned_from() -> None:
+    learned = {prompt for seed in range(3) for prompt in pick_prompts(None, 48, seed, learn=True)}
+    assert len(learned) == 48
+    assert not learned & set(pick_prompts(None, 48, 1))
+    assert Options().workload().learn
+    assert not Workload().learn
 
 
 def test_another_seed_draws_other_prompts() -> None:

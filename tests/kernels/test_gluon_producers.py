@@ -562,10 +562,12 @@ def test_fp4_codes(k: int, out: str) -> None:
 
 @pytest.mark.gpus(1)
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("size", [0, 64, 128])
-@pytest.mark.parametrize("k", [1152, 3072, 5120])
+@pytest.mark.parametrize(
+    ("k", "size"), [*((k, size) for k in (1152, 3072, 5120) for size in (0, 64, 128)), (192, 64), (576, 0), (2240, 64)]
+)
 def test_a_row_does_not_depend_on_its_batch(k: int, size: int) -> None:
-    """Nor on how many rows share a modulation, which decides how that is read."""
+    """Nor on how many rows share a modulation, which decides how that is read, nor on how many there are, which decides
+    what a warp and a program do."""
     x = torch.randn(1024, k, device="cuda").bfloat16()
     mod, transform = list(torch.randn(2, k, device="cuda")[:, None]), transform_of(k, size, "sylvester")
 
