@@ -239,7 +239,8 @@ def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
     vectors = {"pre_scale_ptr": "*fp32"}  # with the signs in it: `join_vectors`
     mod = {"shift_ptr": "*bf16", "mod_scale_ptr": "*bf16", "shift_stride": "i32", "mod_scale_stride": "i32"}
     gate = {"branch_ptr": "*bf16", "gate_ptr": "*bf16", "h_ptr": "*bf16", "branch_stride": "i32", "gate_stride": "i32"}
-    shapes = [(k, size, kind) for k in MODELS for size, kind in ((0, ""), (64, "sylvester"), (128, "sylvester"))]
+    sizes = ((0, ""), (64, "sylvester"), (128, "sylvester"))
+    shapes = [(k, size, kind) for k in MODELS for size, kind in sizes if k in FEW or size == 64]
     for k, size, kind in [*shapes, (3072, 64, "regular"), (1152, 16, "regular")]:
         transform = (vectors if kind != "regular" else {"signs_ptr": "*i8"}) if size else {}
         constants = {"K": k, "INT8": True, "TINY": 1e-30, "BLOCK": size, "REGULAR": kind == "regular"}
@@ -257,7 +258,7 @@ def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
                 name, more = f"norm K={k} {size}{kind} alone={alone}", {"LAYER": True, "ONE": alone}
                 yield name, gluon_producers.norm_quant_kernel, norm, constants | more, options
             name, more = f"few norm K={k} {size}{kind}", {"LAYER": True, "ONE": True, "FEW": True}
-            if k <= 3072 and kind != "regular":
+            if k == 1152 and kind != "regular":
                 yield name, gluon_producers.norm_quant_kernel, norm, constants | more, options
             name, more = f"gate K={k} {size}{kind}", {"LAYER": True, "ONE": True}
             yield name, gluon_producers.norm_quant_kernel, norm | gate, constants | more, options
@@ -354,7 +355,7 @@ def test_compiles_without_spills_and_with_no_shared_memory_but_for_vectors(capab
     done = subprocess.run(command, capture_output=True, text=True, env=child_environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) > (30 if capability < 90 else 80)
+    assert len(kernels) > (30 if capability < 90 else 60)
     for kernel in kernels:
         assert kernel["shared"] <= 1.34 * kernel["staged"] + 512, kernel
         # A number or two that wait for the end: a program less on a processor would cost more.
