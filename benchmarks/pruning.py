@@ -389,13 +389,14 @@ def speed(model: Any, options: argparse.Namespace) -> dict[str, Any]:
     every side replays CUDA graphs, the default of `vdit_quant.load`."""
     import torch
 
-    from vdit_quant.evaluate.compare import tensor_bytes
+    from vdit_quant.evaluate.compare import stored_bytes
     from vdit_quant.runtime.graphs import replay_graphs
     from vdit_quant.runtime.load import default_device, default_dtype
     from vdit_quant.runtime.source import find_source, load_transformer
 
     device = default_device()
-    denoiser: Any = load_transformer(find_source(model), default_dtype(device), device)
+    source = find_source(model)
+    denoiser: Any = load_transformer(source, default_dtype(device), device)
     replay_graphs(denoiser, enabled=device.type == "cuda")
     config, times = denoiser.config, {}
     for batch in (2,) if options.smoke else (2, 32, 256, 1024):
@@ -415,7 +416,7 @@ def speed(model: Any, options: argparse.Namespace) -> dict[str, Any]:
                 wait(device)
                 rounds += [(time.perf_counter() - start) * 100] if number else []
         times[str(batch)] = round(statistics.median(rounds), 4)
-    return {"ms": times, "bytes": tensor_bytes(denoiser)}
+    return {"ms": times, "bytes": stored_bytes(source, denoiser)}
 
 
 def wait(device: Any) -> None:

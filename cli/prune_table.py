@@ -14,6 +14,7 @@ from ..prune.patterns import cut
 from ..prune.pipeline import chosen_depths, default_output, open_source
 from ..prune.plan import PrunePlan, Stack, find_stacks
 from ..prune.writer import read_record
+from ..quantize.errors import InputError
 from ..runtime.family import find_family
 from ..runtime.lineage import is_pruned
 from ..runtime.load import pick_device
@@ -21,15 +22,24 @@ from ..runtime.writer import check_target
 from .console import bold, console, human_bytes, print_table, table
 
 
-def print_preview(model: str | None, output: Path | None, options: Options, data: Path | None) -> Path:
-    """Prints what `options` lead to, from names and shapes alone; returns where the result will be."""
+def print_preview(
+    model: str | None, output: Path | None, options: Options, data: Path | None, dry_run: bool = False
+) -> Path:
+    """Prints what `options` lead to, from names and shapes alone; returns where the result will be. In a dry run, an
+    output that would be refused is a note."""
     options.check()
     source = open_source(model)
     skeleton = source.skeleton()
     stacks = find_stacks(skeleton, find_family(skeleton))
     keep = chosen_depths(options, stacks)
     target = output or default_output(source, keep)
-    check_target(target, source, options.overwrite, is_pruned)
+    refused = None
+    try:
+        check_target(target, source, options.overwrite, is_pruned)
+    except InputError as error:
+        if not dry_run:
+            raise
+        refused = f"without --dry-run refused: {error}"
     console.print(bold(source.label), f", family {find_family(skeleton).name} -> {target}", sep="")
     rows = table("stack", "blocks", "kept", "16-bit", "after", right=("blocks", "kept", "16-bit", "after"))
     for stack, count in zip(stacks, keep, strict=True):
@@ -42,6 +52,8 @@ def print_preview(model: str | None, output: Path | None, options: Options, data
         console.print(f"  {label:<10}{words}")
     if Duration.parse(options.recover).is_none:
         _print_initialisation()
+    if refused is not None:
+        console.print(refused)
     return target
 
 

@@ -109,7 +109,7 @@ def run(
         resume=resume,
         overwrite=overwrite,
     )
-    target = print_preview(model, output, options, data)
+    target = print_preview(model, output, options, data, dry_run)
     if dry_run:
         check_data(open_source(model), options, data)
         return

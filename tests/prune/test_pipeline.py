@@ -285,3 +285,14 @@ def test_a_dry_run_shows_what_would_be_done(cli: Callable[..., Any]) -> None:
     for words in ("demo-d4", "groups 1:2 1:2 1:2 1:2", "samples of the teacher", "480 s", "transformer_blocks"):
         assert words in done.out
     assert not list(Path().iterdir())
+
+
+def test_a_dry_run_says_that_the_output_would_be_refused(cli: Callable[..., Any]) -> None:
+    Path("taken").mkdir()
+    Path("taken/mine.txt").write_text("mine")
+    done = cli("prune", "--keep", "4", "--dry-run", "-o", "taken")
+    assert done.code == 0, done.err
+    assert "groups 1:2 1:2 1:2 1:2" in done.out
+    assert "without --dry-run refused: " in done.out
+    assert "taken" in done.out
+    assert cli("prune", "--keep", "4", "-o", "taken").code == 2
