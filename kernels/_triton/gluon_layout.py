@@ -71,6 +71,12 @@ def held_by_thread(width, warps, block, held):
 
 
 @gluon.constexpr_function
+def is_crosswise(block, regular, product):
+    """Whether tensor cores multiply blocks twice, which leaves channels elsewhere: see `gluon_rotation`."""
+    return product > 1 and not regular and block >= 64
+
+
+@gluon.constexpr_function
 def is_whole(width, warps):
     """Whether every thread of a team holds channels of all its tokens in a tile of this width."""
     return width >= 32 * LANE * warps
@@ -110,7 +116,7 @@ class Tiling:
     rows: tokens of a team, half as usual where they are `few`; warps: of a team; teams: of a program
     block, regular: size of a Hadamard block, or 0, and whether its matrix is regular
     held: most channels of a block in one thread
-    product: whether tensor cores rotate
+    product: 0, or 1 where tensor cores rotate, 2 where they do it twice
     """
 
     pieces: tuple[tuple[int, int, int], ...]
@@ -121,7 +127,11 @@ class Tiling:
     block: int
     regular: bool
     held: int
-    product: bool
+    product: int
+
+    @property
+    def crosswise(self) -> bool:
+        return is_crosswise(self.block, self.regular, self.product)
 
     @property
     def tokens(self) -> int:
@@ -143,7 +153,12 @@ def tiling(covered, team, rotation):
 
 
 @gluon.constexpr_function
+def rows_of(t, i):
+    """Rows of tile i of a `Tiling`."""
+    return t.tokens * (2 if is_doubled(t, i) else 1)
+
+
+@gluon.constexpr_function
 def layout(t, i):
     """That of tile i of a `Tiling`."""
-    rows = 2 if is_doubled(t, i) else t.rows
-    return layout_of(rows, t.pieces[i][1], t.warps, t.block, t.held, t.teams)
+    return layout_of(rows_of(t, i) // t.teams, t.pieces[i][1], t.warps, t.block, t.held, t.teams)

@@ -42,7 +42,7 @@ SCHEDULERS = 528
 
 @cache
 def launch_options(
-    k: int, block_size: int, kind: str, dtype: torch.dtype = torch.bfloat16, fp4: bool = False
+    k: int, block_size: int, kind: str, dtype: torch.dtype = torch.bfloat16, fp4: bool = False, regular: bool = False
 ) -> dict[str, Any]:
     """Tokens and warps of a team, registers of a thread, channels of a block in it, how they are rotated
     (`gluon_rotation`), and most TEAMS. kind: one of `SHAPES`.
@@ -52,9 +52,9 @@ def launch_options(
     rows, warps, most, teams = next((shape[1:] for shape in SHAPES[kind] if k <= shape[0]), (1, 16, 128, 1))
     registers = None if fp4 or 0 < block_size < 64 else most  # these take more
     # A product rounds to bfloat16, which an input in it has been through.
-    product = dtype == torch.bfloat16
-    rotation = {"HELD": max(LANE, block_size // 4) if product else 16, "PRODUCT": product}
-    return {"R": rows, "num_warps": warps, "maxnreg": registers, **rotation, "TEAMS": teams}
+    product = 0 if dtype != torch.bfloat16 else 1 if kind != "norm" or fp4 or regular or block_size < 64 else 2
+    held = 16 if product == 0 else LANE if product == 2 else max(LANE, block_size // 4)
+    return {"R": rows, "num_warps": warps, "maxnreg": registers, "HELD": held, "PRODUCT": product, "TEAMS": teams}
 
 
 def share(m: int, options: dict[str, Any], shared: int = 0) -> tuple[bool, int]:
@@ -129,7 +129,7 @@ def run_act(x: Tensor, act: str, transform: Transform, prefix: Tensor | None, k:
     codes, scale = transform.empty(x, k)
     m, p = x.shape[0], 0 if prefix is None else prefix.shape[1]
     kind = "prefixed" if p else "act"
-    options = launch_options(k, transform.block_size, kind, x.dtype, transform.fp4_group is not None)
+    options = _options(k, kind, x.dtype, transform)
     if m:
         x, prefix = _rows(x), None if prefix is None else _rows(prefix)
         vectors = _vectors(transform)
@@ -149,7 +149,7 @@ def run_norm(stream: list[Tensor], norm: Norm, transform: Transform) -> tuple[Te
     codes, scale = transform.empty(stream[0], k)
     h = torch.empty((m, k), dtype=stream[0].dtype, device=stream[0].device) if len(stream) > 1 else None
     if m:
-        options = launch_options(k, transform.block_size, "norm", stream[0].dtype, transform.fp4_group is not None)
+        options = _options(k, "norm", stream[0].dtype, transform)
         samples = next((len(rows) for rows in (*norm.mod, *stream[2:])), 1)
         # Tokens that share a sample's rows; 0 where all do.
         shared = m // samples if samples > 1 else 0
@@ -167,6 +167,11 @@ def run_norm(stream: list[Tensor], norm: Norm, transform: Transform) -> tuple[Te
         programs = (-(-(shared or m) // tokens), samples, 1) if alone else (-(-m // tokens), 1, 1)
         _launch(norm_quant_kernel, programs, tensors, numbers, constants, options)
     return (codes, scale) if h is None else (h, codes, scale)
+
+
+def _options(k: int, kind: str, dtype: torch.dtype, transform: Transform) -> dict[str, Any]:
+    regular = transform.hadamard_kind == "regular"
+    return launch_options(k, transform.block_size, kind, dtype, transform.fp4_group is not None, regular)
 
 
 def tokens_of(options: dict[str, Any]) -> int:

@@ -5,6 +5,11 @@ differences in fp32 (the fast Walsh-Hadamard transform) take those within a thre
 shuffle costs four additions. Tensor cores take four bits at once, two of the lane's number and two of the register's:
 two instructions multiply 16 groups of 16 channels by the matrix of 16, and leave every product where its channel was.
 Channels are rounded to bfloat16 for it; +-1 is exact, and sums are fp32.
+
+Behind a norm, whose range is known, blocks of 64 and 128 are multiplied `crosswise`: twice. The first product takes
+two bits of the lane's number and two of the register's and leaves them where the other three bits of the lane's number
+were, and those where they were, so that the second one can take these. Its operand is rounded to fp16, with eight times
+the precision of bfloat16, which is why the first one is of H / 64. Channels end up elsewhere (`in_order`).
 """
 
 # Kernel parameters are typed by what is launched, not by annotations.
@@ -13,7 +18,7 @@ Channels are rounded to bfloat16 for it; +-1 is exact, and sums are fp32.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .gluon_layout import held_by_thread, log2, thread_bits
+from .gluon_layout import held_by_thread, is_crosswise, log2, thread_bits
 
 
 @gluon.constexpr_function
@@ -56,12 +61,84 @@ def product_by_16(values):
     return lines, results
 
 
+SMALLER = 64
+"""What `two_products` divide by, so that fp16 has room for them."""
+
+
+@gluon.constexpr_function
+def two_products(values, block):
+    """PTX, a line for each register w that it sets, and where the results of the 8 values are: bits 0 to 2 of the
+    register's number and all five of the lane's, as bits 0 to 7 of the channel's, times H of 64 or 128, over `SMALLER`.
+
+    Results are for the channels whose bits 0, 1 and 7 are the register's number, 5, 6, 2, 3 and 4 the lane's.
+    """
+    lines: list[str] = []
+
+    def put(code, *operands):
+        """One instruction; its result goes to a register of its own, whose name this returns."""
+        lines.append(f"{code} w{len(lines)}, {', '.join(operands)};")
+        return f"w{len(lines) - 1}"
+
+    def multiply(a, b, dtype):
+        """a b; returns where the sums are."""
+        sums = [f"w{len(lines) + i}" for i in range(4)]
+        code = f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32"
+        groups = ", ".join("{" + ", ".join(group) + "}" for group in (sums, a, b, ["zero"] * 4))
+        lines.extend([f"{code} {groups};", "", "", ""])
+        return sums
+
+    def bit(number, to):
+        """This bit of the lane's number as bit `to`, and nothing else."""
+        return put("shl.b32", put("and.b32", put("shr.b32", "lane", str(number)), "1"), str(to))
+
+    def both(sign):
+        """A sign in bit 15 for two numbers."""
+        return put("xor.b32", sign, put("shl.b32", sign, "16"))
+
+    # H of 16 as the left operand, for bits 0 and 2 to 4 of the channel's number: as rows they are the half and bits 2
+    # to 4 of the lane's number, as columns the pair, the half and the lane's bits 0 and 1.
+    common = put("and.b32", put("and.b32", put("shr.b32", "lane", "3"), "lane"), "3")
+    odd = both(put("shl.b32", put("and.b32", put("popc.b32", common), "1"), "15"))
+    first = put("xor.b32", odd, "0x3c803c80")  # 1 / SMALLER
+    third = put("xor.b32", first, both(bit(2, 15)))
+    left = [first, put("xor.b32", first, "0x80000000"), third, put("xor.b32", third, "0x80000000")]
+    # The right operand, for bits 1 and 5 to 7, which were the lane's 2 to 4: as rows the half, the pair and the lane's
+    # bits 0 and 1; as columns which of two products, and, in the order of 7, 5 and 6, the lane's bits 2 to 4. What is
+    # beyond the block stays as it is.
+    other = put("xor.b32", put("shr.b32", "lane", "1"), put("shr.b32", "lane", "2"))
+    unlike = put("and.b32", other, "1")
+    if block == 128:
+        sign = both(put("shl.b32", put("and.b32", put("and.b32", put("shr.b32", "lane", "4"), "lane"), "1"), "15"))
+    else:
+        beyond = put("and.b32", put("xor.b32", put("shr.b32", "lane", "4"), "lane"), "1")
+        unlike = put("or.b32", unlike, beyond)
+        sign = "zero"
+    one = put("xor.b32", put("xor.b32", sign, bit(3, 31)), "0x3c003c00")  # of fp16
+    plus = put("and.b32", one, put("sub.s32", unlike, "1"))
+    minus = put("xor.b32", plus, "0x80008000")
+
+    right = [[put("cvt.rn.bf16x2.f32", values[i + 1], values[i]) for i in (q, q + 4)] for q in (0, 2)]
+    products = [multiply(left, pair, "bf16") for pair in right]
+    again = [put("cvt.rn.f16x2.f32", products[q][i + 1], products[q][i]) for q in range(2) for i in (0, 2)]
+    results = list(values)
+    for q in range(2):
+        sums = multiply(again, (plus, (plus, minus)[q]), "f16")
+        for half in range(2):
+            for pair in range(2):
+                results[half + 2 * q + 4 * pair] = sums[2 * half + pair]
+    return lines, results
+
+
 @gluon.constexpr_function
 def rotation(width, warps, block, held, regular, product):
     """PTX that multiplies the block of a thread and its neighbours by H; see `hadamard.SEEDS`.
 
-    product: by tensor cores, where four bits lie as these need them
+    product: 1 for tensor cores, where four bits lie as these need them; 2 for `two_products`
     """
+    if is_crosswise(block, regular, product):
+        crossed, results = two_products([f"${8 + i}" for i in range(8)], block)
+        head = f".reg .b32 lane, zero, w<{len(crossed) + 1}>; mov.u32 lane, %laneid; mov.b32 zero, 0;"
+        return " ".join(["{", head, *filter(None, crossed), *(f"mov.b32 ${i}, {results[i]};" for i in range(8)), "}"])
     inside, rest = thread_bits(width, warps, block, held)
     # Where each bit of the channel number is: a bit of the register's number, or of the lane's.
     places = [(1 << inside.index(b), 0) if b in inside else (0, 1 << rest.index(b)) for b in range(log2(block))]
@@ -125,6 +202,12 @@ def floats(n):
     return ",".join(["=f"] * n + ["f"] * n)
 
 
+@gluon.constexpr_function
+def unit_of(t):
+    """What the results of `rotate` are to be multiplied by."""
+    return (SMALLER if t.crosswise else 1) * (t.block**-0.5 if t.block else 1.0)
+
+
 @gluon.jit
 def rotate(y, T: gl.constexpr):
     """y [R, WIDTH] times H (of +-1) in every block of channels."""
@@ -132,3 +215,15 @@ def rotate(y, T: gl.constexpr):
     ASM: gl.constexpr = rotation(WIDTH, T.warps, T.block, T.held, T.regular, T.product)
     N: gl.constexpr = held_by_thread(WIDTH, T.warps, T.block, T.held)
     return gl.inline_asm_elementwise(ASM, floats(N), [y], dtype=gl.float32, is_pure=True, pack=N)
+
+
+@gluon.jit
+def in_order(tile, T: gl.constexpr):
+    """The tile of what `two_products` has made of one, whose channels are counted where they were; nothing moves."""
+    ROWS: gl.constexpr = tile.shape[0]
+    WIDTH: gl.constexpr = tile.shape[1]
+    if WIDTH >= 256:
+        parts = gl.permute(gl.reshape(tile, [ROWS, WIDTH // 256, 8, 4, 2, 4]), (0, 1, 4, 3, 2, 5))
+    else:  # half of a warp has one token: bit 7 of the channel's number is the lowest of the token's
+        parts = gl.permute(gl.reshape(tile, [ROWS // 2, 2, 4, 4, 2, 4]), (0, 4, 3, 1, 2, 5))
+    return gl.reshape(parts, [ROWS, WIDTH])

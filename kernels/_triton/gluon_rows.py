@@ -15,8 +15,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.language.target_info import cuda_capability_geq
 
 from .gluon_fp4 import fp4_codes
-from .gluon_layout import is_doubled, layout
-from .gluon_rotation import rotate
+from .gluon_layout import layout, rows_of
+from .gluon_rotation import in_order, rotate, unit_of
 from .gluon_sums import magnitudes, max_or_nan, per_token
 from .tiles import limit_of
 
@@ -147,11 +147,10 @@ def encode(z, inverse, INT8: gl.constexpr):
 
 
 @gluon.jit
-def numbers(i: gl.constexpr, T: gl.constexpr):
-    """int32: which of the program's tokens the rows of tile i are."""
-    LAYOUT: gl.constexpr = layout(T, i)
-    row = gl.arange(0, LAYOUT.shape[0], layout=gl.SliceLayout(1, LAYOUT))
-    if is_doubled(T, i):
+def numbers(ROWS: gl.constexpr, LAYOUT: gl.constexpr, T: gl.constexpr):
+    """int32: which of the program's tokens the rows of a tile of this layout are."""
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    if T.tokens < ROWS:  # each twice
         row = row // 2
     return row
 
@@ -159,7 +158,7 @@ def numbers(i: gl.constexpr, T: gl.constexpr):
 @gluon.jit
 def tokens(first, M, i: gl.constexpr, T: gl.constexpr):
     """int32: the tokens of tile i from `first` on. Beyond the edge the last one repeats: nothing of it is stored."""
-    return gl.minimum(first + numbers(i, T), M - 1)
+    return gl.minimum(first + numbers(rows_of(T, i), layout(T, i), T), M - 1)
 
 
 @gluon.jit
@@ -167,8 +166,9 @@ def store_rows(ptr, tile, first, M, i: gl.constexpr, T: gl.constexpr, K: gl.cons
     """Store tile i into dense rows of K channels."""
     FROM: gl.constexpr = T.pieces[i][0]
     END: gl.constexpr = T.pieces[i][2]
-    row = first + numbers(i, T)
-    k = gl.expand_dims(FROM + gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, tile.type.layout)), 0)
+    LAYOUT: gl.constexpr = tile.type.layout
+    row = first + numbers(tile.shape[0], LAYOUT, T)
+    k = gl.expand_dims(FROM + gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, LAYOUT)), 0)
     mask = gl.expand_dims(row < M, 1)
     if FROM + tile.shape[1] > END:
         mask = mask & (k < END)
@@ -191,6 +191,14 @@ def store_fp4(tiles, inverse, codes_ptr, first, M, T: gl.constexpr, FP4: gl.cons
 
 
 @gluon.jit
+def all_in_order(tiles, T: gl.constexpr):
+    found = ()
+    for i in gl.static_range(len(tiles)):
+        found = found + (in_order(tiles[i], T),)
+    return found
+
+
+@gluon.jit
 def quantize_tokens(
     tiles, codes_ptr, scale_ptr, first, M, T: gl.constexpr, GAIN: gl.constexpr, INT8: gl.constexpr, FP4: gl.constexpr,
     TINY: gl.constexpr, K: gl.constexpr,
@@ -201,7 +209,7 @@ def quantize_tokens(
     FP4: None, or the group of `quant_token_fp4`.
     """
     LIMIT: gl.constexpr = limit_of(INT8, FP4)
-    UNIT: gl.constexpr = GAIN * T.block**-0.5 if T.block > 0 else GAIN
+    UNIT: gl.constexpr = GAIN * unit_of(T)
     if T.block > 0:
         rotated = ()
         for i in gl.static_range(len(tiles)):
@@ -209,6 +217,8 @@ def quantize_tokens(
     else:
         rotated = tiles
     top = per_token(magnitudes(rotated), True, T)
+    if T.crosswise:
+        rotated = all_in_order(rotated, T)
     amax = max_or_nan(top * UNIT, gl.full(top.shape, TINY, gl.float32, top.type.layout))
     row = first + gl.arange(0, top.shape[0], layout=top.type.layout)
     limit = gl.full(amax.shape, LIMIT, gl.float32, amax.type.layout)

@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .gluon_layout import is_spread_alike, is_whole, split_shape
+from .gluon_rotation import in_order
 
 
 @gluon.jit
@@ -86,6 +87,20 @@ def of_threads(tile, MAXIMUM: gl.constexpr, T: gl.constexpr):
 
 
 @gluon.jit
+def largest_of_threads(tile, T: gl.constexpr):
+    """As `of_threads`, the maximum of magnitudes that may have been rotated twice."""
+    if T.crosswise and not is_whole(tile.shape[1], T.warps):
+        # every lane holds both tokens by now: see `in_order`
+        parts = gl.permute(gl.reshape(in_order(tile, T), [tile.shape[0], 4, 8, 4]), (0, 2, 1, 3))
+        part = combine_along(gl.reshape(parts, [tile.shape[0], 32, 4]), 2, True)
+        if T.few:  # twice the same
+            part = combine_along(gl.reshape(part, [tile.shape[0] // 2, 2, 32]), 1, True)
+    else:
+        part = of_threads(tile, True, T)
+    return part
+
+
+@gluon.jit
 def over_threads(part, MAXIMUM: gl.constexpr):
     """[R, threads] -> [R]. Magnitudes are ordered as their bits are, nan being the largest, and integers have an
     instruction for it."""
@@ -99,11 +114,11 @@ def over_threads(part, MAXIMUM: gl.constexpr):
 @gluon.jit
 def per_token(tiles, MAXIMUM: gl.constexpr, T: gl.constexpr):
     """fp32 [R]: sums or maxima, of numbers not below 0, over all tiles; at once where that can be, because warps wait
-    for each other."""
+    for each other. Maxima are of what is rotated."""
     if is_spread_alike(T):
-        part = of_threads(tiles[0], MAXIMUM, T)
+        part = largest_of_threads(tiles[0], T) if MAXIMUM else of_threads(tiles[0], False, T)
         for i in gl.static_range(1, len(tiles)):
-            other = of_threads(tiles[i], MAXIMUM, T)
+            other = largest_of_threads(tiles[i], T) if MAXIMUM else of_threads(tiles[i], False, T)
             part = combine(part, gl.convert_layout(other, part.type.layout, assert_trivial=True), MAXIMUM)
         total = over_threads(part, MAXIMUM)
     else:

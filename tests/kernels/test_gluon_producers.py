@@ -64,7 +64,9 @@ def run_ptx(text: str, operands: list[Tensor], count: int | None = None) -> list
             continue
         if code.startswith("mma"):
             results, *groups = ([*group.split(", ")] for group in re.findall(r"{(.*?)}", written))
-            names.update(zip(results, multiply(*([value(n) for n in group] for group in groups)), strict=True))
+            dtype = torch.bfloat16 if ".bf16." in code else torch.float16
+            found = multiply(*([value(n) for n in group] for group in groups), dtype=dtype)
+            names.update(zip(results, found, strict=True))
             continue
         result, *rest = written.split(", ")
         names[result] = instruction(code, *map(value, rest[:3]))
@@ -77,8 +79,9 @@ def instruction(code: str, a: Any, b: Any = None, c: Any = None) -> Tensor:
     other = b.view(torch.int32) if isinstance(b, Tensor) and b.dtype == torch.float32 else b
     if code == "popc.b32":
         return sum((bits >> i) & 1 for i in range(32))
-    if code == "cvt.rn.bf16x2.f32":
-        high, low = (t.bfloat16().view(torch.int16).to(torch.int64) & 0xFFFF for t in (a, b))
+    if code.startswith("cvt.rn."):
+        dtype = torch.bfloat16 if code == "cvt.rn.bf16x2.f32" else torch.float16
+        high, low = (t.to(dtype).view(torch.int16).to(torch.int64) & 0xFFFF for t in (a, b))
         return wrapped((high << 16) | low)
     if code in ("sub.f32", "add.f32"):
         second = b.view(torch.float32)
@@ -93,6 +96,8 @@ def instruction(code: str, a: Any, b: Any = None, c: Any = None) -> Tensor:
         return torch.where(c, a, b)
     integers = {
         "and.b32": lambda: bits & signed(other),
+        "or.b32": lambda: bits | signed(other),
+        "sub.s32": lambda: bits.long() - other,
         "xor.b32": lambda: bits ^ signed(other),
         "shr.b32": lambda: (bits.long() & 0xFFFFFFFF) >> other,
         "shr.u32": lambda: (bits.long() & 0xFFFFFFFF) >> other,
@@ -117,7 +122,7 @@ def wrapped(number: Tensor) -> Tensor:
     return torch.where(number >= 1 << 31, number - (1 << 32), number).to(torch.int32)
 
 
-def multiply(a: list[Tensor], b: list[Tensor], sums: list[Tensor]) -> list[Tensor]:
+def multiply(a: list[Tensor], b: list[Tensor], sums: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """mma.m16n8k16, and m16n8k8 of half as many operands, as PTX describes them.
 
     Lane 4 g + t has rows g and g + 8 of a, in columns 2 t and 2 t + 8 with their right neighbours; of b those as rows,
@@ -125,8 +130,8 @@ def multiply(a: list[Tensor], b: list[Tensor], sums: list[Tensor]) -> list[Tenso
     """
 
     def halves(packed: Tensor) -> Tensor:
-        both = torch.stack([packed << 16, packed & -65536], -1)
-        return both.view(torch.float32).unflatten(-2, (8, 4))  # [..., g, t, which]
+        both = torch.stack([packed << 16, packed & -65536], -1) >> 16
+        return both.to(torch.int16).view(dtype).float().unflatten(-2, (8, 4))  # [..., g, t, which]
 
     rows = [halves(t).flatten(-2) for t in a]
     left = torch.cat([torch.cat(rows[0::2], -1), torch.cat(rows[1::2], -1)], -2)
@@ -171,6 +176,25 @@ def test_a_rotation_is_a_product_with_h(
     found[place[..., 0], place[..., 1]] = torch.stack(results, 1).view(inside.shape)
     want = (x.double().view(-1, size) @ hadamard_matrix(size, kind).double()).view(x.shape)
     assert (found.double() - want).norm() <= error * want.norm()
+
+
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize(("rows", "width", "warps"), TILES)
+def test_two_products_are_one_with_h_of_channels_in_another_order(size: int, rows: int, width: int, warps: int) -> None:
+    place = places_of(gluon_layout.layout_of(rows, width, warps, size, 8))
+    x = torch.randn(rows, width)
+    inside = x[place[..., 0], place[..., 1]]
+    text = gluon_rotation.rotation(width, warps, size, 8, False, 2)
+    results = run_ptx(text, list(inside.view(-1, 8, warps, 32).unbind(1)))
+    nominal = torch.full_like(x, float("nan"))
+    nominal[place[..., 0], place[..., 1]] = torch.stack(results, 1).view(inside.shape)
+    # as `in_order` does it
+    if width >= 256:
+        found = nominal.view(rows, -1, 8, 4, 2, 4).permute(0, 1, 4, 3, 2, 5).reshape(rows, width)
+    else:
+        found = nominal.view(rows // 2, 2, 4, 4, 2, 4).permute(0, 4, 3, 1, 2, 5).reshape(rows, width)
+    want = (x.double().view(-1, size) @ hadamard_matrix(size, "sylvester").double()).view(x.shape)
+    assert (found.double() * gluon_rotation.SMALLER - want).norm() <= 2e-3 * want.norm()
 
 
 @pytest.mark.parametrize("held", [8, 16, 32])
@@ -244,13 +268,13 @@ def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
     for k, size, kind in [*shapes, (3072, 64, "regular"), (1152, 16, "regular")]:
         transform = (vectors if kind != "regular" else {"signs_ptr": "*i8"}) if size else {}
         constants = {"K": k, "INT8": True, "TINY": 1e-30, "BLOCK": size, "REGULAR": kind == "regular"}
-        options = gluon_producers.launch_options(k, size, "act")
+        options = gluon_producers.launch_options(k, size, "act", regular=kind == "regular")
         constants |= {name: options[name] for name in CONSTANTS}
         if k > 4000:
             for act in ("gelu_tanh", "swiglu") if size == 64 else ("gelu_tanh",):
                 name, more = f"act {act} K={k} {size}{kind}", {"ACT": act, "PREFIX": 0}
                 yield name, gluon_producers.act_quant_kernel, rows | transform, constants | more, options
-        options = gluon_producers.launch_options(k, size, "norm")
+        options = gluon_producers.launch_options(k, size, "norm", regular=kind == "regular")
         constants |= {name: options[name] for name in CONSTANTS}
         if k <= 5120:
             norm = rows | transform | mod | {"TOKENS": "i32", "eps": "fp32"}
