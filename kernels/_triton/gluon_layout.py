@@ -53,7 +53,7 @@ def layout_of(rows, width, warps, block, held, teams=1):
 def pieces(k, prefix, rows, warps, block):
     """((from, width, end), ...): what covers the channels 0 to `prefix` and those to k; channels from `end` on are 0.
 
-    Widths are powers of two that keep every thread busy.
+    Widths are powers of two that keep every thread busy, as long as teams have all their tokens.
     """
     found, unit = [], max(block, 16, 32 * LANE * warps // rows)
     for start, end in ((0, prefix), (prefix, k)):
@@ -107,7 +107,7 @@ class Tiling:
     """What a program does with its tokens.
 
     pieces: its tiles, as `pieces` has them
-    rows: tokens of a team, half as usual where they are `few`; warps: of a team; teams: of a program
+    rows: tokens of a team, half as many where they are `few`; warps: of a team; teams: of a program
     block, regular: size of a Hadamard block, or 0, and whether its matrix is regular
     held: most channels of a block in one thread
     product: whether tensor cores rotate
@@ -123,10 +123,6 @@ class Tiling:
     held: int
     product: bool
 
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.teams
-
 
 @gluon.constexpr_function
 def tiling(covered, team, rotation):
@@ -140,6 +136,12 @@ def tiling(covered, team, rotation):
     rows, warps, few, teams = team
     block, regular, held, product = rotation
     return Tiling(covered, rows // 2 if few else rows, few, warps, teams, block, regular, held, product)
+
+
+@gluon.constexpr_function
+def tokens_of(t):
+    """Tokens of a program."""
+    return t.rows * t.teams
 
 
 @gluon.constexpr_function

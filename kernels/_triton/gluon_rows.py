@@ -23,7 +23,7 @@ from .tiles import limit_of
 
 @gluon.jit
 def wait_for_inputs():
-    """Wait for the kernels launched before; what no kernel of ours writes may be read before that."""
+    """Wait for the kernels launched before: nothing is read before that."""
     if cuda_capability_geq(9, 0):
         gdc_wait()
 
