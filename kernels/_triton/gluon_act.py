@@ -8,7 +8,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .gluon_layout import layout, pieces, tiling
+from .gluon_layout import layout, pieces, tiling, tokens_of
 from .gluon_rows import load_rows, program_again, quantize_tokens, start_next, tokens, wait_for_inputs, widen
 from .gluon_vectors import await_copies, end_of_copies, factor_of, stage, vector_of
 
@@ -94,11 +94,11 @@ def act_quant_kernel(
     # A rotation by products rounds to bfloat16, beside which an approximate tanh is exact.
     TWICE: gl.constexpr = ACT == "gelu_tanh" and PRODUCT and BLOCK >= 32 and not REGULAR
     # parameters of a model: no kernel of ours writes them
+    wait_for_inputs()
     pre_scales = stage(pre_scale_ptr, T, STAGED)
     all_signs = stage(signs_ptr, T, STAGED)
     end_of_copies(STAGED)
-    wait_for_inputs()
-    first = gl.program_id(0) * T.tokens
+    first = gl.program_id(0) * tokens_of(T)
     stored = ()
     for i in gl.static_range(len(T.pieces)):
         stored = stored + (act_tile(x_ptr, prefix_ptr, x_stride, prefix_stride, first, M, i, T, ACT, K, PREFIX),)
@@ -112,5 +112,5 @@ def act_quant_kernel(
                 vector_of(pre_scale_ptr, pre_scales, i, T), vector_of(signs_ptr, all_signs, i, T), layout(T, i)
             )
         tiles = tiles + (tile,)
-    first = program_again() * T.tokens
+    first = program_again() * tokens_of(T)
     quantize_tokens(tiles, codes_ptr, scale_ptr, first, M, T, 0.5 if TWICE else 1.0, INT8, FP4, TINY, K)

@@ -53,7 +53,7 @@ def layout_of(rows, width, warps, block, held, teams=1):
 def pieces(k, prefix, rows, warps, block):
     """((from, width, end), ...): what covers the channels 0 to `prefix` and those to k; channels from `end` on are 0.
 
-    Widths are powers of two that keep every thread busy.
+    Widths are powers of two that keep every thread busy, as long as teams have all their tokens.
     """
     found, unit = [], max(block, 16, 32 * LANE * warps // rows)
     for start, end in ((0, prefix), (prefix, k)):
@@ -113,10 +113,10 @@ class Tiling:
     """What a program does with its tokens.
 
     pieces: its tiles, as `pieces` has them
-    rows: tokens of a team, half as usual where they are `few`; warps: of a team; teams: of a program
+    rows: tokens of a team, half as many where they are `few`; warps: of a team; teams: of a program
     block, regular: size of a Hadamard block, or 0, and whether its matrix is regular
     held: most channels of a block in one thread
-    product: 0, or 1 where tensor cores rotate, 2 where they do it twice
+    product: 0, or 1 where tensor cores rotate, 2 where they may do it `crosswise`, and whether they do
     """
 
     pieces: tuple[tuple[int, int, int], ...]
@@ -128,14 +128,7 @@ class Tiling:
     regular: bool
     held: int
     product: int
-
-    @property
-    def crosswise(self) -> bool:
-        return is_crosswise(self.block, self.regular, self.product)
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.teams
+    crosswise: bool
 
 
 @gluon.constexpr_function
@@ -149,13 +142,21 @@ def tiling(covered, team, rotation):
     """
     rows, warps, few, teams = team
     block, regular, held, product = rotation
-    return Tiling(covered, rows // 2 if few else rows, few, warps, teams, block, regular, held, product)
+    rows = rows // 2 if few else rows
+    crosswise = is_crosswise(block, regular, product)
+    return Tiling(covered, rows, few, warps, teams, block, regular, held, product, crosswise)
+
+
+@gluon.constexpr_function
+def tokens_of(t):
+    """Tokens of a program."""
+    return t.rows * t.teams
 
 
 @gluon.constexpr_function
 def rows_of(t, i):
     """Rows of tile i of a `Tiling`."""
-    return t.tokens * (2 if is_doubled(t, i) else 1)
+    return tokens_of(t) * (2 if is_doubled(t, i) else 1)
 
 
 @gluon.constexpr_function

@@ -8,7 +8,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .gluon_layout import layout, pieces, tiling
+from .gluon_layout import layout, pieces, tiling, tokens_of
 from .gluon_moments import token_moments
 from .gluon_rows import (
     load_rows,
@@ -147,17 +147,16 @@ def norm_quant_kernel(
     CHANGED: gl.constexpr = (
         pre_scale_ptr is not None or signs_ptr is not None or weight_ptr is not None or shift_ptr is not None
     )
-    # parameters of a model: no kernel of ours writes them
+    wait_for_inputs()
     pre_scales = stage(pre_scale_ptr, T, STAGED)
     all_signs = stage(signs_ptr, T, STAGED)
     weights = stage(weight_ptr, T, STAGED)
     biases = stage(bias_ptr, T, STAGED)
-    wait_for_inputs()
     sample = gl.program_id(1)
     shifts = stage_row(shift_ptr, shift_stride, sample, T, STAGED and ONE)
     scales = stage_row(mod_scale_ptr, mod_scale_stride, sample, T, STAGED and ONE)
     end_of_copies(STAGED)
-    first = sample * TOKENS + gl.program_id(0) * T.tokens
+    first = sample * TOKENS + gl.program_id(0) * tokens_of(T)
     tiles = ()
     for i in gl.static_range(len(T.pieces)):
         tile = gated_tile(
@@ -182,5 +181,5 @@ def norm_quant_kernel(
             )  # fmt: skip
         changed = changed + (tile,)
     if branch_ptr is not None or not ONE:  # where registers are scarce
-        first = sample * TOKENS + program_again() * T.tokens
+        first = sample * TOKENS + program_again() * tokens_of(T)
     quantize_tokens(changed, codes_ptr, scale_ptr, first, M, T, 1.0, INT8, FP4, TINY, K)

@@ -27,7 +27,7 @@ _ACT = (
 )  # fmt: skip
 SHAPES = {"norm": _NORM, "act": (*_ACT, (16384, 1, 8, 96, 1)), "prefixed": (*_ACT, (16384, 1, 8, 80, 1))}
 """Up to so many channels: tokens and warps of a team, registers of a thread and most teams of a program; for norms, for
-activations, and for those behind a prefix, which is none. Measured on an H200."""
+activations, and for those behind a prefix, which is not activated. Measured on an H200."""
 
 STAGED_BYTES = 48 * 1024
 """Vectors that take less than this are staged (`gluon_vectors`); with more, too few programs would be resident."""
@@ -57,17 +57,17 @@ def launch_options(
     return {"R": rows, "num_warps": warps, "maxnreg": registers, "HELD": held, "PRODUCT": product, "TEAMS": teams}
 
 
-def share(m: int, options: dict[str, Any], shared: int = 0) -> tuple[bool, int]:
-    """Whether m tokens are few, and the teams of a program; no result depends on either.
+def are_few(m: int, options: dict[str, Any]) -> bool:
+    """Whether teams have half as many of m tokens; no result depends on it."""
+    return bool(options["R"] == 2 and m * options["num_warps"] <= SCHEDULERS)
 
-    shared: tokens of a sample, of which a program has no other; 0 is any number
-    """
-    rows, teams = options["R"], options["TEAMS"]
-    few = rows == 2 and m * options["num_warps"] <= SCHEDULERS
-    tokens = (rows // 2 if few else rows) * teams
-    while teams > 1 and (m < tokens * MIN_PROGRAMS or shared % tokens):
-        teams, tokens = teams // 2, tokens // 2
-    return few, teams
+
+def teams_for(m: int, tokens: int, most: int, sample: int = 0) -> int:
+    """Teams of a program, of `tokens` tokens each; no result depends on it. sample: tokens of a sample, of which a
+    program has no other; 0 is any number."""
+    while most > 1 and (m < most * tokens * MIN_PROGRAMS or sample % (most * tokens)):
+        most //= 2
+    return most
 
 
 @cache
@@ -136,9 +136,11 @@ def run_act(x: Tensor, act: str, transform: Transform, prefix: Tensor | None, k:
         tensors = (x, prefix, *vectors, codes, scale)
         numbers = (_stride(x), _stride(prefix), m)
         constants = (act, k, p, *_constants(transform))
-        few, teams = share(m, options)
+        few = are_few(m, options)
+        tokens = options["R"] // (1 + few)
+        teams = teams_for(m, tokens, options["TEAMS"])
         options = options | {"FEW": few, "TEAMS": teams, "STAGED": is_staged(k, *vectors)}
-        programs = (-(-m // tokens_of(options)), 1, 1)
+        programs = (-(-m // (tokens * teams)), 1, 1)
         _launch(act_quant_kernel, programs, tensors, numbers, constants, options)
     return codes, scale
 
@@ -159,12 +161,14 @@ def run_norm(stream: list[Tensor], norm: Norm, transform: Transform) -> tuple[Te
         vectors = (shift, mod_scale, weight, bias, *_vectors(transform))
         tensors = (x, branch, gate, h, *vectors, codes, scale)
         numbers = (*map(_stride, (x, branch, gate, shift, mod_scale)), m, shared or m, norm.eps)
-        alone = shared % options["R"] == 0 and samples < 1 << 16  # a grid is no higher
+        few = are_few(m, options)
+        tokens = options["R"] // (1 + few)
+        alone = shared % tokens == 0 and samples < 1 << 16  # a grid is no higher
         constants = (norm.kind == "layer", k, alone, *_constants(transform))
-        few, teams = share(m, options, shared if alone else 0)
+        teams = teams_for(m, tokens, options["TEAMS"], shared if alone else 0)
         options = options | {"FEW": few, "TEAMS": teams, "STAGED": is_staged(k, *vectors)}
-        tokens = tokens_of(options)
-        programs = (-(-(shared or m) // tokens), samples, 1) if alone else (-(-m // tokens), 1, 1)
+        each = tokens * teams
+        programs = (-(-(shared or m) // each), samples, 1) if alone else (-(-m // each), 1, 1)
         _launch(norm_quant_kernel, programs, tensors, numbers, constants, options)
     return (codes, scale) if h is None else (h, codes, scale)
 
@@ -174,14 +178,9 @@ def _options(k: int, kind: str, dtype: torch.dtype, transform: Transform) -> dic
     return launch_options(k, transform.block_size, kind, dtype, transform.fp4_group is not None, regular)
 
 
-def tokens_of(options: dict[str, Any]) -> int:
-    """Tokens of a program."""
-    return int(options["R"] // (1 + options["FEW"]) * options["TEAMS"])
-
-
 def is_staged(k: int, *vectors: Tensor | None) -> bool:
     """Whether these wait in shared memory."""
-    return k * sum(0 if vector is None else vector.element_size() for vector in vectors) < STAGED_BYTES
+    return 0 < k * sum(0 if vector is None else vector.element_size() for vector in vectors) < STAGED_BYTES
 
 
 def _vectors(transform: Transform) -> tuple[Tensor | None, Tensor | None]:

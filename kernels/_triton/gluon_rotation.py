@@ -156,7 +156,8 @@ def rotation(width, warps, block, held, regular, product):
         return put("fma.rn.f32", value, factor, other)
 
     def pairs(values, register, lane):
-        """a + b and a - b for two channels that differ in one bit."""
+        """a + b and a - b for two channels that differ in one bit; never fused with a product before, of which only one
+        of the two would be."""
         if register == 0:
             # +-1.0: its sign is the bit of the lane's number.
             shifted = put("shl.b32", "lane", str(31 - log2(lane)))
@@ -165,8 +166,8 @@ def rotation(width, warps, block, held, regular, product):
         results = list(values)
         for i in range(n):
             if not i & register:
-                results[i] = put("add.f32", values[i], values[i | register])
-                results[i | register] = put("sub.f32", values[i], values[i | register])
+                results[i] = put("add.rn.f32", values[i], values[i | register])
+                results[i | register] = put("sub.rn.f32", values[i], values[i | register])
         return results
 
     def quads(values, digit):
@@ -178,7 +179,7 @@ def rotation(width, warps, block, held, regular, product):
                 sums = [added[value] for value in sums]
             for i in range(n):
                 if register and not i & register:
-                    sums[i] = put("add.f32", sums[i], sums[i | register])
+                    sums[i] = put("add.rn.f32", sums[i], sums[i | register])
                     sums[i | register] = sums[i]
         return [put("fma.rn.f32", values[i], "0fC0000000", sums[i]) for i in range(n)]
 

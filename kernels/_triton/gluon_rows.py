@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.language.target_info import cuda_capability_geq
 
 from .gluon_fp4 import fp4_codes
-from .gluon_layout import layout, rows_of
+from .gluon_layout import layout, rows_of, tokens_of
 from .gluon_rotation import in_order, rotate, unit_of
 from .gluon_sums import magnitudes, max_or_nan, per_token
 from .tiles import limit_of
@@ -23,7 +23,7 @@ from .tiles import limit_of
 
 @gluon.jit
 def wait_for_inputs():
-    """Wait for the kernels launched before; what no kernel of ours writes may be read before that."""
+    """Wait for the kernels launched before: nothing is read before that."""
     if cuda_capability_geq(9, 0):
         gdc_wait()
 
@@ -150,7 +150,7 @@ def encode(z, inverse, INT8: gl.constexpr):
 def numbers(ROWS: gl.constexpr, LAYOUT: gl.constexpr, T: gl.constexpr):
     """int32: which of the program's tokens the rows of a tile of this layout are."""
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-    if T.tokens < ROWS:  # each twice
+    if tokens_of(T) < ROWS:  # each twice
         row = row // 2
     return row
 

@@ -64,7 +64,7 @@ def halves(step):
 
 @gluon.jit
 def by_lane(part, STEP: gl.constexpr, T: gl.constexpr):
-    """[R, 16 lanes] of a halved tile -> [R, 32 lanes]; see `halves`."""
+    """[rows, 16 lanes] of a halved tile -> [tokens, 32 lanes]; see `halves`."""
     ASM: gl.constexpr = halves(STEP)
     one, other = gl.inline_asm_elementwise(
         ASM, "=f,=f,f", [part], dtype=(gl.float32, gl.float32), is_pure=True, pack=1

@@ -27,7 +27,7 @@ MAX_RANKS = 128
 MAX_PARTS = 8
 """Programs that share a tile's sum over K at most: tiles alone are too few to hide what each waits for."""
 NORM_COLUMNS, ACT_COLUMNS = 384, 1152
-"""Columns of one of them; behind a norm, K is smaller."""
+"""About how many columns a part has; behind a norm, K is smaller."""
 
 
 @triton.jit

@@ -56,6 +56,8 @@ def moments_options(k: int) -> dict[str, int]:
 
 def moments_of(x: Tensor, norm: Norm) -> Tensor:
     """fp32 [2, M] of `moments_kernel`."""
+    if x.stride(0) % 16 or x.data_ptr() % 16:  # else the order of a row's sums would follow from how rows lie
+        x = x.clone(memory_format=torch.contiguous_format)
     m, k = x.shape
     moments, options = torch.empty((2, m), dtype=torch.float32, device=x.device), moments_options(k)
     moments_kernel[(triton.cdiv(m, options["ROWS"]),)](

@@ -32,7 +32,7 @@ from vdit_quant.kernels.quant_token_fp4 import quant_token_fp4
 from vdit_quant.kernels.transform import FORMS, Transform
 
 pytest.importorskip("triton.experimental.gluon")
-from vdit_quant.kernels._triton import gluon_layout, gluon_moments, gluon_producers, gluon_rotation
+from vdit_quant.kernels._triton import gluon_layout, gluon_moments, gluon_producers, gluon_rotation, gluon_sums
 
 TILES = [(2, 1024, 1), (2, 128, 1), (1, 2048, 2), (2, 4096, 4), (1, 2048, 8)]
 FEW = (1152, 5120, 13824)
@@ -83,7 +83,7 @@ def instruction(code: str, a: Any, b: Any = None, c: Any = None) -> Tensor:
         dtype = torch.bfloat16 if code == "cvt.rn.bf16x2.f32" else torch.float16
         high, low = (t.to(dtype).view(torch.int16).to(torch.int64) & 0xFFFF for t in (a, b))
         return wrapped((high << 16) | low)
-    if code in ("sub.f32", "add.f32"):
+    if code in ("sub.f32", "add.f32", "sub.rn.f32", "add.rn.f32"):
         second = b.view(torch.float32)
         return a.view(torch.float32) + (second if code[0] == "a" else -second)
     if code == "fma.rn.f32":
@@ -92,6 +92,8 @@ def instruction(code: str, a: Any, b: Any = None, c: Any = None) -> Tensor:
         return bits == other
     if code == "setp.ne.u32":
         return bits != other
+    if code == "setp.gt.u32":
+        return bits > other
     if code == "selp.b32":
         return torch.where(c, a, b)
     integers = {
@@ -240,7 +242,7 @@ def test_teams_hold_tokens_of_their_own_as_one_alone_does(rows: int, width: int,
 
 
 @pytest.mark.parametrize(
-    ("m", "shared", "few", "teams"),
+    ("m", "sample", "few", "teams"),
     [
         (8192, 256, False, 4),
         (8192, 0, False, 4),
@@ -248,13 +250,31 @@ def test_teams_hold_tokens_of_their_own_as_one_alone_does(rows: int, width: int,
         (1024, 258, False, 1),
         (512, 256, True, 4),
         (512, 258, True, 2),
+        (258, 129, True, 1),
         (1, 0, True, 1),
     ],
 )
 def test_a_program_has_several_teams_where_programs_are_many_and_samples_long(
-    m: int, shared: int, few: bool, teams: int
+    m: int, sample: int, few: bool, teams: int
 ) -> None:
-    assert gluon_producers.share(m, {"R": 2, "num_warps": 1, "TEAMS": 4}, shared) == (few, teams)
+    assert gluon_producers.are_few(m, {"R": 2, "num_warps": 1}) == few
+    assert gluon_producers.teams_for(m, 2 // (1 + few), 4, sample) == teams
+
+
+def test_what_two_tokens_of_a_warp_add_up_to_comes_to_the_same_lanes() -> None:
+    """Of equal tokens, one in lanes 0 to 15, the other behind it."""
+    values = torch.randn(8, 16).bfloat16().repeat(1, 2)
+    halves = values.view(torch.int16).to(torch.int64) & 0xFFFF
+    packed = wrapped(halves[0::2] | (halves[1::2] << 16))
+    moments = run_ptx(gluon_moments.moments_of(8), list(packed), 16)
+    for part, step in ((moments[0], int(gluon_moments.OTHER_TOKEN)), (moments[8], 18), (values[0].float(), 16)):
+        one, other = run_ptx(gluon_sums.halves(step), [part], 2)
+        assert torch.equal(one, other)
+        assert one[:16].abs().sum() > 0
+        assert not one[16:].any()
+    one, other = run_ptx(gluon_sums.halves(0), [values[0].float()], 2)
+    assert torch.equal(one[:16], other[16:])
+    assert not other[:16].any()
 
 
 def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
@@ -282,7 +302,7 @@ def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
                 name, more = f"norm K={k} {size}{kind} alone={alone}", {"LAYER": True, "ONE": alone}
                 yield name, gluon_producers.norm_quant_kernel, norm, constants | more, options
             name, more = f"few norm K={k} {size}{kind}", {"LAYER": True, "ONE": True, "FEW": True}
-            if k == 1152 and kind != "regular":
+            if k in (1152, 2240, 3072) and size == 64 and kind != "regular":
                 yield name, gluon_producers.norm_quant_kernel, norm, constants | more, options
             name, more = f"gate K={k} {size}{kind}", {"LAYER": True, "ONE": True}
             yield name, gluon_producers.norm_quant_kernel, norm | gate, constants | more, options
@@ -588,7 +608,11 @@ def test_fp4_codes(k: int, out: str) -> None:
 @pytest.mark.gpus(1)
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize(
-    ("k", "size"), [*((k, size) for k in (1152, 3072, 5120) for size in (0, 64, 128)), (192, 64), (576, 0), (2240, 64)]
+    ("k", "size"),
+    [
+        *((k, size) for k in (1152, 3072, 5120) for size in (0, 64, 128)),
+        *((48, 16), (192, 64), (576, 0), (1152, 16), (2240, 64), (4608, 0)),
+    ],
 )
 def test_a_row_does_not_depend_on_its_batch(k: int, size: int) -> None:
     """Nor on how many rows share a modulation, which decides how that is read, nor on how many there are, which decides
@@ -608,8 +632,31 @@ def test_a_row_does_not_depend_on_its_batch(k: int, size: int) -> None:
         for start, stop in ((0, 1), (5, 6), (3, 20), (1, 1024), (1023, 1024)):
             for got, want in zip(call(x[start:stop]), whole, strict=True):
                 assert torch.equal(got, want[start:stop])
-    for got, want in zip(norm(x, 1024), norm(x), strict=True):
-        assert torch.equal(got, want)
+    for shared in (4, 1024):
+        for got, want in zip(norm(x, shared), norm(x), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.gpus(1)
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize(
+    ("dtype", "out"), [(torch.bfloat16, "fp4g16"), (torch.float16, "int8"), (torch.float32, "int8")]
+)
+def test_a_gated_row_of_any_kind_does_not_depend_on_its_batch(dtype: torch.dtype, out: str) -> None:
+    x, branch = torch.randn(2, 1024, 1152, device="cuda").to(dtype)
+    gate, *mod = torch.randn(3, 1, 1152, device="cuda").to(dtype)
+    transform = listed(transform_of(1152, 64, "sylvester"))
+
+    def run(start: int, stop: int) -> tuple[Tensor, ...]:
+        rows = [x[start:stop], branch[start:stop], gate]
+        if out == "int8":
+            return gate_norm_quant(rows, mod, [], transform, "layer", 1e-6, 64, "sylvester")
+        return NORM_QUANT[out](rows[0], mod, [], transform, "layer", 1e-6, 64, "sylvester")
+
+    whole = run(0, 1024)
+    for start, stop in ((0, 1), (5, 6), (3, 20), (1, 1024), (1023, 1024)):
+        for got, want in zip(run(start, stop), whole, strict=True):
+            assert torch.equal(got, want[start:stop])
 
 
 @pytest.mark.gpus(1)

@@ -108,6 +108,7 @@ def interpreter_act_equals_reference(act: str, make_layer) -> None:
 def interpreter_parts_of_a_sum_are_added(make_layer) -> None:
     k, file = 2440, twin("act_down")
     assert file.split(k, 32, file.ACT_COLUMNS)[0] == 2
+    assert file.split(k, 32, file.NORM_COLUMNS)[0] == 6
     x, down, b = make_layer(3, k, 1).x, make_layer(20, k, 2).x, make_layer(1, 2 * k, 3).x
     mod = list(b.chunk(2, dim=1))
     got = run_twin("norm_down", x, Norm(mod, [], "layer", 1e-6), None, down)
@@ -164,6 +165,8 @@ def cuda_a_row_does_not_depend_on_its_batch(rank: int, make_layer) -> None:
     whole = norm_down(x, mod, [], None, down, "layer", 1e-6)
     assert torch.equal(norm_down(x, two, [], None, down, "layer", 1e-6), whole)
     acted = act_down(x, "gelu_tanh", None, down)
+    wide = torch.cat([x, x[:, :8]], dim=1)[:, :1152]  # rows that do not begin every 16 elements
     for start, stop in ((0, 1), (5, 6), (3, 20), (1, 2058), (2057, 2058)):
         assert torch.equal(norm_down(x[start:stop], mod, [], None, down, "layer", 1e-6), whole[start:stop])
+        assert torch.equal(norm_down(wide[start:stop], mod, [], None, down, "layer", 1e-6), whole[start:stop])
         assert torch.equal(act_down(x[start:stop], "gelu_tanh", None, down), acted[start:stop])
