@@ -181,10 +181,13 @@ def test_a_rotation_is_a_product_with_h(
 
 
 @pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("magnitude", [5e-3, 1.0, 2e5])
 @pytest.mark.parametrize(("rows", "width", "warps"), TILES)
-def test_two_products_are_one_with_h_of_channels_in_another_order(size: int, rows: int, width: int, warps: int) -> None:
+def test_two_products_are_one_with_h_of_channels_in_another_order(
+    size: int, magnitude: float, rows: int, width: int, warps: int
+) -> None:
     place = places_of(gluon_layout.layout_of(rows, width, warps, size, 8))
-    x = torch.randn(rows, width)
+    x = torch.randn(rows, width) * magnitude
     inside = x[place[..., 0], place[..., 1]]
     text = gluon_rotation.rotation(width, warps, size, 8, False, 2)
     results = run_ptx(text, list(inside.view(-1, 8, warps, 32).unbind(1)))
