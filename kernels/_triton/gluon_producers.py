@@ -29,8 +29,9 @@ SHAPES = {"norm": _NORM, "act": (*_ACT, (16384, 1, 8, 96, 1)), "prefixed": (*_AC
 """Up to so many channels: tokens and warps of a team, registers of a thread and most teams of a program; for norms, for
 activations, and for those behind a prefix, which is not activated. Measured on an H200."""
 
-STAGED_BYTES = 48 * 1024
-"""Vectors that take less than this are staged (`gluon_vectors`); with more, too few programs would be resident."""
+STAGED_BYTES = {"norm": 48 * 1024, "act": 20 * 1024, "prefixed": 20 * 1024}
+"""Vectors that take less than this are staged (`gluon_vectors`); with more, too few programs would be resident, and
+without a norm there is little to wait for."""
 
 MIN_PROGRAMS = 96
 """Programs that are not joined to have more teams: a large GPU has 132 multiprocessors."""
@@ -139,7 +140,7 @@ def run_act(x: Tensor, act: str, transform: Transform, prefix: Tensor | None, k:
         few = are_few(m, options)
         tokens = options["R"] // (1 + few)
         teams = teams_for(m, tokens, options["TEAMS"])
-        options = options | {"FEW": few, "TEAMS": teams, "STAGED": is_staged(k, *vectors)}
+        options = options | {"FEW": few, "TEAMS": teams, "STAGED": is_staged(k, kind, *vectors)}
         programs = (-(-m // (tokens * teams)), 1, 1)
         _launch(act_quant_kernel, programs, tensors, numbers, constants, options)
     return codes, scale
@@ -166,7 +167,7 @@ def run_norm(stream: list[Tensor], norm: Norm, transform: Transform) -> tuple[Te
         alone = shared % tokens == 0 and samples < 1 << 16  # a grid is no higher
         constants = (norm.kind == "layer", k, alone, *_constants(transform))
         teams = teams_for(m, tokens, options["TEAMS"], shared if alone else 0)
-        options = options | {"FEW": few, "TEAMS": teams, "STAGED": is_staged(k, *vectors)}
+        options = options | {"FEW": few, "TEAMS": teams, "STAGED": is_staged(k, "norm", *vectors)}
         each = tokens * teams
         programs = (-(-(shared or m) // each), samples, 1) if alone else (-(-m // each), 1, 1)
         _launch(norm_quant_kernel, programs, tensors, numbers, constants, options)
@@ -178,9 +179,9 @@ def _options(k: int, kind: str, dtype: torch.dtype, transform: Transform) -> dic
     return launch_options(k, transform.block_size, kind, dtype, transform.fp4_group is not None, regular)
 
 
-def is_staged(k: int, *vectors: Tensor | None) -> bool:
-    """Whether these wait in shared memory."""
-    return 0 < k * sum(0 if vector is None else vector.element_size() for vector in vectors) < STAGED_BYTES
+def is_staged(k: int, kind: str, *vectors: Tensor | None) -> bool:
+    """Whether these wait in shared memory. kind: one of `SHAPES`."""
+    return 0 < k * sum(0 if vector is None else vector.element_size() for vector in vectors) < STAGED_BYTES[kind]
 
 
 def _vectors(transform: Transform) -> tuple[Tensor | None, Tensor | None]:

@@ -19,7 +19,7 @@ as 2**20, and about 1/250 in the mean before digits are lost. Channels end up el
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .gluon_layout import held_by_thread, is_crosswise, log2, thread_bits
+from .gluon_layout import held_by_thread, log2, thread_bits
 
 
 @gluon.constexpr_function
@@ -131,15 +131,19 @@ def two_products(values, block):
 
 
 @gluon.constexpr_function
+def crosswise(block):
+    """PTX of `two_products` for the 8 channels of a thread."""
+    lines, results = two_products([f"${8 + i}" for i in range(8)], block)
+    head = f".reg .b32 lane, zero, w<{len(lines) + 1}>; mov.u32 lane, %laneid; mov.b32 zero, 0;"
+    return " ".join(["{", head, *filter(None, lines), *(f"mov.b32 ${i}, {results[i]};" for i in range(8)), "}"])
+
+
+@gluon.constexpr_function
 def rotation(width, warps, block, held, regular, product):
     """PTX that multiplies the block of a thread and its neighbours by H; see `hadamard.SEEDS`.
 
-    product: 1 for tensor cores, where four bits lie as these need them; 2 for `two_products`
+    product: by tensor cores, where four bits lie as these need them
     """
-    if is_crosswise(block, regular, product):
-        crossed, results = two_products([f"${8 + i}" for i in range(8)], block)
-        head = f".reg .b32 lane, zero, w<{len(crossed) + 1}>; mov.u32 lane, %laneid; mov.b32 zero, 0;"
-        return " ".join(["{", head, *filter(None, crossed), *(f"mov.b32 ${i}, {results[i]};" for i in range(8)), "}"])
     inside, rest = thread_bits(width, warps, block, held)
     # Where each bit of the channel number is: a bit of the register's number, or of the lane's.
     places = [(1 << inside.index(b), 0) if b in inside else (0, 1 << rest.index(b)) for b in range(log2(block))]
@@ -214,7 +218,9 @@ def unit_of(t):
 def rotate(y, T: gl.constexpr):
     """y [R, WIDTH] times H (of +-1) in every block of channels."""
     WIDTH: gl.constexpr = y.shape[1]
-    ASM: gl.constexpr = rotation(WIDTH, T.warps, T.block, T.held, T.regular, T.product)
+    ASM: gl.constexpr = (
+        crosswise(T.block) if T.crosswise else rotation(WIDTH, T.warps, T.block, T.held, T.regular, T.product)
+    )
     N: gl.constexpr = held_by_thread(WIDTH, T.warps, T.block, T.held)
     return gl.inline_asm_elementwise(ASM, floats(N), [y], dtype=gl.float32, is_pure=True, pack=N)
 

@@ -189,7 +189,7 @@ def test_two_products_are_one_with_h_of_channels_in_another_order(
     place = places_of(gluon_layout.layout_of(rows, width, warps, size, 8))
     x = torch.randn(rows, width) * magnitude
     inside = x[place[..., 0], place[..., 1]]
-    text = gluon_rotation.rotation(width, warps, size, 8, False, 2)
+    text = gluon_rotation.crosswise(size)
     results = run_ptx(text, list(inside.view(-1, 8, warps, 32).unbind(1)))
     nominal = torch.full_like(x, float("nan"))
     nominal[place[..., 0], place[..., 1]] = torch.stack(results, 1).view(inside.shape)
@@ -375,7 +375,10 @@ def compile_all(capability: int) -> None:
             continue
         signature, fixed, attributes = {}, {}, {}
         vectors = [types[name] for name in VECTORS if name in types]
-        staged = gluon_producers.is_staged(constants["K"], *(torch.empty(0, dtype=DTYPES[name]) for name in vectors))
+        kind = "act" if "ACT" in constants else "norm"
+        staged = gluon_producers.is_staged(
+            constants["K"], kind, *(torch.empty(0, dtype=DTYPES[name]) for name in vectors)
+        )
         constants = {"FEW": False} | constants | {"STAGED": staged}
         for i, argument in enumerate(kernel.arg_names):
             signature[argument] = types.get(argument, "constexpr")
