@@ -23,7 +23,7 @@ from ..runtime.load import pick_device, pick_dtype
 from ..runtime.pipeline_folder import check_pipeline
 from ..runtime.schedule import plan_steps
 from ..runtime.source import Source, find_source
-from ..runtime.writer import check_target, name_output
+from ..runtime.writer import name_output, preview_target
 from . import statistics
 from .assemble import block_part, check_kept, kept_names, write_artifact
 from .block_tuning import BlockTuner
@@ -97,12 +97,8 @@ def plan_job(
     source, device = open_source(model, data, settings.component), pick_device(settings.device)
     recipe, notes = settle_training(source, settings.resolve_recipe(), settings, device)
     target = Path(output) if output is not None else default_output(source.label, recipe)
-    try:
-        check_target(target, source if isinstance(source, Source) else None, settings.overwrite)
-    except InputError as error:
-        if not preview:
-            raise
-        notes = (*notes, f"without --dry-run refused: {error}")
+    disk = source if isinstance(source, Source) else None
+    notes = (*notes, *preview_target(target, disk, settings.overwrite, preview))
     plan = plan_source(source, recipe)
     if not settings.i_know:
         check_formats(plan)
@@ -113,8 +109,8 @@ def plan_job(
     pick_dtype(settings.dtype, device)
     settings.workload().to_dict()  # reads the files that it names
     sampled = tuned or settings.budget is not None or any(layer.needs() for layer in plan.compressed)
-    if sampled and isinstance(source, Source):
-        check_workload(source, settings.workload())
+    if sampled and disk is not None:
+        check_workload(disk, settings.workload())
     sizing = None
     if settings.budget is not None:
         require_disk_source(source)

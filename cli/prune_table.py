@@ -14,11 +14,10 @@ from ..prune.patterns import cut
 from ..prune.pipeline import chosen_depths, default_output, open_source
 from ..prune.plan import PrunePlan, Stack, find_stacks
 from ..prune.writer import read_record
-from ..quantize.errors import InputError
 from ..runtime.family import find_family
 from ..runtime.lineage import is_pruned
 from ..runtime.load import pick_device
-from ..runtime.writer import check_target
+from ..runtime.writer import preview_target
 from .console import bold, console, human_bytes, print_table, table
 
 
@@ -33,13 +32,7 @@ def print_preview(
     stacks = find_stacks(skeleton, find_family(skeleton))
     keep = chosen_depths(options, stacks)
     target = output or default_output(source, keep)
-    refused = None
-    try:
-        check_target(target, source, options.overwrite, is_pruned)
-    except InputError as error:
-        if not dry_run:
-            raise
-        refused = f"without --dry-run refused: {error}"
+    notes = preview_target(target, source, options.overwrite, dry_run, is_pruned)
     console.print(bold(source.label), f", family {find_family(skeleton).name} -> {target}", sep="")
     rows = table("stack", "blocks", "kept", "16-bit", "after", right=("blocks", "kept", "16-bit", "after"))
     for stack, count in zip(stacks, keep, strict=True):
@@ -52,8 +45,8 @@ def print_preview(
         console.print(f"  {label:<10}{words}")
     if Duration.parse(options.recover).is_none:
         _print_initialisation()
-    if refused is not None:
-        console.print(refused)
+    for note in notes:
+        console.print(note)
     return target
 
 

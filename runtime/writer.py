@@ -99,6 +99,19 @@ def check_target(
             )
 
 
+def preview_target(
+    target: Path, source: Source | None, overwrite: bool, preview: bool, is_ours: Callable[[Path], bool] = is_artifact
+) -> tuple[str, ...]:
+    """`check_target`; in a preview, what it refuses is a note, and nothing is raised."""
+    try:
+        check_target(target, source, overwrite, is_ours)
+    except InputError as error:
+        if not preview:
+            raise
+        return (f"without --dry-run refused: {error}",)
+    return ()
+
+
 def name_output(label: str, suffix: str) -> Path:
     """In the current folder, by the last part of a model's name; "." and ".." are the folders that they stand for."""
     path = Path(label)

@@ -93,7 +93,6 @@ def act_quant_kernel(
     T: gl.constexpr = tiling(PIECES, (R, WARPS, FEW, TEAMS), (BLOCK, REGULAR, HELD, PRODUCT))
     # A rotation by products rounds to bfloat16, beside which an approximate tanh is exact.
     TWICE: gl.constexpr = ACT == "gelu_tanh" and PRODUCT and BLOCK >= 32 and not REGULAR
-    # parameters of a model: no kernel of ours writes them
     wait_for_inputs()
     pre_scales = stage(pre_scale_ptr, T, STAGED)
     all_signs = stage(signs_ptr, T, STAGED)

@@ -71,12 +71,6 @@ def held_by_thread(width, warps, block, held):
 
 
 @gluon.constexpr_function
-def is_crosswise(block, regular, product):
-    """Whether tensor cores multiply blocks twice, which leaves channels elsewhere: see `gluon_rotation`."""
-    return product > 1 and not regular and block >= 64
-
-
-@gluon.constexpr_function
 def is_whole(width, warps):
     """Whether every thread of a team holds channels of all its tokens in a tile of this width."""
     return width >= 32 * LANE * warps
@@ -116,7 +110,7 @@ class Tiling:
     rows: tokens of a team, half as many where they are `few`; warps: of a team; teams: of a program
     block, regular: size of a Hadamard block, or 0, and whether its matrix is regular
     held: most channels of a block in one thread
-    product: 0, or 1 where tensor cores rotate, 2 where they may do it `crosswise`, and whether they do
+    product: 0, or 1 where tensor cores rotate, 2 where they do it crosswise (`gluon_rotation`)
     """
 
     pieces: tuple[tuple[int, int, int], ...]
@@ -128,7 +122,6 @@ class Tiling:
     regular: bool
     held: int
     product: int
-    crosswise: bool
 
 
 @gluon.constexpr_function
@@ -143,8 +136,7 @@ def tiling(covered, team, rotation):
     rows, warps, few, teams = team
     block, regular, held, product = rotation
     rows = rows // 2 if few else rows
-    crosswise = is_crosswise(block, regular, product)
-    return Tiling(covered, rows, few, warps, teams, block, regular, held, product, crosswise)
+    return Tiling(covered, rows, few, warps, teams, block, regular, held, product)
 
 
 @gluon.constexpr_function

@@ -12,6 +12,7 @@ from ..transform import Transform
 from .gluon_act import act_quant_kernel
 from .gluon_layout import LANE, pieces
 from .gluon_norm import norm_quant_kernel
+from .rows import aligned_rows, row_stride
 from .tiles import overlap
 
 MAX_HELD = 96
@@ -35,7 +36,6 @@ without a norm there is little to wait for."""
 
 MIN_PROGRAMS = 96
 """Programs that are not joined to have more teams: a large GPU has 132 multiprocessors."""
-
 
 SCHEDULERS = 528
 """Those of a large GPU: with fewer warps, some would have nothing to do."""
@@ -85,17 +85,8 @@ def limits(k: int, prefix: int, block_size: int) -> str | None:
     return None
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor as kernels read it, 16 bytes at a time; copied if need be."""
-    stride = tensor.stride(0) if tensor.dim() > 1 and tensor.shape[0] > 1 else 0
-    if tensor.stride(-1) != 1 or stride % 16 or stride >= 1 << 31 or tensor.data_ptr() % 16:
-        return tensor.clone(memory_format=torch.contiguous_format)
-    return tensor
-
-
 def _stride(rows: Tensor | None) -> int:
-    """Elements from one row to the next; torch leaves it open for a single row."""
-    return 0 if rows is None else rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
+    return 0 if rows is None else row_stride(rows)
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -109,7 +100,7 @@ def _launch(
     constants: tuple[Any, ...],
     options: dict[str, Any],
 ) -> None:
-    """Launch on tensors that `_rows` has seen; compiled once for every set of dtypes and constants.
+    """Launch on tensors that `aligned_rows` has seen; compiled once for every set of dtypes and constants.
 
     Triton would examine every argument again at every call, which takes longer than many of these kernels.
     """
@@ -132,7 +123,7 @@ def run_act(x: Tensor, act: str, transform: Transform, prefix: Tensor | None, k:
     kind = "prefixed" if p else "act"
     options = _options(k, kind, x.dtype, transform)
     if m:
-        x, prefix = _rows(x), None if prefix is None else _rows(prefix)
+        x, prefix = aligned_rows(x), None if prefix is None else aligned_rows(prefix)
         vectors = _vectors(transform)
         tensors = (x, prefix, *vectors, codes, scale)
         numbers = (_stride(x), _stride(prefix), m)
@@ -156,9 +147,9 @@ def run_norm(stream: list[Tensor], norm: Norm, transform: Transform) -> tuple[Te
         samples = next((len(rows) for rows in (*norm.mod, *stream[2:])), 1)
         # Tokens that share a sample's rows; 0 where all do.
         shared = m // samples if samples > 1 else 0
-        x, branch, gate = [*map(_rows, stream), None, None][:3]
-        shift, mod_scale = map(_rows, norm.mod) if norm.mod else (None, None)
-        weight, bias = [*map(_rows, norm.affine), None, None][:2]
+        x, branch, gate = [*map(aligned_rows, stream), None, None][:3]
+        shift, mod_scale = map(aligned_rows, norm.mod) if norm.mod else (None, None)
+        weight, bias = [*map(aligned_rows, norm.affine), None, None][:2]
         vectors = (shift, mod_scale, weight, bias, *_vectors(transform))
         tensors = (x, branch, gate, h, *vectors, codes, scale)
         numbers = (*map(_stride, (x, branch, gate, shift, mod_scale)), m, shared or m, norm.eps)
@@ -186,7 +177,7 @@ def is_staged(k: int, kind: str, *vectors: Tensor | None) -> bool:
 
 def _vectors(transform: Transform) -> tuple[Tensor | None, Tensor | None]:
     pre_scale, signs = transform.pre_scale, transform.signs
-    return None if pre_scale is None else _rows(pre_scale), None if signs is None else _rows(signs)
+    return None if pre_scale is None else aligned_rows(pre_scale), None if signs is None else aligned_rows(signs)
 
 
 def _constants(transform: Transform) -> tuple[Any, ...]:

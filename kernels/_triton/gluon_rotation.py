@@ -23,24 +23,30 @@ from .gluon_layout import held_by_thread, log2, thread_bits
 
 
 @gluon.constexpr_function
-def product_by_16(values):
-    """PTX, a line for each register p that it sets, and where the results are: the lowest two bits of the register's
-    number and of the lane's, of which there are `lane` and `zero`, times H of 16 on tensor cores."""
+def writer(prefix):
+    """Lines of PTX, one for each register of this prefix that they set, and what adds to them: an instruction, and a
+    product of tensor cores. Both use registers of their own, whose names they return."""
     lines: list[str] = []
 
     def put(code, *operands):
-        """One instruction; its result goes to a register of its own, whose name this returns."""
-        lines.append(f"{code} p{len(lines)}, {', '.join(operands)};")
-        return f"p{len(lines) - 1}"
+        lines.append(f"{code} {prefix}{len(lines)}, {', '.join(operands)};")
+        return f"{prefix}{len(lines) - 1}"
 
-    def multiply(a, b):
-        """a b; returns where the sums are."""
-        sums = [f"p{len(lines) + i}" for i in range(4)]
-        code = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+    def multiply(a, b, dtype):
+        sums = [f"{prefix}{len(lines) + i}" for i in range(4)]
+        code = f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32"
         groups = ", ".join("{" + ", ".join(group) + "}" for group in (sums, a, b, ["zero"] * 4))
         lines.extend([f"{code} {groups};", "", "", ""])
         return sums
 
+    return lines, put, multiply
+
+
+@gluon.constexpr_function
+def product_by_16(values):
+    """PTX, a line for each register p that it sets, and where the results are: the lowest two bits of the register's
+    number and of the lane's, of which there are `lane` and `zero`, times H of 16 on tensor cores."""
+    lines, put, multiply = writer("p")
     # H as an operand: +-1 twice, and their negatives. Row k and column c are (half, lane, lane, pair); lane l has rows
     # 2 (l % 4) and the next in column l / 4.
     common = put("and.b32", put("and.b32", put("shr.b32", "lane", "3"), "lane"), "3")
@@ -55,7 +61,7 @@ def product_by_16(values):
     for start in range(0, len(values), 8):
         a = [two[start // 2 + i] for i in (0, 2, 1, 3)]
         for half in range(2):
-            sums = multiply(a, (plus, (plus, minus)[half]))
+            sums = multiply(a, (plus, (plus, minus)[half]), "bf16")
             for row in range(2):
                 for pair in range(2):
                     results[start + 4 * row + 2 * half + pair] = sums[2 * row + pair]
@@ -73,20 +79,7 @@ def two_products(values, block):
 
     Results are for the channels whose bits 0, 1 and 7 are the register's number, 5, 6, 2, 3 and 4 the lane's.
     """
-    lines: list[str] = []
-
-    def put(code, *operands):
-        """One instruction; its result goes to a register of its own, whose name this returns."""
-        lines.append(f"{code} w{len(lines)}, {', '.join(operands)};")
-        return f"w{len(lines) - 1}"
-
-    def multiply(a, b, dtype):
-        """a b; returns where the sums are."""
-        sums = [f"w{len(lines) + i}" for i in range(4)]
-        code = f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32"
-        groups = ", ".join("{" + ", ".join(group) + "}" for group in (sums, a, b, ["zero"] * 4))
-        lines.extend([f"{code} {groups};", "", "", ""])
-        return sums
+    lines, put, multiply = writer("w")
 
     def bit(number, to):
         """This bit of the lane's number as bit `to`, and nothing else."""
@@ -147,13 +140,8 @@ def rotation(width, warps, block, held, regular, product):
     inside, rest = thread_bits(width, warps, block, held)
     # Where each bit of the channel number is: a bit of the register's number, or of the lane's.
     places = [(1 << inside.index(b), 0) if b in inside else (0, 1 << rest.index(b)) for b in range(log2(block))]
-    lines: list[str] = []
+    lines, put, _ = writer("t")
     n = 1 << len(inside)
-
-    def put(code, *operands):
-        """One instruction; its result goes to a register of its own, whose name this returns."""
-        lines.append(f"{code} t{len(lines)}, {', '.join(operands)};")
-        return f"t{len(lines) - 1}"
 
     def add_other(value, lane, factor):
         """value * factor + what the lane holds whose number differs in this bit."""
@@ -211,7 +199,7 @@ def floats(n):
 @gluon.constexpr_function
 def unit_of(t):
     """What the results of `rotate` are to be multiplied by."""
-    return (SMALLER if t.crosswise else 1) * (t.block**-0.5 if t.block else 1.0)
+    return (SMALLER if t.product > 1 else 1) * (t.block**-0.5 if t.block else 1.0)
 
 
 @gluon.jit
@@ -219,7 +207,7 @@ def rotate(y, T: gl.constexpr):
     """y [R, WIDTH] times H (of +-1) in every block of channels."""
     WIDTH: gl.constexpr = y.shape[1]
     ASM: gl.constexpr = (
-        crosswise(T.block) if T.crosswise else rotation(WIDTH, T.warps, T.block, T.held, T.regular, T.product)
+        crosswise(T.block) if T.product > 1 else rotation(WIDTH, T.warps, T.block, T.held, T.regular, T.product)
     )
     N: gl.constexpr = held_by_thread(WIDTH, T.warps, T.block, T.held)
     return gl.inline_asm_elementwise(ASM, floats(N), [y], dtype=gl.float32, is_pure=True, pack=N)

@@ -217,7 +217,7 @@ def quantize_tokens(
     else:
         rotated = tiles
     top = per_token(magnitudes(rotated), True, T)
-    if T.crosswise:
+    if T.product > 1:
         rotated = all_in_order(rotated, T)
     amax = max_or_nan(top * UNIT, gl.full(top.shape, TINY, gl.float32, top.type.layout))
     row = first + gl.arange(0, top.shape[0], layout=top.type.layout)

@@ -89,7 +89,7 @@ def of_threads(tile, MAXIMUM: gl.constexpr, T: gl.constexpr):
 @gluon.jit
 def largest_of_threads(tile, T: gl.constexpr):
     """As `of_threads`, the maximum of magnitudes that may have been rotated twice."""
-    if T.crosswise and not is_whole(tile.shape[1], T.warps):
+    if T.product > 1 and not is_whole(tile.shape[1], T.warps):
         # every lane holds both tokens by now: see `in_order`
         parts = gl.permute(gl.reshape(in_order(tile, T), [tile.shape[0], 4, 8, 4]), (0, 2, 1, 3))
         part = combine_along(gl.reshape(parts, [tile.shape[0], 32, 4]), 2, True)

@@ -93,7 +93,7 @@ def vector_of(ptr, buffers, i: gl.constexpr, T: gl.constexpr):
 def stage_row(ptr, stride, sample, T: gl.constexpr, STAGED: gl.constexpr):
     """`stage` of row `sample`."""
     buffers = ()
-    if STAGED and ptr is not None:
+    if ptr is not None:
         buffers = stage(ptr + sample.to(gl.int64) * stride, T, STAGED)
     return buffers
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..norm_quant import Norm
-from .rows import row_stride
+from .rows import aligned_rows, row_stride
 from .tiles import ROUND_EACH_STEP, await_inputs, overlap
 
 
@@ -56,8 +56,7 @@ def moments_options(k: int) -> dict[str, int]:
 
 def moments_of(x: Tensor, norm: Norm) -> Tensor:
     """fp32 [2, M] of `moments_kernel`."""
-    if x.stride(0) % 16 or x.data_ptr() % 16:  # else the order of a row's sums would follow from how rows lie
-        x = x.clone(memory_format=torch.contiguous_format)
+    x = aligned_rows(x)  # else the order of a row's sums would follow from how rows lie
     m, k = x.shape
     moments, options = torch.empty((2, m), dtype=torch.float32, device=x.device), moments_options(k)
     moments_kernel[(triton.cdiv(m, options["ROWS"]),)](

@@ -354,6 +354,14 @@ def readable(rows: Tensor) -> Tensor:
     return rows.view(torch.int32)
 
 
+def aligned_rows(tensor: Tensor) -> Tensor:
+    """The tensor as kernels read it that access 16 bytes at a time, however many rows there are; copied if need be."""
+    stride = tensor.stride(0) if tensor.dim() > 1 and tensor.shape[0] > 1 else 0
+    if tensor.stride(-1) != 1 or stride % 16 or stride >= 1 << 31 or tensor.data_ptr() % 16:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
+
+
 def row_stride(rows: Tensor) -> int:
     """Elements from one row to the next: torch leaves it open for a single one."""
     return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
