@@ -19,11 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import denoiser
 import random_models
 import torch
 from _render import plot_lines, rewrite, setting, table, versions
-from denoiser import Bench, Path_, attention, bytes_of, compile_anew, disagreeing, ratio, relative, release, time_paths
+from denoiser_tables import disagreeing, escape, ratio
+from denoiser_ways import CUDNN, Bench, Path_, attention, bytes_of, compile_blocks, relative, release, time_paths
 from random_models import Shape
 from torch import Tensor
 from torch._functorch import config as functorch_config
@@ -105,19 +105,10 @@ def measure(shape: Shape, batch: int, rounds: int) -> dict[str, Any]:
 @torch.no_grad()
 def prepare_baseline(bench: Bench, way: str) -> Path_:
     """bf16 with compiled blocks, captured."""
-    module = replay_graphs(compile_blocks(copy.deepcopy(bench.base)))
-    with attention(denoiser.CUDNN if way.endswith("cudnn") else None):
+    module = replay_graphs(compile_blocks(copy.deepcopy(bench.base), fullgraph=True))
+    with attention(CUDNN if way.endswith("cudnn") else None):
         out = module(**bench.arguments)[0]
     return path(bench, way, module, {"error": relative(out, bench.truth)})
-
-
-def compile_blocks(module: Any, **options: Any) -> Any:
-    """Compiles what all blocks of the model share, once, apart from anything compiled before; returns the model."""
-    (kind,) = {type(block) for block in module.transformer_blocks}
-    compiled = compile_anew(kind.forward, fullgraph=True, **options)
-    for block in module.transformer_blocks:
-        block.forward = partial(compiled, block)
-    return module
 
 
 @torch.no_grad()
@@ -175,9 +166,7 @@ def render(found: dict[str, Any]) -> str:
                 wrong = " (too far from unfused)" if recipe in disagreeing(point) else ""
                 cells += ["failed", "-"] if row is None else [f"{row['ms']:.2f}", ratio(best, row["ms"]) + wrong]
             rows.append([point["x"], *cells])
-            failed += [
-                f"- {axis} {point['x']}, `{way}`: {denoiser.escape(why)}" for way, why in point["failed"].items()
-            ]
+            failed += [f"- {axis} {point['x']}, `{way}`: {escape(why)}" for way, why in point["failed"].items()]
         head = [axis, "bf16, ms", *(cell for recipe in RECIPES for cell in (f"{recipe}, ms", f"{recipe}, x bf16"))]
         lines += [f"**{title}**", "", *table(head, rows), "", *failed, *([""] if failed else [])]
     return "\n".join(lines).rstrip()

@@ -24,7 +24,13 @@ def script(monkeypatch: pytest.MonkeyPatch, root: Path) -> Any:
 
 @pytest.fixture
 def denoiser(script: Any) -> ModuleType:
-    module: ModuleType = script("denoiser")
+    module: ModuleType = script("denoiser_tables")
+    return module
+
+
+@pytest.fixture
+def ways(script: Any) -> ModuleType:
+    module: ModuleType = script("denoiser_ways")
     return module
 
 
@@ -139,7 +145,7 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, q, q)
 
 
-def test_another_order_of_attention_back_ends_is_compiled_anew(denoiser: ModuleType) -> None:
+def test_another_order_of_attention_back_ends_is_compiled_anew(ways: ModuleType) -> None:
     graphs = []
 
     def count(graph: Any, _: Any) -> Any:
@@ -149,13 +155,13 @@ def test_another_order_of_attention_back_ends_is_compiled_anew(denoiser: ModuleT
     module, q = Attention(), torch.randn(1, 2, 8, 16)
     order = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
     with torch.no_grad():
-        denoiser.compile_anew(module, backend=count)(q)
+        ways.compile_anew(module, backend=count)(q)
         with sdpa_kernel(order, set_priority=True):
-            denoiser.compile_anew(module, backend=count)(q)
+            ways.compile_anew(module, backend=count)(q)
     assert len(graphs) == 2
 
 
-def test_the_blocks_of_a_model_share_one_compilation(scaling: ModuleType) -> None:
+def test_the_blocks_of_a_model_share_one_compilation(ways: ModuleType) -> None:
     torch._dynamo.reset()
     graphs = []
 
@@ -167,7 +173,7 @@ def test_the_blocks_of_a_model_share_one_compilation(scaling: ModuleType) -> Non
     x = torch.randn(2, 4)
     with torch.no_grad():
         expected = model(x)
-        assert torch.equal(scaling.compile_blocks(model, backend=count)(x), expected)
+        assert torch.equal(ways.compile_blocks(model, backend=count)(x), expected)
     assert len(graphs) == 1
 
 
@@ -182,8 +188,9 @@ class Blocks(nn.Module):
         return x
 
 
-def test_what_other_libraries_do_to_a_run_loses_nothing_of_it(denoiser: ModuleType, monkeypatch: Any) -> None:
+def test_what_other_libraries_do_to_a_run_loses_nothing_of_it(script: Any, ways: ModuleType, monkeypatch: Any) -> None:
     """A library that fails is a row that says so; one that never ends leaves what was measured before."""
+    denoiser = script("denoiser")
 
     class Bench:
         base, bf16_error = nn.Linear(2, 2), 0.01
@@ -191,17 +198,18 @@ def test_what_other_libraries_do_to_a_run_loses_nothing_of_it(denoiser: ModuleTy
         def prepare(self, way: str) -> Any:
             if way == "torchao-fp8":
                 raise RuntimeError("no such kernel\nmore")
-            return denoiser.Path_(way, self.base, lambda: torch.zeros(1), {})
+            return ways.Path_(way, self.base, lambda: torch.zeros(1), {})
 
-    monkeypatch.setattr(denoiser.Bench, "of", lambda *_: Bench())
+    monkeypatch.setattr(ways.Bench, "of", lambda *_: Bench())
     monkeypatch.setattr(denoiser, "time_paths", lambda paths, rounds: {path.name: {"ms": 1.0} for path in paths})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
     options = denoiser.arguments().parse_args(["--way", "torchao-fp8", "--way", "torchao-int8", "--way", "w8a8"])
-    own, all_ = denoiser.measure_model("dit-xl-b2", options)
+    own, one, both = denoiser.measure_model("dit-xl-b2", options)
+    failed = {"torchao-fp8": "RuntimeError: no such kernel"}
     assert (list(own["rows"]), own["failed"]) == (["w8a8"], {})
-    assert list(all_["rows"]) == ["w8a8", "torchao-int8"]
-    assert all_["failed"] == {"torchao-fp8": "RuntimeError: no such kernel"}
-    monkeypatch.setattr(Bench, "prepare", lambda self, way: denoiser.Path_(way, self.base, None, {}, seconds=1.0))
+    assert (list(one["rows"]), one["failed"]) == (["w8a8"], failed)
+    assert (list(both["rows"]), both["failed"]) == (["w8a8", "torchao-int8"], failed)
+    monkeypatch.setattr(Bench, "prepare", lambda self, way: ways.Path_(way, self.base, None, {}, seconds=1.0))
     options = denoiser.arguments().parse_args(["--way", "w8a8", "--way", "w4a8", "--rounds", "2"])
     (short,) = denoiser.measure_model("dit-xl-b2", options, time.perf_counter() + 15)  # two rounds take 22 seconds
     assert (list(short["rows"]), short["failed"]) == (["w8a8"], {"w4a8": "no time was left"})
