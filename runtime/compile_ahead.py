@@ -2,12 +2,14 @@
 
 The first call after a load compiles ten to twenty kernels, each of which waits for an assembler and a C compiler. Here
 the call runs once with ops that only make outputs of the right shapes; what they would have launched is launched from
-threads, one for each op, so that no kernel is compiled twice. The result is thrown away.
+threads. The result is thrown away.
 """
 
 from __future__ import annotations
 
 import contextvars
+import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -47,20 +49,23 @@ class _Ahead(Rehearsal):
     def __init__(self) -> None:
         super().__init__()
         self._threads: dict[Any, ThreadPoolExecutor] = {}
+        self._at_once = threading.Semaphore(os.cpu_count() or 1)
         self.seen: set[Any] = set()
         self._stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
 
     def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        key = func, *map(_traits, pytree.tree_leaves((args, kwargs)))
+        traits = [_traits(leaf) for leaf in pytree.tree_leaves((args, kwargs))]
+        key = func, *traits
         if key in self.seen:
             return
         self.seen.add(key)
-        threads = self._threads.setdefault(func, ThreadPoolExecutor(1))
+        # what differs in the number of tokens alone is most often one kernel, which need not be compiled twice
+        threads = self._threads.setdefault((func, *_but_for_tokens(traits)), ThreadPoolExecutor(1))
         threads.submit(contextvars.copy_context().run, self._launch, func, args, kwargs)
 
     def _launch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # on the caller's stream, where the memory of these tensors is reused in order
-        with torch.no_grad(), torch.cuda.stream(self._stream):
+        with self._at_once, torch.no_grad(), torch.cuda.stream(self._stream):
             func(*args, **kwargs)
 
     def finish(self) -> None:
@@ -72,3 +77,13 @@ class _Ahead(Rehearsal):
 def _traits(leaf: Any) -> Any:
     """What a kernel can be specialised for: shape, strides and dtype of a tensor, the value of anything else."""
     return (leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else leaf
+
+
+def _but_for_tokens(traits: list[Any]) -> list[Any]:
+    """The same for any number of tokens, which are the rows of the first tensor."""
+    shapes = [trait[0] for trait in traits if isinstance(trait, tuple)]
+    tokens = shapes[0][0] if shapes and shapes[0] else None
+    return [
+        (*(None if size == tokens else size for size in trait[0]), trait[2]) if isinstance(trait, tuple) else trait
+        for trait in traits
+    ]

@@ -1,6 +1,6 @@
 """`norm_quant`, `gate_norm_quant` and `act_quant` for NVIDIA GPUs, in Gluon: how their kernels are launched."""
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from ..transform import Transform
 from .gluon_act import act_quant_kernel
 from .gluon_layout import LANE, pieces
 from .gluon_norm import norm_quant_kernel
+from .once import Once
 from .rows import aligned_rows, row_stride
 from .tiles import overlap
 
@@ -89,7 +90,7 @@ def _stride(rows: Tensor | None) -> int:
     return 0 if rows is None else row_stride(rows)
 
 
-_compiled: dict[tuple[Any, ...], Any] = {}
+_compiled = Once()
 
 
 def _launch(
@@ -111,8 +112,8 @@ def _launch(
     compiled = _compiled.get(key)
     if compiled is None:
         more = overlap(next(t.device for t in tensors if t is not None))
-        _compiled[key] = kernel[programs](*tensors, *numbers, *constants, **limits, **more)
-    else:
+        compiled = _compiled.make(key, partial(kernel[programs], *tensors, *numbers, *constants, **limits, **more))
+    if compiled is not None:
         compiled[programs](*tensors, *numbers, *constants)
 
 

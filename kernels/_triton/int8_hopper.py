@@ -31,6 +31,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .gluon_ranks import as_ranks, load_ranks, scaled_sums, vector
 from .gluon_rows import await_inputs
 from .hopper import Ending
+from .once import Once
 from .tiles import ROUND_EACH_STEP, overlap
 
 
@@ -337,7 +338,7 @@ REGISTERS = {1: 0, 2: 240, 3: 160}
 OPTIONS = ("NC", "CM", "BN", "BK", "STAGES", "GROUP_M", "CBUFS")
 
 
-_compiled: dict[tuple[Any, ...], Any] = {}
+_compiled = Once()
 
 
 @cache
@@ -403,7 +404,7 @@ def launch(
         return
     # Two programs share the registers of a processor.
     limit = {} if programs == 1 else {"maxnreg": 65536 // (programs * 128 * (nc + 1))}
-    _compiled[key] = (
-        int8_hopper_kernel[grid](*args, num_warps=4, **limit, **ROUND_EACH_STEP, **overlap(y.device)),
-        boxes,
-    )
+    more = {**limit, **ROUND_EACH_STEP, **overlap(y.device)}
+    known = _compiled.make(key, lambda: (int8_hopper_kernel[grid](*args, num_warps=4, **more), boxes))
+    if known is not None:
+        known[0][grid](*args)

@@ -1,6 +1,8 @@
 """Kernels compiled side by side: every different launch once, and nothing of it in the result."""
 
+import os
 import threading
+import time
 
 import pytest
 import torch
@@ -58,8 +60,35 @@ def test_each_different_launch_happens_once_elsewhere_with_the_settings_of_the_c
         "vdit_quant.quant_token.default"
     ]
     assert threading.current_thread().name not in {thread for _, thread, _ in launched}
-    assert len({(name, thread) for name, thread, _ in launched}) == 2  # one thread an op: no kernel is compiled twice
+    assert len({(name, thread) for name, thread, _ in launched}) == 2  # any number of tokens is one kernel
     assert {mode for _, _, mode in launched} == {"reference"}
+
+
+def test_kernels_of_one_op_are_compiled_side_by_side(everywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(2, timeout=60)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(module._Ahead, "_launch", lambda *_: together.wait())
+    assert compile_ahead(lambda: [quant_token(torch.randn(4, k)) for k in (16, 32)]) == 2
+    assert not together.broken
+
+
+def test_no_more_kernels_are_compiled_at_once_than_there_are_processors(
+    everywhere: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, most = [], []
+
+    def slow(x: Tensor) -> tuple[Tensor, Tensor]:
+        running.append(x)
+        most.append(len(running))
+        time.sleep(0.02)
+        running.pop()
+        return x.to(torch.int8), x[:, 0]
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    note = module._Ahead.note
+    monkeypatch.setattr(module._Ahead, "note", lambda self, func, args, kwargs: note(self, slow, args, kwargs))
+    assert compile_ahead(lambda: [quant_token(torch.randn(4, k)) for k in range(16, 24)]) == 8
+    assert max(most) == 2
 
 
 def test_the_call_itself_is_as_before(everywhere: None) -> None:
