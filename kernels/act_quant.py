@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch
-from .int8_linear import check_float, describe, expect
+from .int8_linear import check_float, unfit
 from .op import define_op
 from .quant_token import FLOATS
 from .transform import Transform, make_transform
@@ -58,11 +58,14 @@ def _parse(
     prefix: Tensor | None = None,
 ) -> Parsed:
     check_float("act_quant", x)
-    expect(act in ACTS, "act_quant", f"act to be one of {', '.join(ACTS)}", repr(act))
-    expect(act not in GATED or x.shape[1] % 2 == 0, "act_quant", f"two halves for {act}", f"{x.shape[1]} columns")
+    if act not in ACTS:
+        raise unfit("act_quant", f"act to be one of {', '.join(ACTS)}", repr(act))
+    if act in GATED and x.shape[1] % 2 != 0:
+        raise unfit("act_quant", f"two halves for {act}", f"{x.shape[1]} columns")
     if prefix is not None:
         ok = prefix.dim() == 2 and prefix.dtype in FLOATS and len(prefix) == len(x)
-        expect(ok, "act_quant", f"a float prefix of shape ({len(x)}, P)", describe(prefix))
+        if not ok:
+            raise unfit("act_quant", f"a float prefix of shape ({len(x)}, P)", prefix)
     transform = make_transform("act_quant", pre_scale, signs, block_size, hadamard_kind, out)
     transform.check("act_quant", token_width(x, act, prefix))
     return act, transform, prefix

@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import dispatch
-from .int8_linear import describe, expect
+from .int8_linear import unfit
 from .op import define_op
 from .quant_token import FLOATS
 
@@ -13,16 +13,19 @@ OP = "attention"
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     ok = q.dim() == 4 and q.dtype in FLOATS and q.shape[3] > 0
-    expect(ok, OP, "q float32, bfloat16 or float16 [B, T, H, d]", q)
+    if not ok:
+        raise unfit(OP, "q float32, bfloat16 or float16 [B, T, H, d]", q)
     b, t, h, d = q.shape
     for name, tensor in (("k", k), ("v", v)):
         ok = tensor.dim() == 4 and tensor.dtype == q.dtype and tensor.shape[1] == k.shape[1] > 0
         ok = ok and (tensor.shape[0], *tensor.shape[2:]) == (b, h, d)
-        expect(ok, OP, f"{name} {q.dtype} [{b}, S, {h}, {d}] with S > 0", tensor)
+        if not ok:
+            raise unfit(OP, f"{name} {q.dtype} [{b}, S, {h}, {d}] with S > 0", tensor)
     if mask is not None:
         ok = mask.dim() == 4 and mask.dtype in FLOATS
         ok = ok and all(size in (1, full) for size, full in zip(mask.shape, (b, h, t, k.shape[1]), strict=True))
-        expect(ok, OP, f"mask float, broadcastable to [{b}, {h}, {t}, {k.shape[1]}], or None", describe(mask))
+        if not ok:
+            raise unfit(OP, f"mask float, broadcastable to [{b}, {h}, {t}, {k.shape[1]}], or None", mask)
 
 
 def by_torch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

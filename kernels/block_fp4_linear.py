@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import dispatch
 from .block_scales import MX, NV, decode_blocks
-from .int8_linear import check_vectors, expect
+from .int8_linear import check_vectors, unfit
 from .op import define_op
 from .quant_token import FLOATS
 
@@ -25,19 +25,25 @@ def _check(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> None:
-    expect(codes.dtype == torch.uint8 and codes.dim() == 2, OP, "codes torch.uint8 [M, K/2]", codes)
+    if codes.dtype != torch.uint8 or codes.dim() != 2:
+        raise unfit(OP, "codes torch.uint8 [M, K/2]", codes)
     m, k = codes.shape[0], 2 * codes.shape[1]
     bits = block_scale
     ok = bits.dtype == torch.uint8 and bits.dim() == 2 and bits.shape[0] == m
     fits = ok and k > 0 and any(bits.shape[1] * group == k for group in (MX, NV))
-    expect(fits, OP, f"block_scale torch.uint8 [{m}, K/{MX} or K/{NV}] for K={k}", bits)
-    expect(scale.dtype == torch.float32 and scale.shape == (m,), OP, f"scale torch.float32 of shape ({m},)", scale)
-    expect(out_dtype in FLOATS, OP, "out_dtype float32, bfloat16 or float16", out_dtype)
+    if not fits:
+        raise unfit(OP, f"block_scale torch.uint8 [{m}, K/{MX} or K/{NV}] for K={k}", bits)
+    if scale.dtype != torch.float32 or scale.shape != (m,):
+        raise unfit(OP, f"scale torch.float32 of shape ({m},)", scale)
+    if out_dtype not in FLOATS:
+        raise unfit(OP, "out_dtype float32, bfloat16 or float16", out_dtype)
     ok = weight.dtype == torch.uint8 and weight.dim() == 2 and weight.shape[1] == k // 2
-    expect(ok, OP, f"weight torch.uint8 [N, {k // 2}]", weight)
+    if not ok:
+        raise unfit(OP, f"weight torch.uint8 [N, {k // 2}]", weight)
     shape = (weight.shape[0], bits.shape[1])
     ok = weight_block_scale.dtype == torch.uint8 and weight_block_scale.shape == shape
-    expect(ok, OP, f"weight_block_scale torch.uint8 of shape {shape}", weight_block_scale)
+    if not ok:
+        raise unfit(OP, f"weight_block_scale torch.uint8 of shape {shape}", weight_block_scale)
     check_vectors(OP, weight.shape[0], weight_scale, bias)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import dispatch
 from .int4_linear import check_groups
-from .int8_linear import describe, expect
+from .int8_linear import unfit
 from .op import define_op
 from .pack import code_bytes, unpack_codes
 
@@ -30,20 +30,25 @@ def bits_of(entries: int) -> int:
 def _check(weight: Tensor, codebook: Tensor, table: Tensor | None, group_scale: Tensor | None, k: int) -> None:
     ok = codebook.dtype == torch.int8 and codebook.dim() == 3
     ok = ok and bits_of(codebook.shape[1]) > 0 and codebook.shape[2] in LENGTHS
-    expect(ok, OP, "codebook torch.int8 [T, 4 | 16 | 64 | 256, 1 | 2 | 4]", describe(codebook))
+    if not ok:
+        raise unfit(OP, "codebook torch.int8 [T, 4 | 16 | 64 | 256, 1 | 2 | 4]", codebook)
     entries, length = codebook.shape[1:]
-    expect(k > 0 and k % length == 0, OP, f"K to be a multiple of the entries' length {length}", f"K={k}")
+    if k <= 0 or k % length != 0:
+        raise unfit(OP, f"K to be a multiple of the entries' length {length}", f"K={k}")
     width = code_bytes(k // length, bits_of(entries))
     ok = weight.dtype == torch.uint8 and weight.dim() == 2 and weight.shape[1] == width
-    expect(ok, OP, f"packed weight torch.uint8 [N, {width}] for K={k}", describe(weight))
+    if not ok:
+        raise unfit(OP, f"packed weight torch.uint8 [N, {width}] for K={k}", weight)
     n = weight.shape[0]
     if table is None:
-        expect(codebook.shape[0] == 1, OP, "a single table, or the table of every row", f"{codebook.shape[0]} tables")
+        if codebook.shape[0] != 1:
+            raise unfit(OP, "a single table, or the table of every row", f"{codebook.shape[0]} tables")
     else:
         ok = table.dtype == torch.uint8 and table.shape == (n,)
-        expect(ok, OP, f"table torch.uint8 [{n}]", describe(table))
-    if group_scale is not None:
-        expect(length == 1, OP, "entries of one value beside group scales", f"{length} values")
+        if not ok:
+            raise unfit(OP, f"table torch.uint8 [{n}]", table)
+    if group_scale is not None and length != 1:
+        raise unfit(OP, "entries of one value beside group scales", f"{length} values")
     check_groups(OP, n, k, group_scale)
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch
-from .int8_linear import check_vectors, expect
+from .int8_linear import check_vectors, unfit
 from .op import define_op
 from .quant_token import FLOATS, TINY
 
@@ -30,7 +30,8 @@ def lacks_fp8(device: torch.device) -> str | None:
 
 def _check_float(x: Tensor) -> None:
     ok = x.dim() == 2 and x.dtype in FLOATS and x.shape[1] > 0
-    expect(ok, "quant_token_fp8", "x float32, bfloat16 or float16 [M, K] with K > 0", x)
+    if not ok:
+        raise unfit("quant_token_fp8", "x float32, bfloat16 or float16 [M, K] with K > 0", x)
 
 
 def _quant_reference(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,13 +73,17 @@ def _check(
     codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> None:
     op = "fp8_linear"
-    expect(codes.dtype == E4M3 and codes.dim() == 2, op, f"codes {E4M3} [M, K]", codes)
+    if codes.dtype != E4M3 or codes.dim() != 2:
+        raise unfit(op, f"codes {E4M3} [M, K]", codes)
     ok = scale.dtype == torch.float32 and scale.shape == (codes.shape[0],)
-    expect(ok, op, f"scale torch.float32 of shape ({codes.shape[0]},)", scale)
-    expect(out_dtype in FLOATS, op, "out_dtype float32, bfloat16 or float16", out_dtype)
+    if not ok:
+        raise unfit(op, f"scale torch.float32 of shape ({codes.shape[0]},)", scale)
+    if out_dtype not in FLOATS:
+        raise unfit(op, "out_dtype float32, bfloat16 or float16", out_dtype)
     k = codes.shape[1]
     ok = weight.dtype == E4M3 and weight.dim() == 2 and weight.shape[1] == k
-    expect(ok, op, f"weight {E4M3} [N, {k}]", weight)
+    if not ok:
+        raise unfit(op, f"weight {E4M3} [N, {k}]", weight)
     check_vectors(op, weight.shape[0], weight_scale, bias)
 
 

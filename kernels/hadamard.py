@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .int8_linear import check_float, expect
+from .int8_linear import check_float, unfit
 from .op import define_op
 
 SEEDS = {"sylvester": ((1, 1), (1, -1)), "regular": ((-1, 1, 1, 1), (1, -1, 1, 1), (1, 1, -1, 1), (1, 1, 1, -1))}
@@ -20,11 +20,14 @@ def _is_size(block_size: int, kind: str) -> bool:
     return size == block_size
 
 
+@cache
 def check_kind(block_size: int, kind: str) -> None:
     """Raise ValueError unless a Hadamard matrix of this kind and size exists here."""
-    expect(kind in SEEDS, "hadamard", f"kind to be one of {', '.join(SEEDS)}", repr(kind))
+    if kind not in SEEDS:
+        raise unfit("hadamard", f"kind to be one of {', '.join(SEEDS)}", repr(kind))
     power = "two" if kind == "sylvester" else "four"
-    expect(_is_size(block_size, kind), "hadamard", f"block_size to be a power of {power} for {kind}", block_size)
+    if not _is_size(block_size, kind):
+        raise unfit("hadamard", f"block_size to be a power of {power} for {kind}", block_size)
 
 
 @cache
@@ -63,10 +66,12 @@ def _check(x: Tensor, signs: Tensor | None, block_size: int, kind: str) -> None:
     check_float("hadamard", x)
     check_kind(block_size, kind)
     k = x.shape[1]
-    expect(k > 0 and k % block_size == 0, "hadamard", f"K to be a multiple of block_size {block_size}", f"K={k}")
+    if k <= 0 or k % block_size != 0:
+        raise unfit("hadamard", f"K to be a multiple of block_size {block_size}", f"K={k}")
     if signs is not None:
         ok = signs.dtype == torch.int8 and signs.shape == (k,)
-        expect(ok, "hadamard", f"signs torch.int8 of shape ({k},)", signs)
+        if not ok:
+            raise unfit("hadamard", f"signs torch.int8 of shape ({k},)", signs)
 
 
 def rotate(wide: Tensor, signs: Tensor | None, block_size: int, kind: str) -> Tensor:

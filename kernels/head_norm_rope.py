@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .int8_linear import describe, expect
+from .int8_linear import unfit
 from .op import define_op
 from .quant_token import FLOATS
 
@@ -15,19 +15,20 @@ OP = "head_norm_rope"
 
 def _check_stream(name: str, qkv: Tensor, weights: list[Tensor], heads: int) -> None:
     ok = qkv.dim() == 3 and qkv.dtype in FLOATS and qkv.shape[2] > 0 and qkv.shape[2] % (6 * heads) == 0
-    expect(ok, OP, f"{name} float32, bfloat16 or float16 [B, T, 3 * {heads} * hd] with an even hd", qkv)
+    if not ok:
+        raise unfit(OP, f"{name} float32, bfloat16 or float16 [B, T, 3 * {heads} * hd] with an even hd", qkv)
     width = qkv.shape[2] // 3
     ok = len(weights) in (0, 2, 4)
-    expect(ok, OP, f"no norm weights of {name}, or those of q and k, and their biases or none", len(weights))
+    if not ok:
+        raise unfit(OP, f"no norm weights of {name}, or those of q and k, and their biases or none", len(weights))
     for weight in weights:
         ok = (
             weight.dtype in FLOATS
             and weight.shape in ((width // heads,), (width,))
             and weight.shape == weights[0].shape
         )
-        expect(
-            ok, OP, f"norm weights of {name} [{width // heads}] (per head) or [{width}] (all heads)", describe(weight)
-        )
+        if not ok:
+            raise unfit(OP, f"norm weights of {name} [{width // heads}] (per head) or [{width}] (all heads)", weight)
 
 
 def _check(
@@ -38,18 +39,22 @@ def _check(
     rope: list[Tensor],
     heads: int,
 ) -> None:
-    expect(heads > 0, OP, "heads > 0", heads)
+    if heads <= 0:
+        raise unfit(OP, "heads > 0", heads)
     _check_stream("qkv", qkv, weights, heads)
     tokens = qkv.shape[1]
     if other is not None:
         _check_stream("other", other, other_weights, heads)
         same = (other.dtype, other.shape[0], other.shape[2]) == (qkv.dtype, qkv.shape[0], qkv.shape[2])
-        expect(same, OP, f"other {qkv.dtype} [{qkv.shape[0]}, T, {qkv.shape[2]}]", other)
+        if not same:
+            raise unfit(OP, f"other {qkv.dtype} [{qkv.shape[0]}, T, {qkv.shape[2]}]", other)
         tokens += other.shape[1]
-    expect(len(rope) in (0, 2), OP, "no rope, or its cosines and sines", len(rope))
+    if len(rope) not in (0, 2):
+        raise unfit(OP, "no rope, or its cosines and sines", len(rope))
     for table in rope:
         ok = table.dtype == torch.float32 and table.shape == (tokens, qkv.shape[2] // (3 * heads))
-        expect(ok, OP, f"rope torch.float32 of shape ({tokens}, {qkv.shape[2] // (3 * heads)})", table)
+        if not ok:
+            raise unfit(OP, f"rope torch.float32 of shape ({tokens}, {qkv.shape[2] // (3 * heads)})", table)
 
 
 def _normed(part: Tensor, affine: list[Tensor], eps: float) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .int8_linear import check_codes, check_float, check_vectors, expect, scaled_matmul, weight_only_matmul
+from .int8_linear import check_codes, check_float, check_vectors, scaled_matmul, unfit, weight_only_matmul
 from .op import define_op
 from .pack import unpack_int4
 
@@ -18,15 +18,19 @@ def check_rows(op: str, x: Tensor, group: int) -> None:
     """What an op takes that quantises float rows [M, K] in groups of `group`, or by row (0)."""
     check_float(op, x)
     k = x.shape[1]
-    expect(k > 0, op, "K > 0", f"K={k}")
-    expect(group == 0 or group in GROUPS, op, "group 0 (one scale per token), 16, 32, 64 or 128", group)
-    expect(group == 0 or k % group == 0, op, f"K to be a multiple of the group {group}", f"K={k}")
+    if k <= 0:
+        raise unfit(op, "K > 0", f"K={k}")
+    if group != 0 and group not in GROUPS:
+        raise unfit(op, "group 0 (one scale per token), 16, 32, 64 or 128", group)
+    if group != 0 and k % group != 0:
+        raise unfit(op, f"K to be a multiple of the group {group}", f"K={k}")
 
 
 def _check_weight(op: str, k: int, weight: Tensor, group_scale: Tensor | None) -> None:
     width = (k + 1) // 2
     ok = weight.dtype == torch.uint8 and weight.dim() == 2 and weight.shape[1] == width
-    expect(ok and k > 0, op, f"packed weight torch.uint8 [N, {width}] for K={k}", weight)
+    if not (ok and k > 0):
+        raise unfit(op, f"packed weight torch.uint8 [N, {width}] for K={k}", weight)
     check_groups(op, weight.shape[0], k, group_scale)
 
 
@@ -35,10 +39,12 @@ def check_groups(op: str, n: int, k: int, group_scale: Tensor | None) -> None:
     if group_scale is None:
         return
     ok = group_scale.dtype == torch.uint8 and group_scale.dim() == 2 and group_scale.shape[0] == n
-    expect(ok, op, f"group_scale torch.uint8 [{n}, K/group]", group_scale)
+    if not ok:
+        raise unfit(op, f"group_scale torch.uint8 [{n}, K/group]", group_scale)
     columns = group_scale.shape[1]
     fits = columns > 0 and k % columns == 0 and k // columns in GROUPS
-    expect(fits, op, f"group_scale columns that cut K={k} into groups of 16, 32, 64 or 128", f"{columns} columns")
+    if not fits:
+        raise unfit(op, f"group_scale columns that cut K={k} into groups of 16, 32, 64 or 128", f"{columns} columns")
 
 
 def _decode(weight: Tensor, group_scale: Tensor | None, k: int) -> Tensor:
@@ -90,13 +96,16 @@ def int4_to_int8_many(weight: Tensor, group_scale: Tensor | None, shapes: list[t
     Raises ValueError when the sizes do not add up.
     """
     sizes = [n * k for n, k in shapes]
-    expect(all(k % 128 == 0 for _, k in shapes), "int4_to_int8_many", "every K to be a multiple of 128", shapes)
+    if not all(k % 128 == 0 for _, k in shapes):
+        raise unfit("int4_to_int8_many", "every K to be a multiple of 128", shapes)
     ok = weight.dim() == 1 and 2 * weight.numel() == sum(sizes)
-    expect(ok, "int4_to_int8_many", f"packed weights torch.uint8 [{sum(sizes) // 2}]", weight)
+    if not ok:
+        raise unfit("int4_to_int8_many", f"packed weights torch.uint8 [{sum(sizes) // 2}]", weight)
     rows = sum(sizes) // 128
     if group_scale is not None:
         whole = group_scale.dim() == 1 and rows > 0 and group_scale.numel() % rows == 0
-        expect(whole, "int4_to_int8_many", f"group scales torch.uint8 [{sum(sizes)}/group]", group_scale)
+        if not whole:
+            raise unfit("int4_to_int8_many", f"group scales torch.uint8 [{sum(sizes)}/group]", group_scale)
         group_scale = group_scale.view(rows, -1)
     flat = int4_to_int8(weight.view(rows, 64), group_scale, 128).view(-1)
     return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]

@@ -14,11 +14,10 @@ CHUNK = 1024
 """1024 * 128 * 128 = 2**24: within one chunk of K a float32 matmul of int8 codes is exact, also under TF32."""
 
 
-def expect(ok: bool, op: str, expected: str, found: object) -> None:
-    """Raise ValueError naming the op, what it needs and what it got."""
-    if not ok:  # the message is made only now: this runs before every kernel launch
-        shown = describe(found) if isinstance(found, Tensor) else found
-        raise ValueError(f"{op}: expected {expected}, found {shown}")
+def unfit(op: str, expected: str, found: object) -> ValueError:
+    """The error that names the op, what it needs and what it got: made where it is raised, for checks run before every
+    launch."""
+    return ValueError(f"{op}: expected {expected}, found {describe(found) if isinstance(found, Tensor) else found}")
 
 
 def describe(tensor: Tensor) -> str:
@@ -29,28 +28,34 @@ def describe(tensor: Tensor) -> str:
 def check_vectors(op: str, n: int, weight_scale: Tensor, bias: Tensor | None) -> None:
     """Check the per-row weight scale and the optional bias of a linear op with `n` outputs."""
     ok = weight_scale.dtype == torch.float32 and weight_scale.shape == (n,)
-    expect(ok, op, f"weight_scale torch.float32 of shape ({n},)", weight_scale)
-    if bias is not None:
-        expect(bias.shape == (n,) and bias.dtype in FLOATS, op, f"a float bias of shape ({n},)", bias)
+    if not ok:
+        raise unfit(op, f"weight_scale torch.float32 of shape ({n},)", weight_scale)
+    if bias is not None and (bias.shape != (n,) or bias.dtype not in FLOATS):
+        raise unfit(op, f"a float bias of shape ({n},)", bias)
 
 
 def check_codes(op: str, codes: Tensor, scale: Tensor, out_dtype: torch.dtype) -> None:
     """Check int8 activations and their per-token scale."""
-    expect(codes.dtype == torch.int8 and codes.dim() == 2, op, "codes torch.int8 [M, K]", codes)
+    if codes.dtype != torch.int8 or codes.dim() != 2:
+        raise unfit(op, "codes torch.int8 [M, K]", codes)
     ok = scale.dtype == torch.float32 and scale.shape == (codes.shape[0],)
-    expect(ok, op, f"scale torch.float32 of shape ({codes.shape[0]},)", scale)
-    expect(out_dtype in FLOATS, op, "out_dtype float32, bfloat16 or float16", out_dtype)
+    if not ok:
+        raise unfit(op, f"scale torch.float32 of shape ({codes.shape[0]},)", scale)
+    if out_dtype not in FLOATS:
+        raise unfit(op, "out_dtype float32, bfloat16 or float16", out_dtype)
 
 
 def check_float(op: str, x: Tensor) -> None:
     """Check float activations."""
-    expect(x.dtype in FLOATS and x.dim() == 2, op, "x float32, bfloat16 or float16 [M, K]", x)
+    if x.dtype not in FLOATS or x.dim() != 2:
+        raise unfit(op, "x float32, bfloat16 or float16 [M, K]", x)
 
 
 def check_int8_weight(op: str, k: int, weight: Tensor) -> None:
     """Check an int8 weight for activations of width `k`."""
     ok = weight.dtype == torch.int8 and weight.dim() == 2 and weight.shape[1] == k
-    expect(ok, op, f"weight torch.int8 [N, {k}]", weight)
+    if not ok:
+        raise unfit(op, f"weight torch.int8 [N, {k}]", weight)
 
 
 @cache

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from . import dispatch
-from .int8_linear import check_codes, check_int8_weight, check_vectors, expect, int_matmul
+from .int8_linear import check_codes, check_int8_weight, check_vectors, int_matmul, unfit
 from .op import define_op
 from .quant_token import FLOATS
 
@@ -21,17 +21,21 @@ def _check(
     residual: Tensor,
     gate: Tensor | None,
 ) -> None:
-    expect(residual.dtype in FLOATS, OP, "a float residual [M, N]", residual)
+    if residual.dtype not in FLOATS:
+        raise unfit(OP, "a float residual [M, N]", residual)
     check_codes(OP, codes, scale, residual.dtype)
     m, n = codes.shape[0], weight.shape[0]
     check_int8_weight(OP, codes.shape[1], weight)
     check_vectors(OP, n, weight_scale, bias)
-    expect(residual.shape == (m, n), OP, f"a float residual of shape ({m}, {n})", residual)
+    if residual.shape != (m, n):
+        raise unfit(OP, f"a float residual of shape ({m}, {n})", residual)
     if gate is not None:
         ok = gate.dim() == 2 and gate.shape[1] == n and gate.dtype in FLOATS
-        expect(ok, OP, f"a float gate [B, {n}]", gate)
+        if not ok:
+            raise unfit(OP, f"a float gate [B, {n}]", gate)
         rows = gate.shape[0]
-        expect(rows > 0 and m % rows == 0, OP, f"a gate whose rows cut {m} tokens into equal samples", f"{rows} rows")
+        if rows <= 0 or m % rows != 0:
+            raise unfit(OP, f"a gate whose rows cut {m} tokens into equal samples", f"{rows} rows")
 
 
 def _reference(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .int8_linear import check_codes, check_int8_weight, check_vectors, expect, int_matmul
+from .int8_linear import check_codes, check_int8_weight, check_vectors, int_matmul, unfit
 from .norm_quant import check_rows, spread
 from .op import define_op
 from .quant_token import FLOATS
@@ -28,22 +28,29 @@ def _check(
     m, n = codes.shape[0], weight.shape[0]
     check_int8_weight(OP, codes.shape[1], weight)
     check_vectors(OP, n, weight_scale, bias)
-    expect(len(branch) in (2, 3), OP, "branch to be [low, up] or [low, up, owner]", f"{len(branch)} tensors")
+    if len(branch) not in (2, 3):
+        raise unfit(OP, "branch to be [low, up] or [low, up, owner]", f"{len(branch)} tensors")
     low, up, *owner = branch
     ok = up.dim() == 2 and up.shape[0] == n and up.shape[1] > 0 and up.dtype in FLOATS
-    expect(ok, OP, f"a float up [{n}, R]", up)
+    if not ok:
+        raise unfit(OP, f"a float up [{n}, R]", up)
     r = up.shape[1]
     ok = low.dim() == 2 and low.shape[0] == m and low.shape[1] > 0 and low.dtype in FLOATS
-    expect(ok, OP, f"a float low [{m}, R]", low)
+    if not ok:
+        raise unfit(OP, f"a float low [{m}, R]", low)
     ok = low.shape[1] % r == 0 if owner else low.shape[1] == r
-    expect(ok, OP, f"a low of {r} columns{' a layer' * bool(owner)}", low)
+    if not ok:
+        raise unfit(OP, f"a low of {r} columns{' a layer' * bool(owner)}", low)
     if owner:
         ok = owner[0].dtype == torch.uint8 and owner[0].dim() == 1 and len(owner[0]) > 0 and n % len(owner[0]) == 0
-        expect(ok, OP, f"an owner torch.uint8 of a length that divides {n}", owner[0])
-    expect(len(stream) < 3, OP, "stream to be [], [residual] or [residual, gate]", f"{len(stream)} tensors")
+        if not ok:
+            raise unfit(OP, f"an owner torch.uint8 of a length that divides {n}", owner[0])
+    if len(stream) >= 3:
+        raise unfit(OP, "stream to be [], [residual] or [residual, gate]", f"{len(stream)} tensors")
     if stream:
         ok = stream[0].shape == (m, n) and stream[0].dtype == out_dtype
-        expect(ok, OP, f"a residual {out_dtype} of shape ({m}, {n})", stream[0])
+        if not ok:
+            raise unfit(OP, f"a residual {out_dtype} of shape ({m}, {n})", stream[0])
     for gate in stream[1:]:
         check_rows(OP, "gate", gate, m, n)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import dispatch
 from .act_quant import ACTS, GATED, activated, token_width
-from .int8_linear import check_float, expect
+from .int8_linear import check_float, unfit
 from .norm_quant import Norm
 from .op import define_op
 from .quant_token import FLOATS
@@ -16,12 +16,15 @@ NORM, ACT = "norm_down", "act_down"
 
 
 def _check(op: str, k: int, pre_scale: Tensor | None, down: Tensor) -> None:
-    expect(k > 0, op, "K > 0", f"K={k}")
+    if k <= 0:
+        raise unfit(op, "K > 0", f"K={k}")
     if pre_scale is not None:
         ok = pre_scale.dtype == torch.float32 and pre_scale.shape == (k,)
-        expect(ok, op, f"pre_scale torch.float32 of shape ({k},)", pre_scale)
+        if not ok:
+            raise unfit(op, f"pre_scale torch.float32 of shape ({k},)", pre_scale)
     ok = down.dim() == 2 and down.shape[0] > 0 and down.shape[1] == k and down.dtype in FLOATS
-    expect(ok, op, f"a float down [R, {k}]", down)
+    if not ok:
+        raise unfit(op, f"a float down [R, {k}]", down)
 
 
 def _project(y: Tensor, dtype: torch.dtype, pre_scale: Tensor | None, down: Tensor) -> Tensor:
@@ -60,11 +63,14 @@ def _parse_norm(
 
 def _check_act(x: Tensor, act: str, pre_scale: Tensor | None, down: Tensor, prefix: Tensor | None) -> None:
     check_float(ACT, x)
-    expect(act in ACTS, ACT, f"act to be one of {', '.join(ACTS)}", repr(act))
-    expect(act not in GATED or x.shape[1] % 2 == 0, ACT, f"two halves for {act}", f"{x.shape[1]} columns")
+    if act not in ACTS:
+        raise unfit(ACT, f"act to be one of {', '.join(ACTS)}", repr(act))
+    if act in GATED and x.shape[1] % 2 != 0:
+        raise unfit(ACT, f"two halves for {act}", f"{x.shape[1]} columns")
     if prefix is not None:
         ok = prefix.dim() == 2 and prefix.dtype in FLOATS and len(prefix) == len(x)
-        expect(ok, ACT, f"a float prefix of shape ({len(x)}, P)", prefix)
+        if not ok:
+            raise unfit(ACT, f"a float prefix of shape ({len(x)}, P)", prefix)
     _check(ACT, token_width(x, act, prefix), pre_scale, down)
 
 

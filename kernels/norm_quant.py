@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch
-from .int8_linear import check_float, describe, expect
+from .int8_linear import check_float, describe, unfit
 from .op import define_op
 from .quant_token import FLOATS
 from .transform import FORMS, Transform, parse_transform
@@ -28,17 +28,22 @@ class Norm:
 
     def check(self, op: str, m: int, k: int) -> None:
         """Raise ValueError unless this fits `m` rows of `k` elements."""
-        expect(self.kind in KINDS, op, f"kind to be one of {', '.join(KINDS)}", repr(self.kind))
-        expect(len(self.mod) in (0, 2), op, "mod to be [] or [shift, scale]", f"{len(self.mod)} tensors")
-        expect(len(self.affine) < 3, op, "affine to be [], [weight] or [weight, bias]", f"{len(self.affine)} tensors")
+        if self.kind not in KINDS:
+            raise unfit(op, f"kind to be one of {', '.join(KINDS)}", repr(self.kind))
+        if len(self.mod) not in (0, 2):
+            raise unfit(op, "mod to be [] or [shift, scale]", f"{len(self.mod)} tensors")
+        if len(self.affine) >= 3:
+            raise unfit(op, "affine to be [], [weight] or [weight, bias]", f"{len(self.affine)} tensors")
         for vector in self.affine:
             ok = vector.shape == (k,) and vector.dtype in FLOATS
-            expect(ok, op, f"a float affine of shape ({k},)", vector)
+            if not ok:
+                raise unfit(op, f"a float affine of shape ({k},)", vector)
         for rows in self.mod:
             check_rows(op, "mod", rows, m, k)
         if self.mod:
             shift, scale = self.mod
-            expect(shift.shape == scale.shape, op, f"scale like shift, {describe(shift)}", scale)
+            if shift.shape != scale.shape:
+                raise unfit(op, f"scale like shift, {describe(shift)}", scale)
 
     def apply(self, x: Tensor) -> Tensor:
         """Float rows [M, K] -> fp32 [M, K]: the torch reference."""
@@ -58,9 +63,11 @@ class Norm:
 def check_rows(op: str, name: str, rows: Tensor, m: int, k: int) -> None:
     """Check a [B, K] tensor that every run of M / B rows shares."""
     ok = rows.dim() == 2 and rows.dtype in FLOATS and rows.shape[1] == k
-    expect(ok, op, f"float {name} of shape (B, {k})", rows)
+    if not ok:
+        raise unfit(op, f"float {name} of shape (B, {k})", rows)
     ok = rows.shape[0] > 0 and m % rows.shape[0] == 0
-    expect(ok, op, f"{name} with a number of rows that divides M={m}", rows)
+    if not ok:
+        raise unfit(op, f"{name} with a number of rows that divides M={m}", rows)
 
 
 def spread(rows: Tensor, m: int) -> Tensor:
@@ -88,11 +95,13 @@ def _gate_reference(residual: Tensor, rest: list[Tensor], norm: Norm, transform:
 
 def check_stream(op: str, stream: list[Tensor]) -> None:
     """Raise ValueError unless this is [residual, branch] or [residual, branch, gate] of one shape."""
-    expect(len(stream) in (2, 3), op, "stream to be [residual, branch] or [residual, branch, gate]", len(stream))
+    if len(stream) not in (2, 3):
+        raise unfit(op, "stream to be [residual, branch] or [residual, branch, gate]", len(stream))
     residual, branch, *gate = stream
     check_float(op, residual)
     ok = branch.shape == residual.shape and branch.dtype in FLOATS
-    expect(ok, op, f"a float branch of shape {tuple(residual.shape)}", branch)
+    if not ok:
+        raise unfit(op, f"a float branch of shape {tuple(residual.shape)}", branch)
     for rows in gate:
         check_rows(op, "gate", rows, *residual.shape)
 

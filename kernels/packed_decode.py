@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import dispatch
 from .int4_linear import check_groups
-from .int8_linear import expect
+from .int8_linear import unfit
 from .op import define_op
 from .pack import WIDTHS, unpack_bits
 
@@ -16,10 +16,12 @@ OP = "packed_to_int8"
 
 
 def _check(weight: Tensor, group_scale: Tensor | None, k: int, bits: int) -> None:
-    expect(bits in WIDTHS, OP, "2, 3 or 6 bits", bits)
+    if bits not in WIDTHS:
+        raise unfit(OP, "2, 3 or 6 bits", bits)
     width = (k + 7) // 8 * bits
     ok = weight.dtype == torch.uint8 and weight.dim() == 2 and weight.shape[1] == width and k > 0
-    expect(ok, OP, f"packed weight torch.uint8 [N, {width}] for K={k} of {bits} bits", weight)
+    if not ok:
+        raise unfit(OP, f"packed weight torch.uint8 [N, {width}] for K={k} of {bits} bits", weight)
     check_groups(OP, weight.shape[0], k, group_scale)
 
 

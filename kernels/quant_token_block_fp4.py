@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import dispatch
 from .block_scales import E4M3_LARGEST, MX, NV, TINY, block_halves, block_scale, e4m3_bits, e8m0_bits
-from .int8_linear import check_float, expect
+from .int8_linear import check_float, unfit
 from .op import define_op
 
 OP = "quant_token_block_fp4"
@@ -20,8 +20,10 @@ ROW_LARGEST = 6 * E4M3_LARGEST
 def _check(x: Tensor, group: int) -> None:
     check_float(OP, x)
     k = x.shape[1]
-    expect(group in (MX, NV), OP, f"blocks of {NV} or {MX}", group)
-    expect(k > 0 and k % group == 0, OP, f"K > 0 to be a multiple of the block {group}", f"K={k}")
+    if group not in (MX, NV):
+        raise unfit(OP, f"blocks of {NV} or {MX}", group)
+    if k <= 0 or k % group != 0:
+        raise unfit(OP, f"K > 0 to be a multiple of the block {group}", f"K={k}")
 
 
 def _nearer_e8m0(blocks: Tensor, reach: Tensor) -> Tensor:

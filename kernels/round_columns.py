@@ -8,21 +8,26 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .int8_linear import expect
+from .int8_linear import unfit
 from .op import define_op
 
 OP = "round_columns"
 
 
 def _check(targets: Tensor, levels: Tensor, middles: Tensor, group: Tensor, factor: Tensor) -> None:
-    expect(targets.dtype == torch.float32 and targets.dim() == 2, OP, "targets torch.float32 [N, C]", targets)
+    if targets.dtype != torch.float32 or targets.dim() != 2:
+        raise unfit(OP, "targets torch.float32 [N, C]", targets)
     n, c = targets.shape
     ok = levels.dtype == torch.float32 and levels.dim() == 3 and levels.shape[1] == n and levels.shape[2] > 0
-    expect(ok, OP, f"levels torch.float32 [G, {n}, L] with L > 0", levels)
+    if not ok:
+        raise unfit(OP, f"levels torch.float32 [G, {n}, L] with L > 0", levels)
     between = (levels.shape[0], n, levels.shape[2] - 1)
-    expect(middles.dtype == torch.float32 and middles.shape == between, OP, f"middles torch.float32 {between}", middles)
-    expect(group.dtype == torch.int64 and group.shape == (c,), OP, f"group torch.int64 of shape ({c},)", group)
-    expect(factor.dtype == torch.float32 and factor.shape == (c, c), OP, f"factor torch.float32 ({c}, {c})", factor)
+    if middles.dtype != torch.float32 or middles.shape != between:
+        raise unfit(OP, f"middles torch.float32 {between}", middles)
+    if group.dtype != torch.int64 or group.shape != (c,):
+        raise unfit(OP, f"group torch.int64 of shape ({c},)", group)
+    if factor.dtype != torch.float32 or factor.shape != (c, c):
+        raise unfit(OP, f"factor torch.float32 ({c}, {c})", factor)
 
 
 def _reference(

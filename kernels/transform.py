@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .hadamard import check_kind, rotate
 from .int4_linear import GROUPS
-from .int8_linear import describe, expect
+from .int8_linear import describe, unfit
 from .quant_token import round_rows
 from .quant_token_fp4 import round_rows_fp4
 
@@ -18,6 +18,9 @@ FORMS: dict[str, tuple[torch.dtype, int | None]] = {
     **{f"fp4g{group}": (torch.int8, group) for group in GROUPS},
 }
 """Name of an output form -> `code_dtype` and `fp4_group` of a `Transform` that ends in it."""
+
+KINDS: tuple[list[torch.dtype], ...] = ([], [torch.float32], [torch.int8], [torch.float32, torch.int8])
+"""dtypes of an op's list of pre_scale and signs."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +43,24 @@ class Transform:
 
     def check(self, op: str, k: int) -> None:
         """Raise ValueError unless this fits rows of `k` elements."""
-        expect(k > 0, op, "K > 0", f"K={k}")
+        if k <= 0:
+            raise unfit(op, "K > 0", f"K={k}")
         if self.pre_scale is not None:
             ok = self.pre_scale.dtype == torch.float32 and self.pre_scale.shape == (k,)
-            expect(ok, op, f"pre_scale torch.float32 of shape ({k},)", describe(self.pre_scale))
+            if not ok:
+                raise unfit(op, f"pre_scale torch.float32 of shape ({k},)", self.pre_scale)
         if self.signs is not None:
             ok = self.signs.dtype == torch.int8 and self.signs.shape == (k,)
-            expect(ok, op, f"signs torch.int8 of shape ({k},)", describe(self.signs))
-            expect(self.block_size > 0, op, "a block_size with signs", self.block_size)
+            if not ok:
+                raise unfit(op, f"signs torch.int8 of shape ({k},)", self.signs)
+            if self.block_size <= 0:
+                raise unfit(op, "a block_size with signs", self.block_size)
         if self.block_size:
             check_kind(self.block_size, self.hadamard_kind)
-            expect(k % self.block_size == 0, op, f"K to be a multiple of block_size {self.block_size}", f"K={k}")
-        if self.fp4_group:
-            expect(k % self.fp4_group == 0, op, f"K to be a multiple of the group {self.fp4_group}", f"K={k}")
+            if k % self.block_size != 0:
+                raise unfit(op, f"K to be a multiple of block_size {self.block_size}", f"K={k}")
+        if self.fp4_group and k % self.fp4_group != 0:
+            raise unfit(op, f"K to be a multiple of the group {self.fp4_group}", f"K={k}")
 
     def quantize(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """fp32 rows [M, K] -> codes [M, K], scale fp32 [M]: the torch reference."""
@@ -78,16 +86,17 @@ def make_transform(
     op: str, pre_scale: Tensor | None, signs: Tensor | None, block_size: int, hadamard_kind: str, out: str
 ) -> Transform:
     """The transform that ends in a form of `FORMS`."""
-    expect(out in FORMS, op, f"out to be one of {', '.join(FORMS)}", repr(out))
+    if out not in FORMS:
+        raise unfit(op, f"out to be one of {', '.join(FORMS)}", repr(out))
     return Transform(pre_scale, signs, block_size, hadamard_kind, *FORMS[out])
 
 
 def parse_transform(op: str, tensors: list[Tensor], block_size: int, hadamard_kind: str, out: str) -> Transform:
     """The transform of an op's list: an fp32 pre_scale or int8 signs, told apart by dtype, or both in this order."""
     kinds = [t.dtype for t in tensors]
-    ok = kinds in ([], [torch.float32], [torch.int8], [torch.float32, torch.int8])
-    found = [describe(t) for t in tensors]
-    expect(ok, op, "transform to be [], [pre_scale], [signs] or [pre_scale, signs], fp32 and int8", found)
+    if kinds not in KINDS:
+        found = [describe(t) for t in tensors]
+        raise unfit(op, "transform to be [], [pre_scale], [signs] or [pre_scale, signs], fp32 and int8", found)
     pre_scale = tensors[0] if torch.float32 in kinds else None
     signs = tensors[-1] if torch.int8 in kinds else None
     return make_transform(op, pre_scale, signs, block_size, hadamard_kind, out)
