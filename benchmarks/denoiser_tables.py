@@ -25,7 +25,11 @@ def disagreeing(model: dict[str, Any]) -> list[str]:
 
 def own_errors(model: dict[str, Any]) -> dict[str, float]:
     """Ways that are held against bf16's error with their own weights, and that error."""
-    rows = {name: row["allowed"] / 2 for name, row in model["rows"].items() if name in COARSE and "allowed" in row}
+    rows = {
+        name: row["allowed"] / 2
+        for name, row in model["rows"].items()
+        if name.removesuffix("-graph") in COARSE and "allowed" in row
+    }
     return {name: error for name, error in rows.items() if error != model["bf16_error"]}
 
 
