@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..quantize.errors import InputError, unknown
 from ..quantize.layer import layer_layout
 from ..quantize.spec import LayerSpec
 from .checkpoint import Checkpoint, read_json
+from .complete import strangers
 from .schedule import check_plans
 
 QUANT_METHOD = "vdit_quant"
@@ -159,18 +161,35 @@ def is_artifact(folder: Path) -> bool:
 
 
 def check_tensors(config: ArtifactConfig, shapes: Mapping[str, tuple[int, int]], checkpoint: Checkpoint) -> None:
-    """Raises InputError unless the file holds, for every compressed layer, the tensors its spec says.
+    """Raises InputError unless the file holds, for every compressed layer, the tensors its spec says and no others.
 
     shapes: (N, K) of every linear layer of the model by full name.
     """
     headers = checkpoint.headers
-    for name, spec in config.resolve(shapes).items():
+    known = set()
+    specs = config.resolve(shapes)
+    for name, spec in specs.items():
         for key, layout in layer_layout(*shapes[name], spec).items():
+            known.add(f"{name}.{key}")
             found = headers.get(f"{name}.{key}")
             expected = f"{name}.{key} as {layout.dtype} {list(layout.shape)} ({spec.name})"
             if found is None:
-                raise InputError(f"{checkpoint.folder}: config and tensors disagree: expected {expected}, found none")
+                raise _disagreement(checkpoint, expected, "none")
             shape, dtype = found
             if shape != layout.shape or DTYPES.get(dtype) != layout.dtype:
-                found_text = f"found {dtype} {list(shape)}"
-                raise InputError(f"{checkpoint.folder}: config and tensors disagree: expected {expected}, {found_text}")
+                raise _disagreement(checkpoint, expected, f"{dtype} {list(shape)}")
+    for name, (shape, dtype) in headers.items():
+        layer, _, key = name.rpartition(".")
+        if layer in specs and key != "bias" and name not in known:
+            raise _disagreement(checkpoint, f"no {name} ({specs[layer].name})", f"{dtype} {list(shape)}")
+
+
+def check_strangers(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raises InputError for a tensor of the file that the model does not have, its layers being compressed already."""
+    for name in strangers(model, checkpoint.headers):
+        shape, dtype = checkpoint.headers[name]
+        raise _disagreement(checkpoint, f"no {name}", f"{dtype} {list(shape)}")
+
+
+def _disagreement(checkpoint: Checkpoint, expected: str, found: str) -> InputError:
+    return InputError(f"{checkpoint.folder}: config and tensors disagree: expected {expected}, found {found}")

@@ -12,7 +12,7 @@ import torch
 from ..kernels import dispatch
 from ..quantize.layer import layer_bytes, layer_ops
 from ..quantize.spec import LayerSpec
-from .artifact import check_tensors, read_config
+from .artifact import check_strangers, check_tensors, read_config
 from .attach import attach
 from .family import find_family
 from .fused_ops import Steps, fused_ops
@@ -38,6 +38,8 @@ def describe_artifact(path: str | Path, device: str | None = None, component: st
     specs = config.resolve(shapes)
     place = parse_device(device)
     attach(skeleton, specs)
+    if known:
+        check_strangers(skeleton, source.checkpoint)
     blocks = report(skeleton, find_family(skeleton).block_names(skeleton)) if known else {}
     fused = fused_ops(skeleton) if known and place.type != "cpu" else {}
     groups: dict[tuple[str, LayerSpec, Steps | None], list[str]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ..quantize.errors import InputError
 from .artifact import QUANT_METHOD, ArtifactConfig
 from .attach import attach, linear_layers
+from .complete import strangers
 from .fusion import fuse, unfuse
 from .linear import CompressedLinear
 from .schedule import apply_plans
@@ -49,6 +51,11 @@ class VditQuantizer(DiffusersQuantizer):
     """Builds the compressed layers from the config alone, then takes every stored tensor exactly as it is on disk."""
 
     use_keep_in_fp32_modules = True
+    stored: Sequence[str] = ()  # names of all tensors in the files
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        self.stored = loaded_keys
+        return loaded_keys
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -56,6 +63,8 @@ class VditQuantizer(DiffusersQuantizer):
         assert isinstance(self.quantization_config, VditQuantConfig)
         config = self.quantization_config.artifact
         attach(model, config.resolve(linear_layers(model)))
+        if others := strangers(model, self.stored):
+            raise InputError(f"artifact: config and tensors disagree: expected no {others[0]}, found it in the file")
         model.config.quantization_config = self.quantization_config
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

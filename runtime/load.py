@@ -12,7 +12,7 @@ from torch import nn
 
 from ..quantize.errors import InputError, reason_of, unknown
 from ..quantize.spec import LayerSpec
-from .artifact import check_tensors, is_artifact, read_config
+from .artifact import check_strangers, check_tensors, is_artifact, read_config
 from .attach import attach, linear_layers
 from .checkpoint import Checkpoint
 from .fusion import fuse
@@ -89,8 +89,10 @@ def load(
 
 def check_artifact(source: Source) -> None:
     """Raises InputError unless the folder is a complete artifact that this version reads."""
-    config = read_config(source.transformer)
-    check_tensors(config, linear_shapes(source.skeleton()), source.checkpoint)
+    config, skeleton = read_config(source.transformer), source.skeleton()
+    check_tensors(config, linear_shapes(skeleton), source.checkpoint)
+    attach(skeleton, config.resolve(linear_layers(skeleton)))
+    check_strangers(skeleton, source.checkpoint)
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:

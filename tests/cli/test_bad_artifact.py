@@ -35,11 +35,16 @@ def _wrong_code_dtype(tensors: dict[str, torch.Tensor]) -> None:
     tensors[f"{LAYER}.weight"] = tensors[f"{LAYER}.weight"].float()
 
 
+def _of_another_spec(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{LAYER}.pre_quant_scale"] = torch.full((64,), 3.0)
+
+
 DAMAGES = {
     "missing tensor": (_missing, ("found none", "none", "no file")),
     "wrong shape": (_wrong_shape, ("63",)),
     "wrong dtype": (_wrong_dtype, ("BF16", "bfloat16")),
     "wrong code dtype": (_wrong_code_dtype, ("F32", "float32")),
+    "tensor of another spec": (_of_another_spec, (f"expected no {LAYER}.pre_quant_scale",)),
 }
 
 
@@ -86,6 +91,26 @@ def test_plain_from_pretrained_says_where_config_and_tensors_disagree(damaged: t
         DiTTransformer2DModel.from_pretrained(folder)
     assert LAYER in str(caught.value)
     assert any(word in str(caught.value) for word in words)
+
+
+def test_a_config_of_fewer_blocks_is_refused(
+    copy_of: Copy, tiny_artifact: Path, edit_json: Edit, refused: Refused
+) -> None:
+    folder = copy_of(tiny_artifact)
+    edit_json(folder / "config.json", lambda d: d.update(num_layers=1))
+    refused("inspect", folder, words=("config and tensors disagree: expected no transformer_blocks.1.",))
+    for load in (vdit_quant.load, DiTTransformer2DModel.from_pretrained):
+        with pytest.raises(InputError, match=r"config and tensors disagree: expected no transformer_blocks\.1\."):
+            load(folder)
+
+
+def test_buffers_that_the_model_computes_may_be_in_an_artifact(
+    copy_of: Copy, tiny_artifact: Path, edit_tensors: Edit
+) -> None:
+    folder = copy_of(tiny_artifact)
+    edit_tensors(folder, lambda tensors: tensors.update({"pos_embed.pos_embed": torch.zeros(1, 16, 64)}))
+    for load in (vdit_quant.load, DiTTransformer2DModel.from_pretrained):
+        assert load(folder) is not None
 
 
 @pytest.mark.parametrize("version", ["2.0", "1.99", "10.0"])
