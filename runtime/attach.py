@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 from torch import nn
 
-from ..quantize.errors import unknown
+from ..quantize.errors import InputError, unknown
 from ..quantize.format import Tensors
 from ..quantize.layer import check_shape, settled_spec
 from ..quantize.spec import LayerSpec
@@ -46,7 +48,22 @@ def attach(
         new.train(old.training)
         model.set_submodule(name, new)
         originals[name] = old
+    if hasattr(type(model), "fuse_lora"):
+        model.fuse_lora = partial(fuse_lora, model)  # type: ignore[assignment]
     return originals
+
+
+def fuse_lora(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """diffusers' `model.fuse_lora`. Raises InputError, with nothing merged, when an adapter is on a compressed layer:
+    peft would add floats to its codes."""
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "base_layer", None), CompressedLinear):
+            raise InputError(
+                f"{name} is compressed, so that no adapter can be merged into its weight; run the adapter unmerged, or "
+                "make it a part of the artifact: vdit_quant.join_lora(ARTIFACT, ADAPTER, OUTPUT)"
+            )
+    kind: Any = type(model)
+    return kind.fuse_lora(model, *args, **kwargs)
 
 
 def attach_settled(

@@ -7,6 +7,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from small_models import CASES, call, compressed
+from torch import nn
+
+from vdit_quant.quantize.errors import InputError
 
 
 @torch.no_grad()
@@ -22,3 +26,39 @@ def test_a_lora_adapter_attaches_to_compressed_layers(tiny_artifact: Path, dit_i
     for parameter in adapters.values():
         parameter.fill_(0.1)
     assert not torch.equal(model(**inputs).sample, before)
+
+
+def with_adapter(model: nn.Module, *layers: str) -> nn.Module:
+    """The model with a LoRA on these layers."""
+    pytest.importorskip("peft")
+    torch.manual_seed(5)
+    adapter = {}
+    for name in layers:
+        layer = model.get_submodule(name)
+        adapter[f"transformer.{name}.lora_A.weight"] = 0.2 * torch.randn(4, layer.in_features)
+        adapter[f"transformer.{name}.lora_B.weight"] = 0.2 * torch.randn(layer.out_features, 4)
+    model.load_lora_adapter(adapter)
+    return model
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@torch.no_grad()
+def test_merging_an_adapter_into_compressed_layers_is_refused_and_merges_nothing(safe: bool) -> None:
+    case = CASES["sd3"]
+    # the first of them, which is not compressed, could be merged
+    model = with_adapter(compressed(case, "w8-a8tok"), "context_embedder", "transformer_blocks.1.attn.to_q")
+    before = call(model, case)
+    with pytest.raises(InputError, match=r"transformer_blocks\.1\.attn\.to_q is compressed.*join_lora"):
+        model.fuse_lora(safe_fusing=safe)
+    assert torch.equal(call(model, case), before)
+    assert not model.context_embedder.merged
+
+
+@torch.no_grad()
+def test_an_adapter_on_other_layers_is_merged_as_ever() -> None:
+    case = CASES["sd3"]
+    model = with_adapter(compressed(case, "w8-a8tok"), "context_embedder")
+    before = call(model, case)
+    model.fuse_lora()
+    assert model.context_embedder.merged
+    torch.testing.assert_close(call(model, case), before, rtol=1e-3, atol=1e-3)
