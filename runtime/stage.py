@@ -62,23 +62,31 @@ class Sum(NamedTuple):
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalisation over the last dimension: "layer" or "rms", with its affine parameters."""
+    """A normalisation over the last dimension: "layer" or "rms"."""
 
     kind: str
     eps: float
-    affine: tuple[Tensor, ...] = ()
+    module: Any = None
+    names: tuple[str, ...] = ()
+
+    @property
+    def affine(self) -> tuple[Tensor, ...]:
+        """The affine parameters that the module has now: loading may put others in the place of those it had."""
+        return tuple(getattr(self.module, name) for name in self.names)
 
     @staticmethod
     def knows(module: Any) -> bool:
         """Whether the module is a norm of a known kind."""
-        affine = getattr(module, "weight", None), getattr(module, "bias", None)
-        return type(module).__name__ in _KINDS and not (affine[0] is None and affine[1] is not None)
+        return type(module).__name__ in _KINDS and _affine_names(module) != ("bias",)
 
     @classmethod
     def of(cls, module: Any) -> Norm:
         """The norm that a module computes. Raises KeyError for one that is not known."""
-        affine = getattr(module, "weight", None), getattr(module, "bias", None)
-        return cls(_KINDS[type(module).__name__], float(module.eps or 0.0), tuple(t for t in affine if t is not None))
+        return cls(_KINDS[type(module).__name__], float(module.eps or 0.0), module, _affine_names(module))
+
+
+def _affine_names(module: Any) -> tuple[str, ...]:
+    return tuple(name for name in ("weight", "bias") if getattr(module, name, None) is not None)
 
 
 _KINDS = {"LayerNorm": "layer", "FP32LayerNorm": "layer", "RMSNorm": "rms"}

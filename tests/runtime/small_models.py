@@ -139,7 +139,7 @@ def compress(model: nn.Module, spec: str = "w4g16-a8tok-h16", specs: dict[str, s
 
 def compressed(case: Case, spec: str = "w4g16-a8tok-h16", specs: dict[str, str] | None = None) -> nn.Module:
     """A copy of its own of `compress(build(case), spec, specs)`, which is made once."""
-    key = case.kind, spec, str(specs)
+    key = f"{case.kind} {case.config}", spec, str(specs)
     if key not in _MADE:
         _MADE[key] = compress(build(case), spec, specs)
     return copy.deepcopy(_MADE[key])
