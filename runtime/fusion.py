@@ -23,7 +23,7 @@ from .embedders import share_embedders
 from .modulation import Modulation, are_others, origin
 from .parts import Place, layers_at
 from .stage import Stage
-from .watch import Watch
+from .watch import Watch, has_other_forward
 
 
 class FusedBlock:
@@ -199,7 +199,7 @@ def fuse(model: nn.Module, cpu: bool = False) -> nn.Module:
         fusion = find_fusion(module)
         if fusion is None or fusion.refusal(module) is not None:
             continue
-        if "forward" in vars(module):
+        if has_other_forward(module):
             if "_fused_block" not in vars(module):
                 kind, reason = type(module).__name__, "something was put around it before it was fused"
                 dispatch.remember(kind, reason, "%s runs its own forward, not the fused one: %s", kind, reason)

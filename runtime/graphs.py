@@ -10,7 +10,6 @@ every call of a model of which a part cannot be captured, which is logged once.
 from __future__ import annotations
 
 import gc
-import inspect
 import logging
 import threading
 from collections import OrderedDict
@@ -26,7 +25,7 @@ from ..quantize.errors import reason_of
 from .capture import PLAIN, Capture, aside, capture_call, capture_key, device_of
 from .compile_ahead import compile_ahead
 from .linear import CompressedLinear
-from .watch import Watch, has_hooks
+from .watch import Watch, has_hooks, is_own
 
 logger = logging.getLogger("vdit_quant")
 
@@ -208,7 +207,7 @@ def replay_graphs(model: nn.Module, enabled: bool = True, limit: int = 8) -> nn.
         del model.forward, model._apply, model._graphed_forward
         for handle in current.loaded:
             handle.remove()
-        if not _is_own(current.own, model):
+        if not is_own(current.own, model):
             model.forward = current.own
     if enabled:
         graphed = GraphedForward(model, limit)
@@ -228,10 +227,6 @@ def _release() -> None:
     """Gives what nothing holds back to the GPU: memory of one pool does not serve another."""
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def _is_own(forward: Any, model: nn.Module) -> bool:
-    return inspect.ismethod(forward) and forward.__func__ is type(model).forward
 
 
 def _is_linear(module: Any) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..quantize.format import Tensors
 from ..quantize.spec import FormatSpec
 from .linear import CompressedLinear
+from .watch import has_other_forward
 
 MAX_JOINED = 256
 """Layers that are stored as one: their numbers fit a byte."""
@@ -61,7 +62,7 @@ def is_hooked(layer: nn.Module) -> bool:
     """Whether a call of `layer` does something that was put on it."""
     if torch.compiler.is_compiling():  # hooks put on a layer after compiling are not seen by torch.compile either
         return False
-    return bool(layer._forward_hooks or layer._forward_pre_hooks) or "forward" in layer.__dict__
+    return bool(layer._forward_hooks or layer._forward_pre_hooks) or has_other_forward(layer)
 
 
 def are_equal(one: Tensor, other: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from itertools import repeat
 from operator import contains
@@ -20,14 +21,16 @@ class Watch:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         watched = list(modules)
         self._hooks = [hooks for m in watched for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._plain = [m for m in watched if "forward" not in vars(m)]
-        self._replaced = [(m, vars(m)["forward"]) for m in watched if "forward" in vars(m)]
+        self._plain = [m for m in watched if not has_other_forward(m)]
+        self._replaced = [(m, vars(m)["forward"]) for m in watched if has_other_forward(m)]
         attentions = [m for m in watched if getattr(m, "processor", None) is not None]
         self._processors = [(m, m.processor, _backend(m.processor)) for m in attentions]
 
     def is_disturbed(self) -> bool:
         # asked at every call, of hundreds of modules: loops that Python does not interpret
-        if any(self._hooks) or any(map(contains, map(vars, self._plain), repeat("forward"))):
+        if any(self._hooks):
+            return True
+        if any(map(contains, map(vars, self._plain), repeat("forward"))) and any(map(has_other_forward, self._plain)):
             return True
         if any(vars(m).get("forward") != forward or carries_hooks(m) for m, forward in self._replaced):
             return True
@@ -36,6 +39,18 @@ class Watch:
 
 def _backend(processor: Any) -> Any:
     return getattr(processor, "_attention_backend", None), getattr(processor, "_parallel_config", None)
+
+
+def has_other_forward(module: nn.Module) -> bool:
+    """Whether a `forward` was put on the module that is not its class's own: accelerate and diffusers put that one
+    there when they take their hooks away."""
+    forward = vars(module).get("forward")
+    return forward is not None and not is_own(forward, module)
+
+
+def is_own(forward: Any, module: nn.Module) -> bool:
+    """Whether this is the forward that the module's class gives it."""
+    return inspect.ismethod(forward) and forward.__func__ is type(module).forward and forward.__self__ is module
 
 
 def carries_hooks(module: nn.Module) -> bool:

@@ -2,12 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_module
+from diffusers import PyramidAttentionBroadcastConfig
 from small_models import CASES, Case, call, close, compressed
+from torch import nn
 
-from vdit_quant.runtime.fusion import fuse, unfuse
+from vdit_quant.runtime.fusion import FusedBlock, fuse, report, unfuse
 
 WAN = CASES["wan"]
 WAN_WITH_NORMS = replace(WAN, config={**WAN.config, "cross_attn_norm": True})
@@ -31,3 +36,54 @@ def test_loaded_norms_are_used(case: Case, assign: bool) -> None:
     after = call(model, case)
     assert not close(after, before)
     assert close(after, call(unfuse(model), case))
+
+
+def is_fused(model: nn.Module, case: Case) -> bool:
+    """Whether there are fused blocks and each of them runs its fused forward."""
+    own, seen = FusedBlock.own, []
+
+    def counted(self: FusedBlock, *args: Any, **kwargs: Any) -> Any:
+        seen.append(self)
+        return own(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FusedBlock, "own", counted)
+        call(model, case)
+    return not seen and any("_fused_block" in vars(module) for module in model.modules())
+
+
+def test_blocks_are_fused_again_after_offloading() -> None:
+    case = CASES["flux"]
+    model = fuse(compressed(case, "w8-a8tok"), cpu=True)
+    before = call(model, case)
+    assert is_fused(model, case)
+    cpu_offload(model, torch.device("cpu"))
+    remove_hook_from_module(model, recurse=True)
+    assert is_fused(model, case)
+    assert is_fused(fuse(model, cpu=True), case)
+    assert close(call(model, case), before)
+
+
+def test_blocks_are_fused_again_after_caching() -> None:
+    case = CASES["cogvideox"]
+    model = fuse(compressed(case, "w8-a8tok"), cpu=True)
+    skipping = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(100, 800),
+        spatial_attention_block_identifiers=("transformer_blocks",),
+        current_timestep_callback=lambda: 500,
+    )
+    model.enable_cache(skipping)
+    assert not is_fused(model, case)
+    model.disable_cache()
+    assert is_fused(model, case)
+    assert is_fused(fuse(model, cpu=True), case)
+
+
+def test_a_model_that_was_offloaded_before_is_fused() -> None:
+    case = CASES["flux"]
+    model = compressed(case, "w8-a8tok")
+    cpu_offload(model, torch.device("cpu"))
+    remove_hook_from_module(model, recurse=True)
+    assert report(model, ["transformer_blocks.0"]) == {"FluxTransformerBlock": "1 fused"}
+    assert is_fused(fuse(model, cpu=True), case)
