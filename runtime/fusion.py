@@ -50,11 +50,13 @@ class FusedBlock:
 
     def own(self, *args: Any, **kwargs: Any) -> Any:
         """The block's own, unfused forward; on an accelerator, says why it runs."""
-        if not torch.compiler.is_compiling() and (self.cpu or args[0].device.type != "cpu"):
+        if torch.compiler.is_compiling():
+            return self._own(self.block, *args, **kwargs)
+        if self.cpu or args[0].device.type != "cpu":
             reason, self.declined = self.declined or "an argument that its fused forward does not know", None
             kind = type(self.block).__name__
             dispatch.remember(kind, reason, "%s runs its own forward, not the fused one: %s", kind, reason)
-        return self._own(self.block, *args, **kwargs)
+        return type(self.block).forward(self.block, *args, **kwargs)  # the class may be another one by now
 
     def accepts(self, hidden_states: Tensor) -> bool:
         """Whether this call can be fused, as far as its main input and what was done to the block tell."""
@@ -78,7 +80,7 @@ class FusedBlock:
         if self.block.training or (hidden_states.requires_grad and torch.is_grad_enabled()):
             return "training mode" if self.block.training else "gradients"
         if self.watch is not None and not torch.compiler.is_compiling() and self.watch.is_disturbed():
-            return "a hook, or another forward, attention processor or back-end, was put inside it"
+            return "a hook, or another module, forward, attention processor or back-end, was put inside it"
         if hidden_states.dim() != 3:
             return f"its input has {hidden_states.dim()} dimensions, not 3"
         return "a CPU" if hidden_states.device.type == "cpu" and not self.cpu else None
@@ -243,7 +245,7 @@ def _watch(fused: FusedBlock, modulators: list[Place]) -> Watch:
     runs outside its forward."""
     layers = layers_at([*(place for stage in fused.stages for place in stage.places), *modulators])
     called = {fused.block, *(module for layer in layers for module in layer.modules())}
-    return Watch(module for module in fused.block.modules() if module not in called)
+    return Watch(fused.block, called)
 
 
 def report(model: nn.Module, blocks: Iterable[str]) -> dict[str, str]:

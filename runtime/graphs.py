@@ -53,14 +53,10 @@ class GraphedForward:
         """Captures what the model is now, as if nothing had been captured before."""
         self.limit, self.enabled = limit, True
         self.failure: str | None = None
-        modules = list(self.model.modules())
-        # without the model itself, whose hooks run outside its forward, but for those that were there before
-        self._watch = Watch(modules[1:])
+        # without hooks on the model itself, which run outside its forward, but for those that were there before
+        self._watch = Watch(self.model)
         self._hooked_before = vars(self.model).get("_graphed_forward") is None and has_hooks(self.model)
-        self._layers = [
-            (m._modules, name, layer) for m in modules for name, layer in m._modules.items() if _is_linear(layer)
-        ]
-        self._layer = next((m for m in modules if _is_quantized(m)), None)
+        self._layer = next((m for m in self.model.modules() if _is_quantized(m)), None)
         self.reset()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -114,11 +110,9 @@ class GraphedForward:
 
     def _is_disturbed(self) -> bool:
         """Whether the model cannot be captured, or something acts inside it that a graph would not see: autograd, a
-        LoRA, which is switched and scaled by plain attributes, another layer, or what `Watch` sees (caching,
-        offloading, another attention)."""
+        LoRA, which is switched and scaled by plain attributes, or what `Watch` sees (caching, offloading, another
+        layer or attention)."""
         if self.failure is not None or torch.is_grad_enabled() or getattr(self.model, "_hf_peft_config_loaded", False):
-            return True
-        if any(places.get(name) is not layer for places, name, layer in self._layers):
             return True
         return (self._hooked_before and has_hooks(self.model)) or self._watch.is_disturbed()
 
@@ -227,10 +221,6 @@ def _release() -> None:
     """Gives what nothing holds back to the GPU: memory of one pool does not serve another."""
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def _is_linear(module: Any) -> bool:
-    return isinstance(module, (nn.Linear, CompressedLinear))
 
 
 def _is_quantized(module: nn.Module) -> bool:

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Collection
 from itertools import repeat
-from operator import contains
+from operator import contains, is_not
 from typing import Any
 
 from torch import nn
 
 
 class Watch:
-    """Sees hooks on these modules, torch's, accelerate's and diffusers', and what was put on them since: another
-    `forward`, an attention processor, or a back-end or context parallelism for the processor.
+    """Sees hooks on the modules inside `root`, torch's, accelerate's and diffusers', and what was put on them since:
+    another `forward` or class, an attention processor, or a back-end or context parallelism for the processor; or
+    another module in the place of one.
 
     A fused or captured forward does not call the modules inside it, so that what is put on them would do nothing.
+
+    called  modules inside that are not watched
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        watched = list(modules)
+    def __init__(self, root: nn.Module, called: Collection[nn.Module] = ()) -> None:
+        inside = list(root.modules())
+        watched = [m for m in inside[1:] if m not in called]
+        known = set(watched)
+        places = [(m._modules, name, child) for m in inside for name, child in m._modules.items() if child in known]
+        self._parents: list[dict[str, Any]] = [parent for parent, _, _ in places]
+        self._names, self._children = [name for _, name, _ in places], [child for _, _, child in places]
+        self._typed = [root, *watched]
+        self._classes = [type(m) for m in self._typed]
         self._hooks = [hooks for m in watched for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._plain = [m for m in watched if not has_other_forward(m)]
         self._replaced = [(m, vars(m)["forward"]) for m in watched if has_other_forward(m)]
@@ -28,7 +38,9 @@ class Watch:
 
     def is_disturbed(self) -> bool:
         # asked at every call, of hundreds of modules: loops that Python does not interpret
-        if any(self._hooks):
+        if any(self._hooks) or any(map(is_not, map(dict.get, self._parents, self._names), self._children)):
+            return True
+        if any(map(is_not, map(type, self._typed), self._classes)):
             return True
         if any(map(contains, map(vars, self._plain), repeat("forward"))) and any(map(has_other_forward, self._plain)):
             return True

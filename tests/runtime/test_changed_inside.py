@@ -1,5 +1,6 @@
 """What is changed inside a fused block takes effect, and what is undone again leaves the block fused."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,9 +11,10 @@ from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
 from diffusers import PyramidAttentionBroadcastConfig
 from small_models import CASES, Case, call, close, compressed
-from torch import nn
+from torch import Tensor, nn
 
 from vdit_quant.runtime.fusion import FusedBlock, fuse, report, unfuse
+from vdit_quant.runtime.graphs import replay_graphs
 
 WAN = CASES["wan"]
 WAN_WITH_NORMS = replace(WAN, config={**WAN.config, "cross_attn_norm": True})
@@ -50,6 +52,52 @@ def is_fused(model: nn.Module, case: Case) -> bool:
         patch.setattr(FusedBlock, "own", counted)
         call(model, case)
     return not seen and any("_fused_block" in vars(module) for module in model.modules())
+
+
+class Nothing(nn.Module):
+    """A feed-forward, norm or attention that says nothing."""
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("name", ["ff", "ff.net", "attn1", "norm3"])
+def test_another_module_inside_is_called(name: str) -> None:
+    case = CASES["dit"]
+    model = fuse(compressed(case, "w8-a8tok"), cpu=True)
+    before = call(model, case)
+    block = model.transformer_blocks[1]
+    old = block.get_submodule(name)
+    block.set_submodule(name, nn.ModuleList([Nothing()]) if name == "ff.net" else Nothing())
+    after = call(model, case)
+    assert not close(after, before)
+    assert close(after, call(unfuse(copy.deepcopy(model)), case))
+    block.set_submodule(name, old)
+    assert is_fused(model, case)
+
+
+def test_another_class_of_a_block_is_called() -> None:
+    case = CASES["dit"]
+    model = fuse(compressed(case, "w8-a8tok"), cpu=True)
+    block = model.transformer_blocks[1]
+
+    class Silent(type(block)):  # type: ignore[misc]
+        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return torch.zeros_like(super().forward(hidden_states, *args, **kwargs))
+
+    before = call(model, case)
+    block.__class__ = Silent
+    after = call(model, case)
+    assert not close(after, before)
+    assert close(after, call(unfuse(model), case))
+
+
+def test_another_module_inside_is_not_replayed_over() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Identity()))
+    graphed = replay_graphs(model)._graphed_forward
+    assert not graphed._is_disturbed()
+    model[0][0] = nn.Identity()
+    assert graphed._is_disturbed()
 
 
 def test_blocks_are_fused_again_after_offloading() -> None:

@@ -501,7 +501,7 @@ def test_a_block_that_runs_its_own_forward_says_why_once(
                                        class_labels=torch.tensor([1, 2]))  # fmt: skip
     call(model, case)
     own = "BasicTransformerBlock runs its own forward, not the fused one: "
-    hook = "a hook, or another forward, attention processor or back-end, was put inside it"
+    hook = "a hook, or another module, forward, attention processor or back-end, was put inside it"
     unknown = "an argument that its fused forward does not know"
     assert [record.getMessage() for record in caplog.records] == [own + r for r in (hook, "training mode", unknown)]
     assert dispatch.fallbacks() == {"BasicTransformerBlock": {hook, "training mode", unknown}}
