@@ -81,6 +81,8 @@ class FusedBlock:
             return "training mode" if self.block.training else "gradients"
         if self.watch is not None and not torch.compiler.is_compiling() and self.watch.is_disturbed():
             return "a hook, or another module, forward, attention processor or back-end, was put inside it"
+        if self.watch is not None and not torch.compiler.is_compiling() and self.watch.calls_another_backend():
+            return "an attention back-end was chosen"
         if hidden_states.dim() != 3:
             return f"its input has {hidden_states.dim()} dimensions, not 3"
         return "a CPU" if hidden_states.device.type == "cpu" and not self.cpu else None

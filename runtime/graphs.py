@@ -25,7 +25,7 @@ from ..quantize.errors import reason_of
 from .capture import PLAIN, Capture, aside, capture_call, capture_key, device_of
 from .compile_ahead import compile_ahead
 from .linear import CompressedLinear
-from .watch import Watch, has_hooks, is_own
+from .watch import Watch, active_backend, has_hooks, is_own
 
 logger = logging.getLogger("vdit_quant")
 
@@ -118,10 +118,10 @@ class GraphedForward:
 
     def _state(self) -> Any:
         """What changes the kernels that calls of the same shape run: training mode, a step plan, autocast, settings of
-        `dispatch`."""
+        `dispatch`, the back-end of diffusers."""
         autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         lifted = self._layer is not None and bool(self._layer.is_lifted)
-        return self.model.training, lifted, autocast, dispatch.settings()
+        return self.model.training, lifted, autocast, dispatch.settings(), active_backend()
 
     def _give_up(self, error: RuntimeError) -> None:
         self.reset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Collection
 from itertools import repeat
 from operator import contains, is_not
@@ -35,6 +36,7 @@ class Watch:
         self._replaced = [(m, vars(m)["forward"]) for m in watched if has_other_forward(m)]
         attentions = [m for m in watched if getattr(m, "processor", None) is not None]
         self._processors = [(m, m.processor, _backend(m.processor)) for m in attentions]
+        self._dispatches = any(hasattr(m.processor, "_attention_backend") for m in attentions)
 
     def is_disturbed(self) -> bool:
         # asked at every call, of hundreds of modules: loops that Python does not interpret
@@ -48,9 +50,20 @@ class Watch:
             return True
         return any(m.processor is not p or _backend(p) != backend for m, p, backend in self._processors)
 
+    def calls_another_backend(self) -> bool:
+        """Whether attention inside runs on a back-end that was chosen for all of diffusers, as by
+        `diffusers.attention_backend`."""
+        return self._dispatches and active_backend() not in (None, "native")
+
 
 def _backend(processor: Any) -> Any:
     return getattr(processor, "_attention_backend", None), getattr(processor, "_parallel_config", None)
+
+
+def active_backend() -> Any:
+    """The back-end of diffusers' attention processors for which none was chosen; None where there is no such choice."""
+    module = sys.modules.get("diffusers.models.attention_dispatch")
+    return getattr(getattr(module, "_AttentionBackendRegistry", None), "_active_backend", None)
 
 
 def has_other_forward(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
-from diffusers import PyramidAttentionBroadcastConfig
+from diffusers import PyramidAttentionBroadcastConfig, attention_backend
 from small_models import CASES, Case, call, close, compressed
 from torch import Tensor, nn
 
@@ -135,3 +135,20 @@ def test_a_model_that_was_offloaded_before_is_fused() -> None:
     remove_hook_from_module(model, recurse=True)
     assert report(model, ["transformer_blocks.0"]) == {"FluxTransformerBlock": "1 fused"}
     assert is_fused(fuse(model, cpu=True), case)
+
+
+@pytest.mark.parametrize("kind", ["flux", "wan"])
+def test_a_back_end_chosen_for_all_attention_is_used(kind: str) -> None:
+    case = CASES[kind]
+    model = fuse(compressed(case, "w8-a8tok"), cpu=True)
+    assert is_fused(model, case)
+    with attention_backend("_native_math"):
+        assert not is_fused(model, case)
+    assert is_fused(model, case)
+
+
+def test_a_back_end_chosen_for_all_attention_changes_nothing_for_processors_that_do_not_ask() -> None:
+    case = CASES["sd3"]
+    model = fuse(compressed(case, "w8-a8tok"), cpu=True)
+    with attention_backend("_native_math"):
+        assert is_fused(model, case)
