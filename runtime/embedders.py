@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,15 +15,33 @@ def share_embedders(model: nn.Module) -> None:
     every block."""
     first: dict[str, Any] = {}
     shared = False
-    for module in list(model.modules()):
-        embedder = getattr(module, "emb", None)
-        if not isinstance(embedder, nn.Module) or not any(True for _ in embedder.parameters()):
-            continue
+    for _, module, embedder in _owners(model):
         known = first.setdefault(type(embedder).__name__, embedder)
         if known is not embedder and _equal(known, embedder):
             module.emb, shared = known, True
     if shared and _write_each not in model._state_dict_hooks.values():
         model._register_state_dict_hook(_write_each)
+        model.register_load_state_dict_pre_hook(_part_unlike)
+
+
+def _owners(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """Name of each module that holds an embedder, the module, and its embedder."""
+    for name, module in list(model.named_modules()):
+        embedder = getattr(module, "emb", None)
+        if isinstance(embedder, nn.Module) and any(True for _ in embedder.parameters()):
+            yield name, module, embedder
+
+
+def _part_unlike(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Gives a module an embedder of its own again when another one is about to be loaded into it than into the first
+    of those that share it."""
+    first: dict[nn.Module, str] = {}
+    for name, module, embedder in _owners(model):
+        known = first.setdefault(embedder, name)
+        names = [(f"{prefix}{known}.emb.{key}", f"{prefix}{name}.emb.{key}") for key in embedder.state_dict()]
+        pairs = [(state[one], state[other]) for one, other in names if one in state and other in state]
+        if known != name and any(_differ(one, other) for one, other in pairs):
+            module.emb = copy.deepcopy(embedder)
 
 
 def _write_each(model: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
@@ -31,6 +51,10 @@ def _write_each(model: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
         if (place := (tensor.data_ptr(), tensor.shape)) in seen and tensor.device.type != "meta":
             state[name] = tensor.clone()
         seen.add(place)
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    return not (one.is_meta or other.is_meta or torch.equal(one, other.to(one)))
 
 
 def _equal(one: nn.Module, other: nn.Module) -> bool:

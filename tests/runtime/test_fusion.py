@@ -134,6 +134,37 @@ def test_repeated_embedders_are_held_once_and_written_in_full() -> None:
     assert torch.equal(written[0], written[2])
 
 
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+@pytest.mark.parametrize("place", ["whole", "part"])
+def test_unlike_embedders_loaded_over_shared_ones_are_each_their_own(place: str, assign: bool) -> None:
+    case = CASES["dit"]
+    model, other = build(case), compressed(case)
+    for block in model.transformer_blocks[1:]:
+        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    alike = copy.deepcopy(fuse(compress(model), cpu=True))
+    expected, state = call(other, case), other.state_dict()
+    if place == "whole":
+        alike.load_state_dict(state, assign=assign)
+    else:  # of a larger one
+        state = {f"0.{name}": tensor for name, tensor in state.items()}
+        nn.Sequential(alike).load_state_dict(state, assign=assign)
+    assert close(call(alike, case), expected)
+    assert close(call(fuse(alike, cpu=True), case), expected)
+
+
+def test_like_embedders_loaded_over_shared_ones_stay_shared() -> None:
+    case = CASES["dit"]
+    model = build(case)
+    for block in model.transformer_blocks[1:]:
+        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    fuse(compress(model), cpu=True)
+    state = {name: 1.1 * t if ".emb." in name else t for name, t in model.state_dict().items()}
+    model.load_state_dict(state)
+    assert len({block.norm1.emb for block in model.transformer_blocks}) == 1
+    name = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.weight"
+    assert torch.equal(model.state_dict()[name], state[name])
+
+
 def test_embedders_that_differ_are_not_shared() -> None:
     model = compressed(CASES["dit"])
     expected = call(model, CASES["dit"])
