@@ -153,6 +153,7 @@ class Fusion:
     """How blocks of some class are fused. A new one is one file in `fusions/` that exports `FUSION`."""
 
     classes: ClassVar[tuple[str, ...]]
+    packages: ClassVar[tuple[str, ...]] = ("diffusers", __name__.partition(".")[0])  # where these are defined
 
     def refusal(self, block: nn.Module) -> str | None:
         """Why this block cannot be fused, whatever its layers hold; None when it can."""
@@ -173,8 +174,13 @@ class Fusion:
 
 
 def find_fusion(block: nn.Module) -> Fusion | None:
-    """The fusion whose file serves this module."""
-    return _by_class().get(type(block).__name__)
+    """The fusion whose file serves this module. A class of one's own may have the name of another's block."""
+    kind = type(block).__name__
+    fusion = _by_class().get(kind)
+    if fusion is None:
+        return None
+    origins = {known.__module__.partition(".")[0] for known in type(block).__mro__ if known.__name__ == kind}
+    return None if origins.isdisjoint(fusion.packages) else fusion
 
 
 @cache

@@ -550,3 +550,32 @@ def test_a_model_with_no_fusion_runs_as_it_is() -> None:
     expected = plain(x)
     assert torch.equal(fuse(plain, cpu=True)(x), expected)
     assert fused_blocks(plain) == 0
+
+
+class BasicTransformerBlock(nn.Module):
+    """As in repositories that diffusers took it from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.to_q = nn.LayerNorm(64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.to_q(self.norm(x))
+
+
+@torch.no_grad()
+def test_a_class_of_ones_own_with_the_name_of_a_known_one_runs_as_it_is() -> None:
+    model = nn.Sequential(BasicTransformerBlock(), BasicTransformerBlock())
+    x = torch.randn(1, 4, 64)
+    expected = model(x)
+    assert torch.equal(fuse(model, cpu=True)(x), expected)
+    assert fused_blocks(model) == 0
+    assert report(model, ["0", "1"]) == {"BasicTransformerBlock": "2 not fused (no fusion knows this class)"}
+
+
+def test_a_class_made_of_a_known_one_is_fused_under_its_name() -> None:
+    model = compressed(CASES["dit"])
+    known = type(model.transformer_blocks[0])
+    for block in model.transformer_blocks:
+        block.__class__ = type(known.__name__, (known,), {})
+    assert fused_blocks(fuse(model, cpu=True)) == len(model.transformer_blocks)
