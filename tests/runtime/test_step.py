@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vdit_quant.runtime.family import find_family
-from vdit_quant.runtime.step import StepTracker, bind_call, signature_of
+from vdit_quant.runtime.step import StepTracker, bind_call, signature_of, timestep_of
 
 
 @torch.no_grad()
@@ -63,6 +63,18 @@ def test_positional_arguments_are_understood(tiny_dit: Callable[..., Any], dit_i
         model(inputs["hidden_states"], inputs["timestep"], inputs["class_labels"])
         assert (tracker.index, tracker.timestep) == (0, 500)
         assert tracker.branches.tolist() == [0, 1]
+
+
+def test_tokens_of_a_given_image_are_at_0_and_the_step_is_that_of_the_others() -> None:
+    model, seen = Rising(), []
+    given = torch.tensor([0.0, 0.0, 1.0, 1.0])  # the first frame's tokens
+    with StepTracker(model, find_family(model)) as tracker:
+        for t in (900.0, 500.0, 100.0):
+            timestep = (t * given).expand(2, -1)
+            model([torch.ones(3), torch.ones(3)], timestep)
+            seen.append((tracker.index, tracker.timestep))
+            assert timestep_of(model, (), {"t": timestep}) == t
+    assert seen == [(0, 900), (1, 500), (2, 100)]
 
 
 class OnInstance(nn.Module):
