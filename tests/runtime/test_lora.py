@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, FluxPipeline
 from small_models import CASES, call, compressed
 from torch import nn
 
 from vdit_quant.quantize.errors import InputError
+from vdit_quant.runtime.fusion import fuse
 
 
 @torch.no_grad()
@@ -62,3 +63,28 @@ def test_an_adapter_on_other_layers_is_merged_as_ever() -> None:
     model.fuse_lora()
     assert model.context_embedder.merged
     torch.testing.assert_close(call(model, case), before, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stored", ["w8-a8tok", "w4g16-a8tok-h16", "w3g32-a8tok"])
+def test_a_flux_pipeline_loads_a_lora_onto_packed_weights(stored: str) -> None:
+    pytest.importorskip("peft")
+    case = CASES["flux"]
+    model: Any = fuse(compressed(case, stored), cpu=True)
+    model.hf_quantizer = object()  # as from_pretrained leaves it
+    before = call(model, case)
+    parts = ("vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    pipe = FluxPipeline(**dict.fromkeys(parts), transformer=model)
+    lora = {
+        f"transformer.{layer}.lora_{side}.weight": torch.randn(shape) / 10
+        for layer in ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.attn.to_k")
+        for side, shape in (("A", (4, 64)), ("B", (64, 4)))
+    }
+    pipe.load_lora_weights(dict(lora), adapter_name="one")
+    after = call(model, case)
+    assert not torch.equal(after, before)
+    pipe.load_lora_weights(dict(lora), adapter_name="another")  # beside the first, whose layers are wrapped
+    pipe.set_adapters(["another"])
+    assert torch.equal(call(model, case), after)
+    pipe.unload_lora_weights()
+    assert torch.equal(call(model, case), before)
