@@ -49,6 +49,12 @@ class CompressedLinear(nn.Linear):
         self._active_spec = spec
         self.is_lifted = spec != self.spec  # a plain flag: torch.compile guards on it, and cannot compare the specs
 
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """The dtype that peft casts an adapter to, in place of the weight's, which may be fp8: the bias's; without a
+        bias None, and the adapter keeps its own."""
+        return None if self.bias is None else self.bias.dtype
+
     def load_tensors(self, tensors: Tensors, bias: Tensor | None = None) -> None:
         """Replaces every buffer, and the bias. Raises KeyError for a missing tensor."""
         for name in self._buffers:

@@ -66,6 +66,23 @@ def test_an_adapter_on_other_layers_is_merged_as_ever() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["wan", "large_dit"])  # with a bias and without
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_on_fp8_weights_runs_in_the_models_dtype(kind: str, dtype: torch.dtype) -> None:
+    peft = pytest.importorskip("peft")
+    case = CASES[kind]
+    model = compressed(case, "wf8-a8tok").to(dtype)
+    dtypes = dict.fromkeys(case.shapes, dtype)
+    before = call(model, case, dtypes=dtypes)
+    targets = ["to_q", "wq"]
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False), model)
+    after = call(model, case, dtypes=dtypes)
+    assert after.dtype == dtype
+    assert after.isfinite().all()
+    assert not torch.equal(after, before)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("stored", ["w8-a8tok", "w4g16-a8tok-h16", "w3g32-a8tok"])
 def test_a_flux_pipeline_loads_a_lora_onto_packed_weights(stored: str) -> None:
     pytest.importorskip("peft")
