@@ -35,6 +35,25 @@ _ONE_AT_A_TIME = threading.RLock()
 because it must not be copied with one."""
 
 
+class _Method:
+    """A bound `GraphedForward.forward` with the signature of the model's own: pipelines choose arguments by it.
+
+    An object, so that it is copied with the model; with slots, as wrappers take over the attributes that they find.
+    """
+
+    __slots__ = ("__self__",)
+
+    def __init__(self, graphed: GraphedForward) -> None:
+        self.__self__ = graphed
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__self__.forward(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.__self__.own)
+
+
 class GraphedForward:
     """A model's forward that captures and replays itself. `captures` counts the graphs made so far."""
 
@@ -190,7 +209,8 @@ def replay_graphs(model: nn.Module, enabled: bool = True, limit: int = 8) -> nn.
     Outputs are copies: a result stays valid after the next call.
     """
     current: GraphedForward | None = vars(model).get("_graphed_forward")
-    if current is not None and vars(model).get("forward") != current.forward:  # something was put around it since
+    if current is not None and getattr(vars(model).get("forward"), "__self__", None) is not current:
+        # something was put around it since
         if enabled:
             current.start(limit)
         else:
@@ -205,7 +225,7 @@ def replay_graphs(model: nn.Module, enabled: bool = True, limit: int = 8) -> nn.
             model.forward = current.own
     if enabled:
         graphed = GraphedForward(model, limit)
-        model.forward, model._graphed_forward = graphed.forward, graphed  # type: ignore[assignment]
+        model.forward, model._graphed_forward = _Method(graphed), graphed  # type: ignore[assignment]
         model._apply = graphed.move  # type: ignore[method-assign]
     return model
 

@@ -1,6 +1,8 @@
 """CUDA-graph replay: the same numbers, one capture a shape, and never a stale one."""
 
+import copy
 import gc
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +34,17 @@ def test_on_a_cpu_the_model_runs_as_it_is() -> None:
     replay_graphs(model)
     assert torch.equal(model(x, t)[0], expected)
     assert graphed(model).captures == 0
+
+
+def test_a_pipeline_sees_which_arguments_the_model_takes() -> None:
+    model = Denoiser()
+    before = inspect.signature(model.forward)
+    replay_graphs(model)
+    assert inspect.signature(model.forward) == before
+    copied = copy.deepcopy(model)
+    assert inspect.signature(copied.forward) == before
+    assert graphed(copied).model is copied
+    assert graphed(copied).own.__self__ is copied  # type: ignore[attr-defined]
 
 
 def test_the_switch_leaves_nothing_behind() -> None:
