@@ -68,6 +68,11 @@ class GraphedForward:
         # fused blocks store loaded tensors together anew, elsewhere
         self.loaded = [m.register_load_state_dict_post_hook(self.reset) for m in model.modules()]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what was captured, which reads this model's weights: a copy captures its own."""
+        fresh = {"captures": 0, "_graphs": OrderedDict(), "_too_large": set(), "_pool": None}
+        return {**self.__dict__, **fresh}
+
     def start(self, limit: int) -> None:
         """Captures what the model is now, as if nothing had been captured before."""
         self.limit, self.enabled = limit, True

@@ -3,7 +3,11 @@
 import copy
 import gc
 import inspect
+import pickle
+import threading
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +106,28 @@ def test_torch_compile_runs_without_graphs_and_says_what_that_costs(caplog: pyte
     caplog.clear()
     torch.compile(replay_graphs(Denoiser(), enabled=False), backend="eager", fullgraph=True)(x, t)
     assert not said()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copied", "pickled"])
+def test_a_copy_captures_its_own_graphs(
+    make: Callable[[nn.Module], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def capture(self: GraphedForward, leaves: list[Tensor], tree: object) -> SimpleNamespace:
+        held = threading.Lock()  # no more to be copied than a graph
+        weight = self.model.layer.weight.detach().clone()  # which a graph reads where it lies
+        return SimpleNamespace(held=held, replay=lambda leaves: None, outputs=(weight @ leaves[0],))
+
+    monkeypatch.setattr(graphs, "capture_key", lambda *_: "a call")
+    monkeypatch.setattr(GraphedForward, "_capture", capture)
+    model: Any = replay_graphs(Denoiser())
+    x = torch.randn(8)
+    before = model(x)[0]
+    other: Any = make(model)
+    other.layer.weight.mul_(2)
+    assert torch.equal(other(x)[0], 2 * before)
+    assert torch.equal(model(x)[0], before)
+    assert graphed(other).model is other
 
 
 class Memory:
