@@ -84,8 +84,13 @@ def is_on(name: str) -> bool:
 
 
 def table_folder() -> Path:
-    """Where this machine's own launch tables are (see `launch_table.py`)."""
-    return Path(os.environ.get("VDIT_LAUNCH_TABLES", "").strip() or Path.home() / ".cache" / "vdit-quant" / "tables")
+    """Where this machine's own launch tables are (see `launch_table.py`). Raises SettingError without a home."""
+    if named := os.environ.get("VDIT_LAUNCH_TABLES", "").strip():
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "vdit-quant" / "tables"
+    except RuntimeError:
+        raise SettingError("no home directory for launch tables: name a folder in VDIT_LAUNCH_TABLES") from None
 
 
 _process = _Process()

@@ -9,6 +9,7 @@ both that of a GPU's sibling (`SIBLINGS`). What no entry covers is launched by t
 """
 
 import json
+import logging
 import os
 import re
 import tempfile
@@ -24,6 +25,8 @@ import torch
 
 from . import dispatch
 from .dispatch import SettingError
+
+logger = logging.getLogger("vdit_quant")
 
 VERSION = 1
 SHIPPED = Path(__file__).parent / "configs"
@@ -149,8 +152,20 @@ def _device_slug(device: torch.device) -> str:
 def _tables(name: str) -> tuple[tuple[Table, Path], ...]:
     """The tables that serve one GPU: the user's own first, those of its sibling last."""
     names = [name, *filter(None, [SIBLINGS.get(name)])] if name else []
-    paths = [folder / f"{each}.json" for each in names for folder in (dispatch.table_folder(), SHIPPED)]
+    folders = [*_own_folder(name), SHIPPED]
+    paths = [folder / f"{each}.json" for each in names for folder in folders]
     return tuple((read_table(path), path) for path in paths if path.is_file())
+
+
+def _own_folder(name: str) -> list[Path]:
+    """The user's; none where it cannot be looked into, which is no reason to run no kernel."""
+    try:
+        folder = dispatch.table_folder()
+        (folder / f"{name}.json").is_file()
+    except (OSError, SettingError) as error:
+        logger.warning("launch tables that `vdit-quant tune` may have written are not read: %s", error)
+        return []
+    return [folder]
 
 
 def reload() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,12 +55,16 @@ def plan_tuning(
 ) -> TuningPlan:
     """What to measure, without measuring. `device` None: the table that `target` names, if it exists.
 
-    Raises InputError for an op that cannot be tuned, or kernels that cannot be imported.
+    Raises InputError for an op that cannot be tuned, kernels that cannot be imported, or a folder that cannot be
+    looked into; SettingError where there is no home directory to keep a table in.
     """
     if target is None:
         name = "this-gpu" if device is None else launch_table.slug(torch.cuda.get_device_name(device))
         target = dispatch.table_folder() / f"{name}.json"
-    table = launch_table.read_table(target) if target.is_file() else None
+    try:
+        table = launch_table.read_table(target) if target.is_file() else None
+    except OSError as error:
+        raise InputError(f"launch table {target}: {error.strerror}; --output names another") from None
     known = [] if table is None or overwrite else table.rows()
     try:
         tasks = tuning.plan(shapes, ops, known)
@@ -82,6 +87,7 @@ def run_tuning(plan: TuningPlan, device: torch.device, report: Report) -> Table:
     name = torch.cuda.get_device_name(device)
     if plan.table is not None and plan.table.device != name:
         raise InputError(f"launch table {plan.target}: it is for {plan.table.device}, this GPU is {name}")
+    _check_writable(plan.target)
     versions = {"triton": dispatch.triton_version() or "", "torch": str(torch.__version__)}
     entries = plan.table.rows() if plan.table else []
     try:
@@ -92,3 +98,13 @@ def run_tuning(plan: TuningPlan, device: torch.device, report: Report) -> Table:
         launch_table.write_table(plan.target, table)
         launch_table.reload()
     return table
+
+
+def _check_writable(target: Path) -> None:
+    """Before minutes of measuring."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"launch table {target} cannot be written: {error.strerror}; --output names another") from None

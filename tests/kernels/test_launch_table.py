@@ -81,6 +81,25 @@ def test_lookup_prefers_the_users_file_entry_by_entry(tables) -> None:
     assert lookup("int8_linear", torch.device("cpu"), 4000, 4608, 1152) is None
 
 
+def test_a_folder_that_cannot_be_looked_into_is_passed_over_and_logged(tables, monkeypatch, caplog) -> None:
+    shipped, own = tables
+    write_table(shipped, Table.of("NVIDIA H200", [entry(4096, 128)]))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")  # has a sibling
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for folder, said in (("x" * 300, "File name too long"), ("", "no home directory")):
+        monkeypatch.setenv("VDIT_LAUNCH_TABLES", folder)
+        monkeypatch.setattr(Path, "home", no_home)
+        launch_table.reload()
+        caplog.clear()
+        assert lookup("int8_linear", GPU, 4096, 4608, 1152) == {"BM": 128, "num_warps": 4}
+        assert lookup("int8_linear", GPU, 64, 4608, 1152) is None
+        (record,) = caplog.records
+        assert said in record.getMessage()
+
+
 def test_a_sibling_serves_what_a_gpu_has_no_entry_of_its_own_for(tables, monkeypatch) -> None:
     shipped, own = tables
     write_table(shipped, Table.of("NVIDIA H200", [entry(4096, 128), entry(64, 64)]))

@@ -119,6 +119,28 @@ def test_an_op_that_cannot_be_tuned_is_named(target: Path) -> None:
         tune.plan_tuning([(512, 64, 128)], ["hadamard"], target, False, GPU)
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(
+    target: Path, tmp_path: Path, monkeypatch
+) -> None:
+    (tmp_path / "file").touch()
+    plan = tune.plan_tuning([(512, 64, 128)], ["int8_linear"], tmp_path / "file" / "t.json", False, GPU)
+    monkeypatch.setattr(tuning, "_fastest", Mock(side_effect=AssertionError("measured")))
+    with pytest.raises(InputError, match=r"file.t\.json cannot be written: .*; --output names another"):
+        tune.run_tuning(plan, GPU, lambda *_: None)
+
+
+def test_without_a_folder_for_the_table_the_command_says_so_in_a_line(cli, monkeypatch) -> None:
+    monkeypatch.setenv("VDIT_LAUNCH_TABLES", "x" * 300)
+    refused = cli("tune", "--shapes", "512x64x128", "--dry-run")
+    assert (refused.code, refused.out) == (2, "")
+    assert "File name too long; --output names another" in " ".join(refused.err.split())
+    monkeypatch.delenv("VDIT_LAUNCH_TABLES")
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
+    refused = cli("tune", "--shapes", "512x64x128", "--dry-run")
+    assert (refused.code, refused.out) == (2, "")
+    assert "no home directory for launch tables: name a folder in VDIT_LAUNCH_TABLES" in refused.err
+
+
 def test_the_command_lists_and_refuses(cli, monkeypatch) -> None:
     shown = cli("tune", "--shapes", "512x64x128", "--dry-run")
     assert shown.code == 0
