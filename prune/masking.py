@@ -11,8 +11,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+_LATENTS = "hidden_states"
 # what a block of two streams returns, in this order
-_STREAMS = ("encoder_hidden_states", "hidden_states")
+_STREAMS = ("encoder_hidden_states", _LATENTS)
+_OTHER_STREAMS = {"CogVideoXBlock": (_LATENTS, "encoder_hidden_states")}
+
+
+class _Streams:
+    """Which argument of a block, the latents first of all, each of its results takes the place of."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.parameters = tuple(inspect.signature(block.forward).parameters)
+        self.latents = _LATENTS if _LATENTS in self.parameters else self.parameters[0]
+        self.order = _OTHER_STREAMS.get(type(block).__name__, _STREAMS)
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A call's arguments by name."""
+        return {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+
+    def latents_of(self, output: Any) -> Tensor:
+        """The latents' stream of what the block gives."""
+        return output if isinstance(output, Tensor) else output[self.order.index(_LATENTS)]
 
 
 class _Hooks:
@@ -41,7 +60,7 @@ class Gates(_Hooks):
 
     def __enter__(self) -> Gates:
         for name, block in self.blocks.items():
-            hook = self._hook(name, tuple(inspect.signature(block.forward).parameters))
+            hook = self._hook(name, _Streams(block))
             self._handles.append(block.register_forward_hook(hook, with_kwargs=True))
         return self
 
@@ -54,15 +73,14 @@ class Gates(_Hooks):
         finally:
             self.masks = {}
 
-    def _hook(self, name: str, parameters: tuple[str, ...]) -> Any:
+    def _hook(self, name: str, streams: _Streams) -> Any:
         def blend(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if name not in self.masks:
                 return None
-            given = {**dict(zip(parameters, args, strict=False)), **kwargs}
-            mask = self.masks[name]
+            mask, given = self.masks[name], streams.given(args, kwargs)
             if isinstance(output, Tensor):
-                return _blend(mask, output, given["hidden_states"])
-            return tuple(_blend(mask, o, given[stream]) for o, stream in zip(output, _STREAMS, strict=True))
+                return _blend(mask, output, given[streams.latents])
+            return tuple(_blend(mask, o, given[stream]) for o, stream in zip(output, streams.order, strict=True))
 
         return blend
 
@@ -77,7 +95,7 @@ class Features(_Hooks):
 
     def __enter__(self) -> Features:
         for name, block in self.blocks.items():
-            self._handles.append(block.register_forward_hook(self._hook(name)))
+            self._handles.append(block.register_forward_hook(self._hook(name, _Streams(block))))
         return self
 
     def take(self) -> dict[str, Tensor]:
@@ -85,9 +103,9 @@ class Features(_Hooks):
         taken, self.outputs = self.outputs, {}
         return taken
 
-    def _hook(self, name: str) -> Any:
+    def _hook(self, name: str, streams: _Streams) -> Any:
         def keep(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            self.outputs[name] = output if isinstance(output, Tensor) else output[_STREAMS.index("hidden_states")]
+            self.outputs[name] = streams.latents_of(output)
 
         return keep
 
@@ -101,15 +119,14 @@ class Inputs(_Hooks):
 
     def __enter__(self) -> Inputs:
         for name, block in self.blocks.items():
-            parameters = tuple(inspect.signature(block.forward).parameters)
-
-            def look(_m: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name, p: Any = parameters) -> None:
-                given = {**dict(zip(p, args, strict=False)), **kwargs}
-                out = output if isinstance(output, Tensor) else output[_STREAMS.index("hidden_states")]
-                self.see(name, given["hidden_states"], out)
-
-            self._handles.append(block.register_forward_hook(look, with_kwargs=True))
+            self._handles.append(block.register_forward_hook(self._hook(name, _Streams(block)), with_kwargs=True))
         return self
+
+    def _hook(self, name: str, streams: _Streams) -> Any:
+        def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self.see(name, streams.given(args, kwargs)[streams.latents], streams.latents_of(output))
+
+        return look
 
 
 class Adapters(_Hooks):

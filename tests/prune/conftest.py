@@ -32,15 +32,28 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
          "pooled_projection_dim": 16, "axes_dims_rope": (4, 4, 8)},
         {"hidden_states": (16, 4), "encoder_hidden_states": (3, 24), "pooled_projections": (16,)},
     ),
+    "cogvideox": (
+        "CogVideoXTransformer3DModel",
+        {**HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 4, "time_embed_dim": 32, "text_embed_dim": 24,
+         "sample_width": 8, "sample_height": 8, "sample_frames": 5, "max_text_seq_length": 3},
+        {"hidden_states": (2, 4, 8, 8), "encoder_hidden_states": (3, 24)},
+    ),
+    "large_dit": (
+        "LargeDiT",
+        {**HEADS, "num_layers": 4, "sample_size": 8, "ff_inner_dim": 64, "qk_norm": True},
+        {"hidden_states": (4, 8, 8)},
+    ),
 }  # fmt: skip
 
 
 def _build(name: str) -> Any:
     import diffusers
 
+    from vdit_quant.runtime.models.large_dit import LargeDiT
+
     kind, arguments, _ = MODELS[name]
     torch.manual_seed(1)
-    model = getattr(diffusers, kind)(**arguments)
+    model = getattr(diffusers, kind, LargeDiT)(**arguments)
     with torch.no_grad():  # nothing may start at zero, or a block would not be missed
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -72,7 +85,7 @@ def call() -> Callable[..., dict[str, Any]]:
             key: torch.randn(batch, *shape, generator=generator) for key, shape in MODELS[name][2].items()
         }
         given["timestep"] = torch.full((batch,), 0.5 if name == "flux" else 500.0)
-        if name == "dit":
+        if name in ("dit", "large_dit"):
             given["class_labels"] = torch.arange(batch)
         if name == "flux":
             given |= {"img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(3, 3)}

@@ -214,6 +214,25 @@ def test_data_of_the_users_own_is_what_is_learned_from(tiny_folder: Path, tmp_pa
     assert any(not torch.equal(first[name], t) for name, t in load_file(own / WEIGHTS).items())
 
 
+@pytest.mark.parametrize("criterion", ["learned", "block_influence", "relative_error"])
+def test_every_prunable_family_is_pruned_and_recovers(
+    criterion: str, named_model: tuple[str, Any], call: Callable[..., Any], tmp_path: Path
+) -> None:
+    name, model = named_model
+    model.save_pretrained(tmp_path / "whole")
+    data = {key: t for key, t in call(name, 12).items() if key not in ("timestep", "img_ids", "txt_ids")}
+    data["latents"] = data.pop("hidden_states")
+    if name == "flux":
+        pytest.skip("its positions are no rows of a shard")
+    keep, few = 2, {**FEW, "recover": "2", **({"search": "2"} if criterion == "learned" else {})}
+    target = prune_model(tmp_path / "whole", tmp_path / "out", [data], keep=keep, criterion=criterion, **few)
+    (stack,) = read_record(target)["plan"]["stacks"]
+    assert len(stack["kept"]) == keep
+    student = load_transformer(find_source(target), torch.float32)
+    assert len(student.get_submodule(stack["name"])) == keep
+    assert all(t.isfinite().all() for t in load_file(target / WEIGHTS).values())
+
+
 def test_a_plan_of_an_earlier_run_can_be_used(pruned: Path, tmp_path: Path) -> None:
     plan = pruned / "transformer" / "prune.json"
     again = prune_model(None, tmp_path / "again", plan=str(plan), recover="0", samples=8, steps=1)
