@@ -125,6 +125,6 @@ def _alike(now: Tensor | None, before: Tensor | None) -> bool:
 
 def _first_value(timestep: Any) -> float | None:
     if isinstance(timestep, Tensor):
-        # one for each token (Wan 2.2 from an image): those of the image that is given are at 0, all others at the step's
+        # one for each token (Wan 2.2 from an image): those of the given image are at 0, all others at the step's
         return float(timestep[0].max() if timestep.dim() > 1 else timestep.flatten()[0])
     return None if timestep is None else float(timestep)

@@ -82,8 +82,7 @@ def test_lookup_prefers_the_users_file_entry_by_entry(tables) -> None:
 
 
 def test_a_folder_that_cannot_be_looked_into_is_passed_over_and_logged(tables, monkeypatch, caplog) -> None:
-    shipped, own = tables
-    write_table(shipped, Table.of("NVIDIA H200", [entry(4096, 128)]))
+    write_table(tables[0], Table.of("NVIDIA H200", [entry(4096, 128)]))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")  # has a sibling
 
     def no_home() -> Path:
