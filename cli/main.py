@@ -56,7 +56,7 @@ for _module in sorted(m.name for m in pkgutil.iter_modules(commands.__path__)):
 
 
 def main() -> None:
-    """Entry point: bad input gives one line on stderr and exit code 2."""
+    """Entry point: bad input, or a refused fallback of a kernel, gives one line on stderr and exit code 2."""
     debug = "--debug" in sys.argv
     if debug and sys.argv.index("--debug") > 1:  # accepted anywhere on the line
         sys.argv.remove("--debug")
@@ -72,5 +72,6 @@ def main() -> None:
 
 
 def _is_input_error(error: Exception) -> bool:
-    places = (("vdit_quant.quantize.errors", "InputError"), ("vdit_quant.kernels.dispatch", "SettingError"))
+    kernels = "vdit_quant.kernels.dispatch"
+    places = (("vdit_quant.quantize.errors", "InputError"), (kernels, "SettingError"), (kernels, "KernelUnavailable"))
     return any(place in sys.modules and isinstance(error, getattr(sys.modules[place], name)) for place, name in places)

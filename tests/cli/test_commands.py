@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 
 import vdit_quant
 from vdit_quant.cli import commands
+from vdit_quant.kernels.dispatch import KernelUnavailable
 from vdit_quant.quantize import registry
 from vdit_quant.quantize.recipe import shipped
+from vdit_quant.runtime import doctor
 
 Cli = Callable[..., Any]
 
@@ -24,6 +26,17 @@ def test_every_command_explains_itself(command: str, cli: Cli) -> None:
     assert result.code == 0
     assert "Usage" in result.out
     assert len(result.out.splitlines()) > 5
+
+
+def test_a_kernel_that_must_run_and_cannot_is_an_error_of_one_line(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise KernelUnavailable("int8_linear: the Triton kernel cannot run and falling back is refused: no GPU")
+
+    monkeypatch.setattr(doctor, "examine", refuse)
+    result = cli("doctor")
+    assert result.code == 2
+    assert " ".join(result.err.split()).startswith("error: int8_linear: the Triton kernel cannot run")
+    assert "Traceback" not in result.err
 
 
 @pytest.mark.parametrize("command", registry.names(commands))
