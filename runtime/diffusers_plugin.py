@@ -122,9 +122,6 @@ class VditQuantizer(DiffusersQuantizer):
         model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})
         return model
 
-    def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:
-        return torch.int8
-
     @property
     def is_serializable(self) -> bool:
         return True

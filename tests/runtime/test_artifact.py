@@ -213,3 +213,11 @@ def test_rules_give_every_layer_its_own_spec_whatever_the_pattern() -> None:
         config = make_config(specs, names, {}, {})
         assert config.resolve(names) == specs
         assert ArtifactConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_device_map_is_made_for_what_the_model_takes(demo_artifact: Artifact) -> None:
+    sizes = pytest.importorskip("accelerate.utils").compute_module_sizes
+    folder = demo_artifact("w4a8") / "transformer"
+    model: Any = DiTTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    counted = sizes(model, dtype=model.hf_quantizer.adjust_target_dtype(torch.bfloat16))[""]
+    assert counted == pytest.approx(sum(t.nbytes for t in (*model.parameters(), *model.buffers())), rel=0.05)
