@@ -57,6 +57,13 @@ class VditQuantizer(DiffusersQuantizer):
         self.stored = loaded_keys
         return loaded_keys
 
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise InputError(
+                'device_map: compressed layers cannot be used from "disk"; map their modules to "cpu", or with '
+                'device_map="auto" allow the CPU more in max_memory'
+            )
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
             raise InputError("VditQuantConfig loads artifacts; to make one, run `vdit-quant calibrate`")
@@ -68,12 +75,16 @@ class VditQuantizer(DiffusersQuantizer):
         model.config.quantization_config = self.quantization_config
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        offloaded = False
         for name, tensor in model.state_dict().items():
-            if tensor.device.type == "meta":
+            if tensor.device.type != "meta":
+                continue
+            if "_hf_hook" not in vars(model.get_submodule(name.rpartition(".")[0])):
                 raise InputError(f"artifact: config and tensors disagree: {name} {list(tensor.shape)} is in no file")
+            offloaded = True  # by a device map: it comes from the CPU when its module is called
         assert isinstance(self.quantization_config, VditQuantConfig)
         apply_plans(model, self.quantization_config.artifact.plans)
-        return fuse(model)
+        return model if offloaded else fuse(model)
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any

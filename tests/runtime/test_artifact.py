@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import vdit_quant
 from vdit_quant.calibrate.pipeline import compress
+from vdit_quant.quantize.errors import InputError
 from vdit_quant.runtime import writer
 from vdit_quant.runtime.artifact import ArtifactConfig, make_config, read_config
 from vdit_quant.runtime.attach import attach, linear_layers
@@ -221,3 +222,30 @@ def test_a_device_map_is_made_for_what_the_model_takes(demo_artifact: Artifact) 
     model: Any = DiTTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
     counted = sizes(model, dtype=model.hf_quantizer.adjust_target_dtype(torch.bfloat16))[""]
     assert counted == pytest.approx(sum(t.nbytes for t in (*model.parameters(), *model.buffers())), rel=0.05)
+
+
+@torch.no_grad()
+def test_modules_that_a_device_map_keeps_on_the_cpu_beside_a_gpu_come_from_there(
+    demo_artifact: Artifact, dit_inputs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    folder = demo_artifact("w4a8") / "transformer"
+    plain: Any = DiTTransformer2DModel.from_pretrained(folder)
+
+    def offload(model: nn.Module, **_: Any) -> None:
+        """What accelerate does to such modules, with a CPU in the GPU's place."""
+        accelerate.cpu_offload(model, torch.device("cpu"))
+
+    monkeypatch.setattr("diffusers.models.modeling_utils.dispatch_model", offload)
+    model: Any = DiTTransformer2DModel.from_pretrained(folder, device_map={"": "cpu"})
+    assert any(t.is_meta for t in model.state_dict().values())
+    inputs = dit_inputs(model)
+    assert torch.equal(model(**inputs).sample, plain(**inputs).sample)
+
+
+def test_a_device_map_to_disk_is_refused(demo_artifact: Artifact, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    folder, rest = demo_artifact("w4a8") / "transformer", ("pos_embed", "norm_out", "proj_out_1", "proj_out_2")
+    devices = {**dict.fromkeys(rest, "cpu"), "transformer_blocks": "disk"}
+    with pytest.raises(InputError, match='cannot be used from "disk"; map their modules to "cpu"'):
+        DiTTransformer2DModel.from_pretrained(folder, device_map=devices, offload_folder=tmp_path)
