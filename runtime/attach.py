@@ -16,8 +16,16 @@ from .linear import CompressedLinear
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every `nn.Linear` of the model by full name, compressed ones included."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    """Every `nn.Linear` of the model by full name, compressed ones included, that is called where it stands."""
+    read = {layer for module in model.modules() for layer in _read_by(module)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m not in read}
+
+
+def _read_by(module: nn.Module) -> tuple[nn.Module, ...]:
+    """The layers whose weights a module of torch's hands to one function, past what the layers do themselves."""
+    if isinstance(module, nn.MultiheadAttention):
+        return (module.out_proj,)
+    return (module.linear1, module.linear2) if isinstance(module, nn.TransformerEncoderLayer) else ()
 
 
 def attach(

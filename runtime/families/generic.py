@@ -10,6 +10,7 @@ import re
 
 from torch import nn
 
+from ..attach import linear_layers
 from ..family import Family, block_of
 
 # The names that diffusers models and common forks give to each part of a block, tried in this order.
@@ -38,8 +39,7 @@ class Generic(Family):
 
     def linears(self, model: nn.Module) -> dict[str, str]:
         blocks = self.block_names(model)
-        names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-        return {name: _guess(name, block_of(name, blocks)) for name in names}
+        return {name: _guess(name, block_of(name, blocks)) for name in linear_layers(model)}
 
     def role(self, name: str, model: nn.Module) -> str:
         return _guess(name, block_of(name, self.block_names(model)))

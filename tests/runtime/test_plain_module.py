@@ -139,3 +139,39 @@ def test_a_nan_weight_names_the_layer(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"blocks\.1\.to_out.*NaN"):
         vdit_quant.compress(model, tmp_path / "out", recipe=W8A8)
     assert not list(tmp_path.iterdir())
+
+
+class Torchs(nn.Module):
+    """Blocks of torch's own beside layers that can be compressed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict(self._parts()) for _ in range(2))
+
+    @staticmethod
+    def _parts() -> dict[str, nn.Module]:
+        return {
+            "attn": nn.MultiheadAttention(32, 4, batch_first=True),
+            "mlp": nn.Linear(32, 32),
+            "layer": nn.TransformerEncoderLayer(32, 4, 64, batch_first=True),
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block["attn"](x, x, x, need_weights=False)[0]
+            x = block["layer"](x + block["mlp"](x))
+        return x
+
+
+def test_layers_whose_weights_torch_reads_itself_stay(tmp_path: Path, sqnr: Callable[..., float]) -> None:
+    everything = ["attention", "feed_forward", "other"]
+    recipe = Recipe.from_dict({"step": [{"method": "rtn", "spec": "w8-a8tok", "roles": everything}]}, "w8")
+    torch.manual_seed(0)
+    model, x = Torchs().eval(), torch.randn(3, 6, 32)
+    folder = vdit_quant.compress(model, tmp_path / "out", recipe=recipe)
+    fresh = vdit_quant.load_into(Torchs().eval(), folder)
+    found = [name for name, m in fresh.named_modules() if isinstance(m, CompressedLinear)]
+    assert found == ["blocks.0.mlp", "blocks.1.mlp"]
+    for grad in (True, False):  # without, torch takes another way through its layers
+        with torch.set_grad_enabled(grad):
+            assert sqnr(fresh(x).detach(), model(x).detach()) > 30
