@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from .op import as_written
 from .twins import LIBRARIES, TWINS
 
 logger = logging.getLogger("vdit_quant")
@@ -257,7 +258,7 @@ def run(op: str, reference: Callable[..., Any], *args: Any) -> Any:
     device = args[0].device
     current = settings()
     if current.mode == "reference" and not current.strict:
-        return reference(*args)
+        return as_written(reference)(*args)
     library = _library(op)
     if library and library[1].supports(op, *args) is None:
         with suppress(Refusal):  # the Triton twin takes what the library turns out not to
@@ -294,4 +295,4 @@ def _fall_back(op: str, reason: str, reference: Callable[..., Any], args: tuple[
     if current.strict or current.mode == "triton":
         raise KernelUnavailable(f"{op}: the Triton kernel cannot run and falling back is refused: {reason}")
     remember(op, reason, "%s runs its torch reference on %s: %s", op, args[0].device, reason)
-    return reference(*args)
+    return as_written(reference)(*args)

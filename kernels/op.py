@@ -5,6 +5,7 @@ runs. These ops are inference only and functional, so the plain registration bel
 dispatcher. A backward pass through one is not defined; torch warns when it is tried.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,20 @@ NAMESPACE = "vdit_quant"
 FAKES: dict[Any, Callable[..., Any]] = {}
 """Op -> what makes its results without their values: on real tensors, empty ones."""
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_keys = torch._C.DispatchKey
+_autocast = torch._C.DispatchKeySet(_keys.AutocastCPU) | torch._C.DispatchKeySet(_keys.AutocastCUDA)
+
+
+def as_written(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The same with autocast off: an op's dtypes are those that it says. What `torch.autocast(enabled=False)` does, at
+    a tenth of the price."""
+
+    @functools.wraps(reference)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_autocast):
+            return reference(*args, **kwargs)
+
+    return run
 
 
 class Op:
@@ -24,7 +39,7 @@ class Op:
     def __init__(self, name: str, reference: Callable[..., Any]) -> None:
         self.name, self.__doc__ = name, reference.__doc__
         _library.define(name + torch.library.infer_schema(reference, mutates_args=()))
-        _library.impl(name, reference, "CompositeExplicitAutograd")
+        _library.impl(name, as_written(reference), "CompositeExplicitAutograd")
         self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

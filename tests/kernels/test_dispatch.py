@@ -57,6 +57,14 @@ def test_a_fallback_is_kept_and_logged_once(accelerator, caplog) -> None:
     ]
 
 
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+def test_in_the_place_of_a_kernel_a_reference_runs_without_autocast(accelerator, mode: str) -> None:
+    accelerator.supports = lambda op, *args: "the moon is full"
+    with dispatch.use(mode=mode), torch.autocast("cpu", torch.bfloat16):
+        assert dispatch.run("quant_token", lambda x: (x @ x).dtype, torch.ones(2, 2)) == torch.float32
+        assert torch.is_autocast_enabled("cpu")
+
+
 @pytest.mark.parametrize("settings", [{"strict": True}, {"mode": "triton"}])
 def test_refusing_a_fallback_names_op_and_reason(accelerator, settings) -> None:
     accelerator.supports = lambda op, *args: "the moon is full"
