@@ -40,6 +40,12 @@ def test_a_folder_with_a_transformer_inside_it(refused: Refused, demo: Path, tmp
     refused("calibrate", tmp_path / "model", words=words)
 
 
+def test_a_configuration_that_is_nested_without_end(refused: Refused, copy_of: Copy, tiny_folder: Path) -> None:
+    folder = copy_of(tiny_folder)
+    (folder / "config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    refused("inspect", folder, words=("config.json: not readable as JSON",))
+
+
 @pytest.mark.parametrize("command", ["inspect", "compare"])
 def test_a_quantization_config_that_is_no_object(
     command: str, refused: Refused, copy_of: Copy, tiny_folder: Path, edit_json: Callable[..., None]
