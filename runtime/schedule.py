@@ -101,7 +101,11 @@ class _Follow:
 
 
 def apply_plans(model: nn.Module, plans: Mapping[str, Any]) -> None:
-    """Puts into effect every plan of an artifact that acts at run time."""
+    """Puts into effect every plan of an artifact that acts at run time, in the place of what the model followed."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, _Follow):
+            del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
     if "steps" in plans:
         apply_step_plan(model, StepPlan.from_dict(plans["steps"]))
 

@@ -1,8 +1,10 @@
 """What is put on a loaded model takes effect, fused or captured: hooks, attention processors, tensors, settings."""
 
 import copy
+import gc
 import pickle
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +29,7 @@ from vdit_quant.runtime.capture import Capture
 from vdit_quant.runtime.fusion import fuse, unfuse
 from vdit_quant.runtime.graphs import replay_graphs
 from vdit_quant.runtime.linear import CompressedLinear
-from vdit_quant.runtime.schedule import StepPlan, apply_step_plan
+from vdit_quant.runtime.schedule import StepPlan, apply_plans, apply_step_plan
 
 RECIPE = Recipe.from_dict(
     {
@@ -157,6 +159,21 @@ def test_a_copy_follows_its_step_plan_by_itself(
     assert (lifted(other), lifted(model)) == ({True}, {False})
     other(**{**inputs, "timestep": torch.full((2,), 100)})
     assert lifted(other) == {False}
+
+
+def test_a_model_follows_the_plan_of_the_artifact_that_it_was_filled_from_last(
+    artifacts: Callable[[int], Path], load: Load, dit_inputs: Callable[..., Any]
+) -> None:
+    model = load()
+    apply_plans(model, {"steps": PLAN.to_dict()})
+    model(**dit_inputs(model))
+    assert lifted(model) == {True}
+    held = weakref.ref(model.transformer_blocks[0].attn1.to_q)
+    vdit_quant.load_into(model, artifacts(0))  # of no plan
+    gc.collect()
+    assert held() is None, "the plan holds the layers that were replaced"
+    model(**dit_inputs(model))
+    assert lifted(model) == {False}
 
 
 def test_a_step_plan_is_followed_behind_a_replaced_forward(load: Load, dit_inputs: Callable[..., Any]) -> None:
