@@ -10,6 +10,7 @@ every call of a model of which a part cannot be captured, which is logged once.
 from __future__ import annotations
 
 import gc
+import inspect
 import logging
 import threading
 from collections import OrderedDict
