@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,6 +89,8 @@ class Options:
                 bounds = f"from {least}" if most is None else f"from {least} to {most}"
                 raise InputError(f"--{name.replace('_', '-')} {value}: expected a whole number {bounds}")
         parse_size(self.size)
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise InputError(f"--guidance {self.guidance}: expected a finite number")
         if self.sensitivity not in SENSITIVITIES:
             raise unknown("--sensitivity", self.sensitivity, SENSITIVITIES)
         if self.sensitivity != Options.sensitivity and self.budget is None:
@@ -148,6 +151,6 @@ def _drawable(skeleton: nn.Module) -> nn.Module:
 def parse_full_steps(text: str) -> tuple[int, int]:
     """ "FIRST,LAST" -> two counts. Raises InputError for anything else."""
     parts = text.split(",")
-    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
         raise InputError(f"--full-steps '{text}': expected FIRST,LAST, such as 2,1")
     return int(parts[0]), int(parts[1])

@@ -221,6 +221,8 @@ def _join(values: Sequence[Any], rows: Sequence[int]) -> Any:
     first = values[0]
     if all(isinstance(v, Mapping) and list(v) == list(first) for v in values):
         return {name: _join([v[name] for v in values], rows) for name in first}
+    if all(isinstance(v, (tuple, list)) and len(v) == len(first) for v in values):
+        return tuple(_join(parts, rows) for parts in zip(*values, strict=True))
     if not all(isinstance(v, Tensor) for v in values):
         if any(isinstance(v, Tensor) for v in values) or any(v is not first and v != first for v in values):
             raise _Apart

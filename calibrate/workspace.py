@@ -16,6 +16,11 @@ from torch import Tensor
 
 from ..quantize.errors import InputError, OutputError, reason_of
 
+try:
+    import fcntl
+except ImportError:  # Windows: two runs that write one output are not told apart
+    fcntl = None  # type: ignore[assignment]
+
 
 class Workspace:
     """Finished parts of a run, each written under a temporary name and renamed, so a part is whole or absent."""
@@ -28,8 +33,9 @@ class Workspace:
         """Prepares the folder for `job`; returns a line on what becomes of an interrupted run, "" where there is
         nothing to say.
 
-        Raises InputError when asked to resume a run that had other settings.
+        Raises InputError when asked to resume a run that had other settings, or while another run writes there.
         """
+        self._claim()
         note = self.folder / "job.json"
         text = json.dumps(job, indent=1, sort_keys=True)
         if resume and note.exists():
@@ -51,8 +57,21 @@ class Workspace:
             self.folder.mkdir(parents=True)
         except OSError as error:
             raise InputError(f"{self.output}: no folder can be made there ({error})") from None
+        self._claim()
         _replace(note, lambda path: path.write_text(text, encoding="utf-8"))
         return line
+
+    def _claim(self) -> None:
+        """Locks the folder, if there is one, for this process until it ends."""
+        if fcntl is None or not self.folder.is_dir():
+            return
+        try:
+            self._lock = (self.folder / "lock").open("w")
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.output}: another run is writing it; name another output, or wait for it") from None
+        except OSError:  # a file system that knows no locks; what cannot be written is met below
+            return
 
     @contextmanager
     def kept(self) -> Iterator[None]:

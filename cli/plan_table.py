@@ -56,9 +56,12 @@ def print_budget(budget: str) -> None:
     )
 
 
-def print_bit_plan(artifact: Path, plan: Plan) -> None:
-    """Prints the mixed-precision plan of an artifact, where it has one, by role; draws it beside, with matplotlib."""
-    source = find_source(artifact)
+def print_bit_plan(artifact: Path, plan: Plan, component: str | None = None) -> None:
+    """Prints the mixed-precision plan of an artifact, where it has one, by role; draws it beside, with matplotlib.
+
+    component: of a pipeline with several denoisers, the one that was planned
+    """
+    source = find_source(artifact, component)
     stored = read_config(source.transformer).plans.get("bits")
     if stored is None:
         return

@@ -30,7 +30,7 @@ def shipped_prompts(learn: bool) -> list[str]:
 def read_prompts(path: str | Path) -> list[str]:
     """The lines of a UTF-8 text file that are not empty. Raises InputError for another file, and for none."""
     try:
-        prompts = _lines(Path(path).read_text(encoding="utf-8"))
+        prompts = _lines(Path(path).read_text(encoding="utf-8-sig"))  # editors may put a mark in front
     except OSError as error:
         raise InputError(f"{path}: prompts cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:

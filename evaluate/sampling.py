@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..quantize.errors import InputError, reason_of
+from ..quantize.errors import InputError, OutputError, reason_of
 from ..runtime.checkpoint import read_json
 from ..runtime.family import Family, find_family
 from ..runtime.source import Source, load_pipeline, load_transformer
@@ -51,15 +51,15 @@ class Sampler:
         pipeline or scheduler draw noise from torch's own generators, whose state is left as it was.
 
         decode  False: latents will do, where the pipeline can give them
-        Raises InputError when the scheduler does not take the workload's steps, the pipeline not its size, or memory
-        does not hold as many samples at a time.
+        Raises InputError when the scheduler does not take the workload's steps, or the pipeline not its size;
+        OutputError when memory does not hold as many samples at a time.
         """
         try:
             with _seeded(workload.batch_seed(start)):
                 return self._sample(workload, conditions, start, stop, decode)
         except torch.OutOfMemoryError as error:
             count = stop - start
-            raise InputError(
+            raise OutputError(
                 f"no memory to sample {count} at a time ({reason_of(error)}); --batch-size {max(1, count // 4)} and a "
                 "smaller --size take less, and calibrate --offload holds one block at a time"
             ) from error

@@ -16,7 +16,7 @@ def parse_size(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     parts = text.lower().split("x")
-    if len(parts) not in NAMES or not all(part.isdigit() and int(part) > 0 for part in parts):
+    if len(parts) not in NAMES or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise InputError(f"--size '{text}': expected HEIGHTxWIDTH or FRAMESxHEIGHTxWIDTH, as in 512x512 or 33x480x832")
     return tuple(int(part) for part in parts)
 

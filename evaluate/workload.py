@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from ..quantize.errors import InputError
 from .conditions import fingerprint
 from .prompts import prompts_fingerprint
 from .size import show_size
@@ -36,6 +38,10 @@ class Workload:
     prompts: str | None = None
     offload: bool = False
     learn: bool = False
+
+    def __post_init__(self) -> None:
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise InputError(f"--guidance {self.guidance_scale}: expected a finite number")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings for a record; files by their contents, wherever they lie."""

@@ -97,8 +97,10 @@ class Options:
                 raise InputError(f"{name} {value}: expected {low} to {high}")
         for name in ("samples", "steps", "batch_size", "micro_batch", "lr", "mask"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name} {value}: expected a number above 0")
+        if not math.isfinite(self.guidance):
+            raise InputError(f"--guidance {self.guidance}: expected a finite number")
         self._check_choice()
         if not 0 <= self.seed <= LARGEST_SEED:
             raise InputError(f"--seed {self.seed}: expected 0 to {LARGEST_SEED}")

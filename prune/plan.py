@@ -174,7 +174,7 @@ def parse_keep(text: str, stacks: Sequence[Stack]) -> tuple[int, ...]:
     keep = []
     for part, stack in zip(parts, stacks, strict=True):
         least = max(1, len(stack.pinned))
-        if not part.isdigit() or not least <= int(part) <= stack.depth:
+        if not part.isdecimal() or not least <= int(part) <= stack.depth:
             raise InputError(f"--keep '{text}': {stack.name}: expected {least} to {stack.depth} blocks, found '{part}'")
         keep.append(int(part))
     if keep == [stack.depth for stack in stacks]:

@@ -12,7 +12,8 @@ class InputError(ValueError):
 
 
 class OutputError(InputError):
-    """The output cannot be written, for now (a full disk); finished work stays where a resumed run finds it."""
+    """There is no room, for now: on the disk for the output, or in memory for a step. Finished work stays where a
+    resumed run finds it."""
 
 
 def reason_of(error: BaseException) -> str:

@@ -121,7 +121,8 @@ def run(
         return
     with reporting() as reporter:
         written = run_job(job, reporter)
-    print_bit_plan(written, plan)
+    if budget is not None:
+        print_bit_plan(written, plan, component)
     console.print("wrote", bold(written))
     given = "" if conditions is None else f" --conditions {conditions}"
     console.print(f"  vdit-quant inspect {written}\n  vdit-quant compare {written}{given}")

@@ -41,6 +41,27 @@ def test_the_probe_has_every_sample_whole_where_each_branch_is_a_call_of_its_own
     assert error == pytest.approx((5 * 0.5 * (5.0 - 4.0)) ** 2)
 
 
+def test_arguments_that_hold_several_tensors_are_those_of_every_call() -> None:
+    """Positions of CogVideoX are cosines and sines, the same objects for one call and equal ones for the next."""
+
+    class Rotated(Denoiser):
+        def forward(self, hidden_states: Tensor, timestep: Tensor, image_rotary_emb: Any) -> Tensor:  # type: ignore[override]
+            cosines, sines = image_rotary_emb
+            return hidden_states * cosines.mean() + sines.mean()
+
+    model = Rotated()
+
+    def sample() -> None:
+        for start in (1.0, 2.0):
+            for t in torch.linspace(1000, 50, 20):
+                x = torch.full((1, 4, 2, 2), start)
+                model(x, timestep=t.expand(1), image_rotary_emb=(torch.full((6, 3), 0.5), torch.ones(6, 3)))
+
+    [call] = capture(model, find_family(model), sample, probe_steps(20))
+    assert len(call.branches) == 5 * 2
+    assert torch.equal(call.run(model).flatten(1).unique(), torch.tensor([1.5, 2.0]))
+
+
 def test_drift_names_the_step_at_which_samples_are_missing() -> None:
     steps, branches = torch.tensor([9.0, 9.0, 4.0]), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(InputError, match=r"2 samples at timestep 9 .*1 elsewhere"):

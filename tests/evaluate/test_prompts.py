@@ -48,6 +48,8 @@ def test_what_counts_is_what_the_file_asks_for(tmp_path: Path) -> None:
     other.write_text("x\r\n\r\ny")
     assert prompts_fingerprint(one) == prompts_fingerprint(other)
     assert Workload(prompts=str(one)).to_dict() == Workload(prompts=str(other)).to_dict()
+    other.write_bytes(b"\xef\xbb\xbfx\ny\n")  # as some editors begin a file
+    assert prompts_fingerprint(one) == prompts_fingerprint(other)
     other.write_text("y\nx\n")
     assert prompts_fingerprint(one) != prompts_fingerprint(other)
 
