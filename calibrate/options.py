@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from torch import nn
 
 from ..evaluate.sampling import DenoiserSampler, PipelineSampler
 from ..evaluate.size import parse_size, size_arguments
-from ..evaluate.workload import Workload
+from ..evaluate.workload import Workload, check_guidance
 from ..quantize.allocate import Budget
 from ..quantize.errors import InputError, unknown
 from ..quantize.recipe import Recipe, load_shipped
@@ -89,8 +88,7 @@ class Options:
                 bounds = f"from {least}" if most is None else f"from {least} to {most}"
                 raise InputError(f"--{name.replace('_', '-')} {value}: expected a whole number {bounds}")
         parse_size(self.size)
-        if self.guidance is not None and not math.isfinite(self.guidance):
-            raise InputError(f"--guidance {self.guidance}: expected a finite number")
+        check_guidance(self.guidance)
         if self.sensitivity not in SENSITIVITIES:
             raise unknown("--sensitivity", self.sensitivity, SENSITIVITIES)
         if self.sensitivity != Options.sensitivity and self.budget is None:

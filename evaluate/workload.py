@@ -14,6 +14,12 @@ from .prompts import prompts_fingerprint
 from .size import show_size
 
 
+def check_guidance(scale: float | None) -> None:
+    """Raises InputError for a guidance scale that is no number."""
+    if scale is not None and not math.isfinite(scale):
+        raise InputError(f"--guidance {scale}: expected a finite number")
+
+
 @dataclass(frozen=True)
 class Workload:
     """What is sampled: `samples` conditions and noises drawn from `seed`, with the sampler's settings.
@@ -40,8 +46,7 @@ class Workload:
     learn: bool = False
 
     def __post_init__(self) -> None:
-        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
-            raise InputError(f"--guidance {self.guidance_scale}: expected a finite number")
+        check_guidance(self.guidance_scale)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings for a record; files by their contents, wherever they lie."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..evaluate.conditions import fingerprint
+from ..evaluate.workload import check_guidance
 from ..quantize.errors import InputError, unknown
 from .budget import Duration
 from .criterion import criterion_names, find_criterion
@@ -99,8 +100,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name} {value}: expected a number above 0")
-        if not math.isfinite(self.guidance):
-            raise InputError(f"--guidance {self.guidance}: expected a finite number")
+        check_guidance(self.guidance)
         self._check_choice()
         if not 0 <= self.seed <= LARGEST_SEED:
             raise InputError(f"--seed {self.seed}: expected 0 to {LARGEST_SEED}")
