@@ -9,7 +9,7 @@ from torch import nn
 
 from ..evaluate.sampling import DenoiserSampler, PipelineSampler
 from ..evaluate.size import parse_size, size_arguments
-from ..evaluate.workload import Workload, check_guidance
+from ..evaluate.workload import MAX_SEED, Workload, check_guidance
 from ..quantize.allocate import Budget
 from ..quantize.errors import InputError, unknown
 from ..quantize.recipe import Recipe, load_shipped
@@ -18,8 +18,6 @@ from ..runtime.source import Source
 
 # Calibration draws its noise and conditions from here on, so that no comparison's seed repeats them.
 CALIBRATION_SEEDS = 1_000_000
-# The seed of a sample is a million times this one (see `Workload.generators`), and a signed number of 64 bits.
-MAX_SEED = 10**12
 SENSITIVITIES = ("drift", "samples")
 
 
@@ -44,14 +42,15 @@ class Options:
     conditions  a conditions file for that run, for a bare transformer (see `evaluate/conditions.py`)
     device, dtype   where, and in which compute dtype, the model runs
     stats_gb    memory that statistics may take at a time; more blocks than fit mean more sampling runs.
-                Default: half of what the model's weights take, at least 0.5 GB
+                Default: half of what the model's weights take or of what the GPU has free beside the model, at least
+                0.5 GB
     offload     one block of the model on the device at a time, for models that do not fit; slower, same artifact
     resume      go on where an interrupted run of the same settings stopped
     overwrite   replace an existing output
     i_know      use formats that are known to destroy a model that was not trained with them
 
     Raises InputError for fewer steps or samples than 1, a seed out of range, no size, no memory for statistics, an
-    unknown sensitivity, or one that no budget asks for.
+    unknown sensitivity, one that no budget asks for, or a group size where a budget chooses formats.
     """
 
     bits: str = "w4a8"
@@ -93,6 +92,8 @@ class Options:
             raise unknown("--sensitivity", self.sensitivity, SENSITIVITIES)
         if self.sensitivity != Options.sensitivity and self.budget is None:
             raise InputError(f"--sensitivity {self.sensitivity} needs --budget; without one no layer is measured")
+        if self.group_size is not None and self.budget is not None:
+            raise InputError(f"--group-size {self.group_size}: --budget chooses the weight's format; give one of them")
         if self.stats_gb is not None and not self.stats_gb > 0:
             raise InputError(f"--stats-gb: expected a positive number, found {self.stats_gb:g}")
 

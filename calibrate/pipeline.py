@@ -31,7 +31,7 @@ from .compress import compress_unit
 from .mixed import Sizing, allocate_bits, prepare, prepare_untimed, require_disk_source, settled_bits
 from .model_source import Data, ModelSource
 from .options import Options, check_workload
-from .plan import LayerPlan, Plan, check_formats, make_plan, settle
+from .plan import LayerPlan, Plan, check_formats, check_used, make_plan, settle
 from .progress import Progress
 from .trained_blocks import needs_tuning, settle_training, untrained_notes
 from .workspace import Workspace
@@ -100,6 +100,7 @@ def plan_job(
     disk = source if isinstance(source, Source) else None
     notes = (*notes, *preview_target(target, disk, settings.overwrite, preview))
     plan = plan_source(source, recipe)
+    check_used(plan, settings.group_size, settings.full_steps)
     if not settings.i_know:
         check_formats(plan)
     tuned = needs_tuning(plan)
@@ -132,7 +133,7 @@ def run_job(job: Job, progress: Progress) -> Path:
         progress.note(line)
     with workspace.kept():
         try:
-            memory = statistics.default_memory(source) if settings.stats_gb is None else settings.stats_gb * 1e9
+            memory = statistics.default_memory(source, device) if settings.stats_gb is None else settings.stats_gb * 1e9
             statistics.gather(
                 source, plan, settings.workload(), device, workspace, progress, memory, offload=settings.offload
             )

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..quantize.errors import InputError
-from ..quantize.layer import check_shape, layer_bytes, settled_spec
+from ..quantize.layer import check_shape, layer_bytes, layer_layout, settled_spec, weight_layout
 from ..quantize.method import resolve_method
 from ..quantize.recipe import Recipe, Step
 from ..quantize.spec import LayerSpec
@@ -132,6 +132,17 @@ def check_formats(plan: Plan) -> None:
             raise InputError(f"layer {layer.name} as {layer.spec.name}: {reason}. --i-know does it all the same")
 
 
+def check_used(plan: Plan, group_size: int | None, full_steps: tuple[int, int]) -> None:
+    """Raises InputError for one of these options when it would change no layer."""
+    specs = list(plan.specs().values())
+    if group_size is not None and not any(spec.weight.group_size == group_size for spec in specs):
+        names = ", ".join(sorted({spec.name for spec in specs}))
+        raise InputError(f"--group-size {group_size}: no layer's weight has groups that can be chosen ({names})")
+    if any(full_steps) and not any(spec.activation for spec in specs):
+        first, last = full_steps
+        raise InputError(f"--full-steps {first},{last}: activations of every layer are in the compute dtype already")
+
+
 def _check_patterns(where: str, patterns: Collection[str], names: list[str]) -> None:
     """Raises InputError for a glob that matches none of the names: a misspelt one would leave layers unprotected."""
     for pattern in patterns:
@@ -173,4 +184,9 @@ def _plan_layer(
         check_shape(n, k, spec, name)
     except InputError as error:
         raise InputError(f"{error}. Another --group-size, or --keep '{name}', gets past it") from None
+    if extra := sorted(layer_layout(n, k, spec).keys() - weight_layout(n, k, spec).keys() - method.adds):
+        raise InputError(
+            f"layer {name}: method {step.method} makes no {', '.join(extra)}, which the spec {spec.name} asks for; "
+            "choose another method or another spec"
+        )
     return LayerPlan(name, role, n, k, block, spec, f"role {role}", step.method, dict(step.params))

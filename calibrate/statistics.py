@@ -49,7 +49,9 @@ def gather(
     ]
     if not missing:
         return
-    for layer in plan.compressed:  # a NaN weight would come up as a NaN input of another layer, after the whole run
+    progress.stage("checking weights", len(plan.compressed))
+    for done, layer in enumerate(plan.compressed):  # a NaN weight would come up as a NaN input of another layer
+        progress.advance(done, layer.name)
         read_layer(layer.name, source.checkpoint, device)
     if offload:
         _stream(source, missing, workload, device, workspace, progress)
@@ -122,6 +124,7 @@ class _Runner:
             if source.data is None:
                 raise InputError(f"{source.label}: the method needs statistics; pass data= (what to call it with)")
         else:
+            progress.stage("loading the model", 1)
             self.sampler = make_sampler(source, pick_dtype(workload.dtype, device), device)
 
     def __call__(self, needs: Mapping[str, frozenset[str]], title: str) -> dict[str, LayerStats]:
@@ -140,10 +143,21 @@ class _Runner:
         return recorder.result()
 
 
-def default_memory(source: Source | ModelSource) -> float:
-    """Bytes that statistics may take unless told: half of the model's own at 16 bits, and at least 0.5 GB."""
+def default_memory(source: Source | ModelSource, device: torch.device) -> float:
+    """Bytes that statistics may take unless told: half of the model's own at 16 bits, or of what a GPU has free beside
+    all that is loaded with it, if that is more; at least 0.5 GB."""
     weights = sum(2 * torch.Size(shape).numel() for shape, _ in source.checkpoint.headers.values())
-    return max(0.5e9, 0.5 * weights)
+    free = 0
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] - max(weights, _stored_bytes(source))
+    return max(0.5e9, 0.5 * weights, 0.5 * free)
+
+
+def _stored_bytes(source: Source | ModelSource) -> int:
+    """Bytes of the weight files of a model and of the pipeline around it; 0 for one that is in memory."""
+    if isinstance(source, ModelSource):
+        return 0
+    return sum(path.stat().st_size for path in source.root.glob("**/*.safetensors"))
 
 
 def _passes(units: list[tuple[int, Unit]], memory: float) -> list[list[tuple[int, Unit]]]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..quantize.errors import InputError, OutputError, reason_of
+from ..quantize.errors import InputError, OutputError
 from ..runtime.artifact import DTYPES, is_artifact
 from ..runtime.load import pick_device, pick_dtype
 from ..runtime.source import Source, find_source
 from ..runtime.writer import write_json
 from .metrics import mean_psnr, relative_error, ssim
 from .offload import open_sampler
+from .output import check_writable, writing
 from .pairing import check_pair, same_component, same_conditions
 from .picture import save_pairs
 from .sampling import Sampler, Samples
-from .workload import Workload
+from .workload import Workload, check_seed
 
 Progress = Callable[[str, int, int], None]
 PICTURED = 8
@@ -80,6 +79,14 @@ class Comparison:
         return plain
 
 
+class Unsaved(OutputError):
+    """A comparison that is done and could not be written: `result` holds it."""
+
+    def __init__(self, message: str, result: Comparison) -> None:
+        super().__init__(message)
+        self.result = result
+
+
 @dataclass(frozen=True)
 class Run:
     """What one model sampled, seed by seed: one side of a comparison, and good for several."""
@@ -111,23 +118,28 @@ def compare(
     picture   where to save the side-by-side picture (PNG)
     record    where to save the result (JSON)
     Raises InputError when either is unusable, or the two do not turn the same noise and conditions into samples;
-    OutputError, before anything is sampled where that can be told, when picture or record cannot be written.
+    OutputError, before anything is sampled where that can be told, when picture or record cannot be written: where it
+    could not be told, `Unsaved`, with the result.
     """
     workload = workload or Workload(samples=20)
     _check_seeds(seeds)
     check_pair(artifact, baseline)
     for path in filter(None, (record, picture)):
-        _check_writable(path)
+        check_writable(path)
     component = same_component(find_source(artifact), baseline)
-    reference = sample_seeds(baseline, workload, seeds, device, "baseline", progress, None, component)
+    # the quicker one first, of which less is known: a file of it that is wrong is met before the long part
     run = sample_seeds(artifact, workload, seeds, device, "artifact", progress, baseline)
+    reference = sample_seeds(baseline, workload, seeds, device, "baseline", progress, None, component)
     result = replace(compare_runs(run, reference), picture=None if picture is None else str(picture))
-    if record is not None:
-        with _writing(record):
-            write_json(record, result.to_dict())
-    if picture is not None:
-        with _writing(picture):
-            save_pairs(picture, reference.samples[0].images[:PICTURED], run.samples[0].images[:PICTURED])
+    try:
+        if record is not None:
+            with writing(record) as path:
+                write_json(path, result.to_dict())
+        if picture is not None:
+            with writing(picture) as path:
+                save_pairs(path, reference.samples[0].images[:PICTURED], run.samples[0].images[:PICTURED])
+    except OutputError as error:
+        raise Unsaved(str(error), result) from error
     return result
 
 
@@ -146,24 +158,23 @@ def sample_seeds(
     role        names it to `progress`
     substitute  the model whose scheduler is used for a bare transformer without one
     component   of a pipeline with two denoisers, the one whose latents are kept: see `find_source`
-    Raises InputError when the model is unusable, or its samples hold NaN or infinity.
+    Raises InputError when the model is unusable.
     """
     place = pick_device(device)
     dtype = pick_dtype(workload.dtype, place)
     other = None if substitute is None else find_source(substitute)
     source = find_source(model, component)
     offload = workload.offload and not is_artifact(source.transformer)
+    if progress is not None:
+        progress(f"loading the {role}", 0, 1)
     with open_sampler(source, dtype, place, offload, other) as (sampler, _):
         start = time.perf_counter()
-        samples = []
-        for seed in seeds:
-            samples.append(_run(sampler, workload, seed, role, progress))
-            _check_finite(f"{model} ({role}), seed {seed}", samples[-1])
+        samples = tuple(_run(sampler, workload, seed, role, progress) for seed in seeds)
         return Run(
             model=str(model),
             workload=workload,
             seeds=seeds,
-            samples=tuple(samples),
+            samples=samples,
             sampler=scheduler_name(sampler),
             device=str(place),
             dtype=str(dtype).removeprefix("torch."),
@@ -173,7 +184,9 @@ def sample_seeds(
 
 
 def compare_runs(artifact: Run, baseline: Run) -> Comparison:
-    """Paired metrics of two runs of the same workload and seeds."""
+    """Paired metrics of two runs of the same workload and seeds. Raises InputError for samples with NaN or infinity."""
+    _check_finite(baseline, "baseline")  # first: those of the other may come from what both have in common
+    _check_finite(artifact, "artifact")
     pairs = zip(baseline.seeds, artifact.samples, baseline.samples, strict=True)
     results = tuple(measure(seed, got, want) for seed, got, want in pairs)
     return Comparison(
@@ -236,36 +249,21 @@ def _run(sampler: Sampler, workload: Workload, seed: int, role: str, progress: P
     return sampler.run(seeded, report, keep_trajectory=True)
 
 
-def _check_finite(where: str, samples: Samples) -> None:
-    broken = ~torch.isfinite(samples.images).flatten(1).all(1)
-    if broken.any():
-        raise InputError(f"{where}: {int(broken.sum())} of {len(broken)} samples hold NaN or infinity")
+def _check_finite(run: Run, role: str) -> None:
+    for seed, samples in zip(run.seeds, run.samples, strict=True):
+        broken = ~torch.isfinite(samples.images).flatten(1).all(1)
+        if broken.any():
+            where = f"{run.model} ({role}), seed {seed}"
+            raise InputError(f"{where}: {int(broken.sum())} of {len(broken)} samples hold NaN or infinity")
 
 
 def _check_seeds(seeds: tuple[int, ...]) -> None:
     """A seed that counts twice would narrow the spread without telling anything new."""
+    for seed in seeds:
+        check_seed(seed)
     if not seeds or len(set(seeds)) < len(seeds):
         found = ", ".join(map(str, seeds)) or "none"
         raise InputError(f"--seed: expected one seed or more, each of them once, found {found}")
-
-
-def _check_writable(path: Path) -> None:
-    """Makes the folder of `path`. Raises OutputError when no file of that name can be written there."""
-    if path.is_dir():
-        raise OutputError(f"{path}: expected a file or nothing there, found a folder")
-    if file := next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None):
-        raise OutputError(f"{file}: expected a folder or nothing there, found a file")
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{path}: could not be written ({reason_of(error)})") from error
 
 
 def _without_nan(value: Any) -> Any:

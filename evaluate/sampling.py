@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.dispatch import KernelUnavailable
 from ..quantize.errors import InputError, OutputError, reason_of
 from ..runtime.checkpoint import read_json
 from ..runtime.family import Family, find_family
@@ -23,6 +24,7 @@ from .timesteps import count_tokens, set_timesteps
 from .workload import Workload
 
 Progress = Callable[[int, int], None]
+_NOT_OF_CONDITIONS = (torch.OutOfMemoryError, InputError, KernelUnavailable)
 
 
 @dataclass
@@ -222,14 +224,22 @@ class DenoiserSampler(Sampler):
         set_timesteps(self.scheduler, workload.steps, tokens, self.family.sigmas(workload.steps))
         latents = torch.stack(noise).to(device)  # float32 between calls: sixteen bits would lose small steps
         latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        for t in self.scheduler.timesteps:
+        for number, t in enumerate(self.scheduler.timesteps):
             batch = torch.cat([latents] * len(branches))
             batch = (
                 self.scheduler.scale_model_input(batch, t) if hasattr(self.scheduler, "scale_model_input") else batch
             )
             time = t if self.family.timestep_scale == 1 else t * self.family.timestep_scale
             time = time.to(device).expand(len(batch))
-            out = self.denoiser(batch.to(dtype), timestep=time, **arguments, return_dict=False)[0]
+            try:
+                out = self.denoiser(batch.to(dtype), timestep=time, **arguments, return_dict=False)[0]
+            except (RuntimeError, TypeError, ValueError) as error:
+                if number or workload.conditions is None or isinstance(error, _NOT_OF_CONDITIONS):
+                    raise
+                raise InputError(
+                    f"{workload.conditions}: {type(model).__name__} cannot be called with these conditions "
+                    f"({reason_of(error)})"
+                ) from error
             # a model that predicts its variance as well gives twice the channels
             parts = out[:, : conditions.latent_shape[0]].float().chunk(len(branches))
             guided = parts[-1] if len(parts) == 1 else parts[0] + scale * (parts[1] - parts[0])

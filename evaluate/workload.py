@@ -13,11 +13,20 @@ from .conditions import fingerprint
 from .prompts import prompts_fingerprint
 from .size import show_size
 
+# A sample's own seed is a million times this one (see `Workload.generators`), and a signed number of 64 bits.
+MAX_SEED = 10**12
+
 
 def check_guidance(scale: float | None) -> None:
     """Raises InputError for a guidance scale that is no number."""
     if scale is not None and not math.isfinite(scale):
         raise InputError(f"--guidance {scale}: expected a finite number")
+
+
+def check_seed(seed: int) -> None:
+    """Raises InputError for a seed that samples cannot be numbered from."""
+    if not 0 <= seed <= MAX_SEED:
+        raise InputError(f"--seed {seed}: expected a whole number from 0 to {MAX_SEED}")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ input `R^T diag(s) G diag(s) R`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -37,6 +38,17 @@ CHOICES = {
     "kind": tuple(SEEDS),
 }
 """The words that parameters of these names may be: what a method that is made of these steps gives as its `choices`."""
+
+
+BOUNDS = {
+    "alpha": (0.0, 1.0),
+    "damp": (1e-8, 1e3),
+    "sweeps": (0, 1000),
+    "rounds": (1, 1000),
+    "rank": (0, math.inf),
+    "hadamard": (0, math.inf),
+}
+"""What numbers of these names may be: `bounds` of the same methods."""
 
 
 @dataclass(frozen=True)

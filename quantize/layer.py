@@ -34,9 +34,14 @@ def check_shape(n: int, k: int, spec: LayerSpec, layer: str) -> None:
         raise InputError(f"layer {layer}: rank {spec.rank} exceeds the smaller side of [{n}, {k}]")
 
 
+def weight_layout(n: int, k: int, spec: LayerSpec) -> dict[str, TensorLayout]:
+    """Shape and dtype of the tensors that the weight's format alone stores."""
+    return spec.weight.resolve().layout(n, k, spec.weight)
+
+
 def layer_layout(n: int, k: int, spec: LayerSpec) -> dict[str, TensorLayout]:
     """Shape and dtype of every tensor a layer [n, k] stores, its bias excepted."""
-    out = dict(spec.weight.resolve().layout(n, k, spec.weight))
+    out = dict(weight_layout(n, k, spec))
     if spec.pre_scale:
         out["pre_quant_scale"] = TensorLayout((k,), torch.float32)
     if spec.hadamard is not None:

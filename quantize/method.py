@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from .spec import LayerSpec
 from .stats import LayerStats
 
 AUTO = "auto"
+ADDITIONS = ("pre_quant_scale", "hadamard_signs", "proj_down", "proj_up")
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,18 @@ class Method:
     """A new method is one file in `methods/` that exports `METHOD`.
 
     `defaults` lists its parameters; a recipe may set those and no others. In every call `params` holds them all.
-    `choices` lists, for a parameter that is one of a few words, these words; names that are no parameter are ignored.
+    `choices` lists, for a parameter that is one of a few words, these words; `bounds`, for one that is a number, the
+    least and the largest it may be. Names there that are no parameter are ignored.
     `autos` gives, for a parameter that is a whole number or AUTO, the two numbers that AUTO may stand for: where the
     run has the means for it, and where not. Planning decides, so that an artifact's record holds a number.
+    `adds` lists the tensors, beside the weight format's, that it can make where a spec asks for them.
     """
 
     defaults: ClassVar[dict[str, Any]] = {}
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    bounds: ClassVar[Mapping[str, tuple[float, float]]] = {}
     autos: ClassVar[Mapping[str, tuple[int, int]]] = {}
+    adds: ClassVar[frozenset[str]] = frozenset(ADDITIONS)
     by_rows: ClassVar[bool] = False  # without a scale and a rank, no row depends on others but for a searched rotation
 
     def needs(self, params: dict[str, Any]) -> frozenset[str]:
@@ -67,8 +73,8 @@ class Method:
 def resolve_method(name: str, params: dict[str, Any], where: str = "") -> tuple[Method, dict[str, Any]]:
     """The method called `name` and its parameters with defaults filled in.
 
-    Raises InputError for an unknown method or parameter, a value of another type than the default's, or a word that is
-    none of the parameter's choices.
+    Raises InputError for an unknown method or parameter, a value of another type than the default's, a word that is
+    none of the parameter's choices, or a number out of its bounds.
     """
     method: Method = registry.find(methods, name, "METHOD")
     for key, value in params.items():
@@ -80,12 +86,24 @@ def resolve_method(name: str, params: dict[str, Any], where: str = "") -> tuple[
             raise InputError(f"{where or name}: parameter '{key}' expected {expected}, found {found} ({value!r})")
         if value not in method.choices.get(key, (value,)):
             raise unknown(f"value of {key}", value, method.choices[key], where or name)
+        _check_number(key, value, method.bounds.get(key, (-math.inf, math.inf)), where or name)
     return method, {**method.defaults, **params}
 
 
 def type_name(default: Any) -> str:
     """What a parameter with this default may be, in words."""
     return f"int or {AUTO}" if default == AUTO else type(default).__name__
+
+
+def _check_number(key: str, value: Any, bounds: tuple[float, float], where: str) -> None:
+    """Raises InputError for a number that is none, is infinite, or is out of `bounds`."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    least, most = bounds
+    if not (math.isfinite(value) and least <= value <= most):
+        upper = "" if most == math.inf else f", at most {most:g}"
+        lower = "" if least == -math.inf else f", at least {least:g}"
+        raise InputError(f"{where}: parameter '{key}' expected a finite number{lower}{upper}, found {value:g}")
 
 
 def _same_type(value: Any, default: Any) -> bool:

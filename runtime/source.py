@@ -106,7 +106,7 @@ def _is_quantized(folder: Path) -> bool:
 def _find(model: str | Path) -> Source:
     path = Path(model)
     if path.is_dir():
-        return _local(path, str(model))
+        return _local(path, str(path))  # one name, however it was typed: a run is resumed by it
     if str(model) == DEMO:
         return _local(demo_path(), DEMO)
     if path.exists():

@@ -60,7 +60,7 @@ def run(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: the GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Compute dtype of the run. Default: bfloat16 on a GPU.")] = None,
     stats_gb: Annotated[
-        float | None, typer.Option(help="Memory that statistics may take at a time, in GB. Default: half the model's.")
+        float | None, typer.Option(help="Memory that statistics may take at a time, in GB. Default: half of the free.")
     ] = None,
     offload: Annotated[
         bool,

@@ -39,7 +39,7 @@ def run(
     ] = None,
 ) -> None:
     """Compare an artifact or a pruned model with full precision: same conditions, same noise, sample by sample."""
-    from ...evaluate.compare import compare
+    from ...evaluate.compare import Unsaved, compare
     from ...evaluate.pairing import calibrated_size, default_baseline
     from ...evaluate.size import parse_size
     from ...evaluate.workload import Workload
@@ -53,16 +53,20 @@ def run(
     against = baseline or default_baseline(artifact)
     folder = _folder(artifact, output)
     with reporting() as reporter, dispatch.use(strict=strict or None):
-        result = compare(
-            artifact,
-            against,
-            workload,
-            tuple(seed or (1, 2)),
-            device,
-            folder / "samples.png",
-            reporter.task,
-            folder / "comparison.json",
-        )
+        try:
+            result = compare(
+                artifact,
+                against,
+                workload,
+                tuple(seed or (1, 2)),
+                device,
+                folder / "samples.png",
+                reporter.task,
+                folder / "comparison.json",
+            )
+        except Unsaved as error:
+            print_comparison(error.result)
+            raise
     print_comparison(result)
     console.print(f"wrote {folder / 'comparison.json'} and {folder / 'samples.png'}")
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ..compose import CHOICES, Choices, compress_linear, pick
+from ..compose import BOUNDS, CHOICES, Choices, compress_linear, pick
 from ..format import Tensors
 from ..method import FloatLayer, Method
 from ..spec import LayerSpec
@@ -30,7 +30,7 @@ class Ditas(Method):
         "aggregate", "alpha", "fold", "rounding", "damp", "act_order", "sweeps", "clip", "rounds", smooth="search",
         rank=32,
     )  # fmt: skip
-    choices = CHOICES
+    choices, bounds = CHOICES, BOUNDS
     by_rows = True
 
     def complete(self, spec: LayerSpec, n: int, k: int, params: dict[str, Any], foldable: bool = False) -> LayerSpec:

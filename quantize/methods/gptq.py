@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..compose import CHOICES, Choices, compress_linear, pick
+from ..compose import BOUNDS, CHOICES, Choices, compress_linear, pick
 from ..format import Tensors
 from ..method import FloatLayer, Method
 from ..spec import LayerSpec
@@ -16,7 +16,7 @@ from ..stats import LayerStats
 
 class Gptq(Method):
     defaults = pick("damp", "act_order", "sweeps", "clip", "rounds", rounding="gptq")
-    choices = CHOICES
+    choices, bounds = CHOICES, BOUNDS
     by_rows = True
 
     def needs(self, params: dict[str, Any]) -> frozenset[str]:

@@ -13,6 +13,8 @@ from ..stats import LayerStats
 
 
 class Nf4(Method):
+    adds = frozenset[str]()
+
     def complete(self, spec: LayerSpec, n: int, k: int, params: dict[str, Any], foldable: bool = False) -> LayerSpec:
         return dataclasses.replace(spec, weight=FormatSpec("nf4", 64)) if spec.weight.format == "int4" else spec
 

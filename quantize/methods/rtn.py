@@ -17,6 +17,7 @@ from ..stats import LayerStats
 
 
 class RoundToNearest(Method):
+    adds = frozenset[str]()
     defaults: ClassVar[dict[str, Any]] = {"clip": "none"}
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"clip": CHOICES["clip"]}
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ..compose import CHOICES, Choices, compress_linear, pick
+from ..compose import BOUNDS, CHOICES, Choices, compress_linear, pick
 from ..format import Tensors
 from ..method import FloatLayer, Method
 from ..rotate import default_block
@@ -33,7 +33,7 @@ class ViditQ(Method):
         "alpha", "aggregate", "fold", "rounding", "damp", "act_order", "sweeps", "clip", hadamard=64, kind="sylvester",
         rotate="search", smooth="none",
     )  # fmt: skip
-    choices = CHOICES
+    choices, bounds = CHOICES, BOUNDS
     by_rows = True
 
     def complete(self, spec: LayerSpec, n: int, k: int, params: dict[str, Any], foldable: bool = False) -> LayerSpec:

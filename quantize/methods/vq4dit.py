@@ -13,9 +13,10 @@ importance, a codebook in int8, and blocks that learn from the inputs that the c
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
-from ..compose import Choices, compress_linear
+from ..compose import BOUNDS, Choices, compress_linear
 from ..format import Tensors
 from ..gptq import DAMP
 from ..method import AUTO, FloatLayer, Method
@@ -55,6 +56,16 @@ class Vq4Dit(Method):
     }
 
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"rounding": ("nearest", "gptq")}
+    bounds: ClassVar[dict[str, tuple[float, float]]] = {
+        **{name: BOUNDS[name] for name in ("hadamard", "damp")},
+        "steps": (0, math.inf),
+        "candidates": (1, 64),
+        "ratio": (0.0, math.inf),
+        "harden": (0.0, math.inf),
+        "slope": (0.0, math.inf),
+        "rate": (0.0, 1.0),
+        "book_rate": (0.0, 1.0),
+    }
     autos: ClassVar[dict[str, tuple[int, int]]] = {"steps": (600, 0)}
 
     def complete(self, spec: LayerSpec, n: int, k: int, params: dict[str, Any], foldable: bool = False) -> LayerSpec:

@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vdit_quant.calibrate.model_source import ModelSource
 from vdit_quant.calibrate.plan import LayerPlan
 from vdit_quant.calibrate.record import BINS, Recorder
 from vdit_quant.calibrate.replay import BlockChain, Place
-from vdit_quant.calibrate.statistics import unit_bytes
+from vdit_quant.calibrate.statistics import default_memory, unit_bytes
 from vdit_quant.quantize.errors import InputError
 from vdit_quant.quantize.spec import LayerSpec
 from vdit_quant.runtime.family import find_family
+from vdit_quant.runtime.source import find_source
 from vdit_quant.runtime.step import StepTracker
 
 Q, K, V = (f"transformer_blocks.1.attn1.to_{x}" for x in "qkv")
@@ -224,3 +226,14 @@ def test_the_memory_that_statistics_are_said_to_take_is_not_exceeded() -> None:
     taken = sum(t.nbytes for t in recorder.result()["layer"].to_tensors().values())
     assert taken <= unit_bytes(("block", [plan]))
     assert taken > 0.8 * unit_bytes(("block", [plan]))
+
+
+def test_statistics_may_take_half_of_what_a_gpu_has_free_beside_the_pipeline(
+    demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda *_: (10_000_000_000, 20_000_000_000))
+    held = sum(path.stat().st_size for path in demo.rglob("*.safetensors"))
+    assert default_memory(find_source(demo), torch.device("cuda")) == 0.5 * (10_000_000_000 - held)
+    assert default_memory(find_source(demo), torch.device("cpu")) == 0.5e9
+    model = nn.ModuleDict({"layer": nn.Linear(8, 8)})
+    assert default_memory(ModelSource(model), torch.device("cuda")) == 0.5 * (10_000_000_000 - 2 * 72)

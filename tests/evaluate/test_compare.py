@@ -252,6 +252,42 @@ def test_the_record_is_kept_when_the_picture_cannot_be_written(
     assert found["seeds"][0]["ssim"] is None
 
 
+def test_the_numbers_are_shown_when_nothing_can_be_written(
+    tiny_artifact: Path, tiny_folder: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, _data: object) -> None:
+        path.write_text("{", encoding="utf-8")
+        raise OSError(28, "No space left on device")
+
+    once = cli("compare", tiny_artifact, "--baseline", tiny_folder, *FEW, "-o", "out")
+    before = Path("out/comparison.json").read_bytes()
+    monkeypatch.setattr("vdit_quant.evaluate.compare.write_json", full)
+    done = cli("compare", tiny_artifact, "--baseline", tiny_folder, *FEW, "-o", "out")
+    assert done.code == 2
+    assert "comparison.json: could not be written (" in done.err
+    mean = next(line for line in once.out.splitlines() if line.startswith("mean"))
+    assert mean in done.out
+    assert Path("out/comparison.json").read_bytes() == before, "the earlier result is lost"
+    assert sorted(path.name for path in Path("out").iterdir()) == ["comparison.json", "samples.png"]
+
+
+def test_an_artifact_that_cannot_be_loaded_is_told_before_the_baseline_is_sampled(
+    own_pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact, source = map(Path, own_pair)
+    file = next(artifact.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1000])
+    monkeypatch.setattr("vdit_quant.evaluate.compare._run", lambda *_: pytest.fail("sampled before the check"))
+    with pytest.raises(InputError, match=file.name):
+        vdit_quant.compare(artifact, source, Workload(samples=2, steps=2), seeds=(1,), device="cpu")
+
+
+def test_a_seed_that_numbers_no_samples(tiny_artifact: Path, tiny_folder: Path) -> None:
+    for seed in (-1, 10**13):
+        with pytest.raises(InputError, match=rf"--seed {seed}: expected a whole number from 0 to"):
+            vdit_quant.compare(tiny_artifact, tiny_folder, WORKLOAD, seeds=(seed,))
+
+
 def test_a_seed_is_given_once(tiny_artifact: Path, tiny_folder: Path) -> None:
     for seeds, words in (((1, 2, 1), "found 1, 2, 1"), ((), "found none")):
         with pytest.raises(InputError, match=f"--seed: .*each of them once, {words}"):

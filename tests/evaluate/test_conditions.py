@@ -116,6 +116,22 @@ def test_a_wrong_file_is_one_clear_error(
 
 
 @pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"latents_shape": torch.tensor([4, 8, 8])}, "WanTransformer3DModel cannot be called with these conditions"),
+        ({"latents_shape": torch.tensor([5, 2, 8, 8])}, "WanTransformer3DModel cannot be called .* 5 channels"),
+    ],
+)
+def test_what_only_the_model_tells_is_one_clear_error(
+    changes: dict[str, Tensor | None], words: str, video: Path, file: Callable[..., str]
+) -> None:
+    path = file(changes)
+    with pytest.raises(InputError, match=words) as caught:
+        _sampler(video).run(replace(WORKLOAD, conditions=path))
+    assert str(caught.value).startswith(path)
+
+
+@pytest.mark.parametrize(
     ("name", "labels", "found"),
     [
         ("class_labels", torch.tensor([1, 5000, 3]), "torch.int64 from 1 to 5000"),
