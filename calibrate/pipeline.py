@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,7 @@ def left_notes(source: Source | ModelSource, target: Path) -> list[str]:
     left = [n for n in source.components if n != source.component and not is_artifact(source.root / n)]
     return [
         f"{name}, another denoiser of this pipeline, stays as it is; compress it afterwards: "
-        f"vdit-quant calibrate {target} --component {name} -o {target}-2"
+        + shlex.join(["vdit-quant", "calibrate", str(target), "--component", name, "-o", f"{target}-2"])
         for name in left
     ]
 

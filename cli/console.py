@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +28,11 @@ _QUIET_SECONDS = 5.0
 
 def bold(text: object, color: str = "") -> Text:
     return Text(str(text), style=f"bold {color}".strip())
+
+
+def show_command(*words: object) -> None:
+    """Prints a command that the user may want next, ready for a shell."""
+    console.print(f"  {shlex.join(map(str, words))}")
 
 
 class Reporter(Progress):

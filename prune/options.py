@@ -101,6 +101,8 @@ class Options:
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name} {value}: expected a number above 0")
         check_guidance(self.guidance)
+        if self.cache is not None and Path(self.cache).exists() and not Path(self.cache).is_dir():
+            raise InputError(f"--cache {self.cache}: expected a folder or nothing there, found a file")
         self._check_choice()
         if not 0 <= self.seed <= LARGEST_SEED:
             raise InputError(f"--seed {self.seed}: expected 0 to {LARGEST_SEED}")

@@ -78,7 +78,8 @@ def join_lora(
     old = config.resolve(shapes)
     new = {name: _joined(spec, adapters.get(name), shapes[name], name) for name, spec in old.items()}
     check_target(target, source, overwrite)
-    provenance = {**config.provenance, "adapter": {"file": Path(adapter).name, "scale": scale}}
+    joined = [*config.provenance.get("adapters", []), {"file": Path(adapter).name, "scale": scale}]
+    provenance = {**config.provenance, "adapters": joined}
     entries, writer = _entries(source, new, adapters, shapes), _Writer(source, old, adapters)
     with staged_around(source, target, overwrite) as inner:
         write_tensors(inner, entries, writer.get)
@@ -123,7 +124,7 @@ def read_adapter(
             raise InputError(f"{path}: {layer}: the model has no such linear layer; the nearest is {near[0]}")
         down, up = parts.get("down"), parts.get("up")
         n, k = shapes[layer]
-        if down is None or up is None or down.shape[1:] != (k,) or up.shape != (n, len(down)):
+        if down is None or up is None or down.shape[1:] != (k,) or up.shape != (n, len(down)) or not len(down):
             shown = " and ".join("none" if t is None else str(list(t.shape)) for t in (down, up))
             raise InputError(f"{path}: {layer}: expected factors [r, {k}] and [{n}, r], found {shown}")
         own = _own_scale(layer, len(down), parts.get("alpha"), settings)

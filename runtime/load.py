@@ -37,6 +37,8 @@ def parse_device(device: str | torch.device | None) -> torch.device:
 def pick_device(device: str | torch.device | None) -> torch.device:
     """As `parse_device`; raises InputError also when that device cannot be used here."""
     place = parse_device(device)
+    if place.type == "meta":
+        raise InputError("device 'meta' cannot be used here: it holds shapes and no numbers")
     try:
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -145,7 +145,8 @@ def _download(repo: str) -> Path:
         except EntryNotFoundError:  # no model_index.json
             return Path(snapshot_download(repo, allow_patterns=list(_BARE_FILES)))
     except (HfHubHTTPError, ValueError, OSError) as error:
-        raise InputError(f"{repo}: no such folder here, and it could not be downloaded ({error})") from None
+        reason = reason_of(error.__cause__ or error)
+        raise InputError(f"{repo}: no such folder here, and it could not be downloaded ({reason})") from None
 
 
 def model_class(config: dict[str, Any], where: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from .artifact import is_artifact
 from .checkpoint import INDEX, WEIGHTS
 from .source import COMPONENTS, Source
 
+_NOT_OF_NAMES = r"[^\w.,+-]+"
 SHARD_BYTES = 5_000_000_000
 # never copied from a source pipeline: weights in formats that can run code, and hub bookkeeping
 _UNSAFE = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".onnx", ".py"}
@@ -113,10 +115,11 @@ def preview_target(
 
 
 def name_output(label: str, suffix: str) -> Path:
-    """In the current folder, by the last part of a model's name; "." and ".." are the folders that they stand for."""
+    """In the current folder, by the last part of a model's name; "." and ".." are the folders that they stand for. What
+    a folder's name cannot be made of is left out of the suffix, which a recipe file may have chosen."""
     path = Path(label)
     name = path.resolve().name if path.name in ("", "..") else path.name
-    return Path(f"{name}-{suffix}")
+    return Path(f"{name}-{re.sub(_NOT_OF_NAMES, '-', suffix).strip('-.')}")
 
 
 def write_tensors(folder: Path, entries: Mapping[str, Entry], get: Callable[[str], Tensor]) -> int:

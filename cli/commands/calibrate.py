@@ -77,7 +77,7 @@ def run(
     from ...calibrate.options import Options, parse_full_steps
     from ...calibrate.pipeline import plan_job, run_job
     from ...quantize.errors import InputError
-    from ..console import bold, console, reporting
+    from ..console import bold, console, reporting, show_command
     from ..plan_table import print_bit_plan, print_budget, print_plan
 
     if bits is not None and recipe is not None:
@@ -124,5 +124,6 @@ def run(
     if budget is not None:
         print_bit_plan(written, plan, component)
     console.print("wrote", bold(written))
-    given = "" if conditions is None else f" --conditions {conditions}"
-    console.print(f"  vdit-quant inspect {written}\n  vdit-quant compare {written}{given}")
+    given = () if conditions is None else ("--conditions", conditions)
+    show_command("vdit-quant", "inspect", written)
+    show_command("vdit-quant", "compare", written, *given)

@@ -19,9 +19,9 @@ def run(
 ) -> None:
     """Join a LoRA adapter to an artifact: nothing is quantised again, and blocks stay fused."""
     from ...runtime.adapter import join_lora
-    from ..console import bold, console
+    from ..console import bold, console, show_command
 
     ranks = join_lora(artifact, adapter, output, scale, overwrite, component)
     counts = ", ".join(f"rank {rank} in {count} layers" for rank, count in sorted(Counter(ranks.values()).items()))
     console.print(f"joined {adapter.name}, {counts} ->", bold(output))
-    console.print(f"  vdit-quant inspect {output}")
+    show_command("vdit-quant", "inspect", output)

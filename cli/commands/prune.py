@@ -75,7 +75,7 @@ def run(
     """Take blocks out of a Diffusion Transformer and train the rest to make up for them."""
     from ...prune.options import Options
     from ...prune.pipeline import check_data, open_source, prune_model
-    from ..console import console, reporting
+    from ..console import reporting, show_command
     from ..prune_table import print_preview, print_result
 
     options = Options(
@@ -116,5 +116,6 @@ def run(
     with reporting() as reporter:
         written = prune_model(model, target, data, progress=reporter, **vars(options))
     print_result(written)
-    given = "" if conditions is None else f" --conditions {conditions}"
-    console.print(f"  vdit-quant compare {written}{given}\n  vdit-quant calibrate {written} --bits w4a8{given}")
+    given = () if conditions is None else ("--conditions", conditions)
+    show_command("vdit-quant", "compare", written, *given)
+    show_command("vdit-quant", "calibrate", written, "--bits", "w4a8", *given)

@@ -29,6 +29,7 @@ roles = ["attention", "feed_forward"]
         (("--recipe", "nowhere.toml"), ("nowhere.toml",)),
         (("--device", "gpu"), ("gpu",)),
         (("--device", "cuda:7"), ("cuda:7",)),
+        (("--device", "meta"), ("meta", "no numbers")),
     ],
 )
 def test_a_wrong_option(options: tuple[str, ...], words: tuple[str, ...], refused: Refused, tiny_folder: Path) -> None:

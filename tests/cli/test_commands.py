@@ -98,7 +98,7 @@ def test_names_with_brackets_are_printed_as_they_are(cli: Cli, tiny_folder: Path
     result = cli("calibrate", tiny_folder, "--bits", "w8a8", "-o", "out[a]/b[/x]")
     assert result.code == 0, result.err
     assert "wrote out[a]/b[/x]" in result.out
-    assert "inspect out[a]/b[/x]" in result.out
+    assert "inspect 'out[a]/b[/x]'" in result.out, "a shell would take it for a pattern"
     assert "out[a]/b[/x]" in cli("inspect", "out[a]/b[/x]").out
     assert "no[b]where" in cli("inspect", "no[b]where").err
 
@@ -106,6 +106,14 @@ def test_names_with_brackets_are_printed_as_they_are(cli: Cli, tiny_folder: Path
 def test_calibrate_names_its_output_after_model_and_recipe(cli: Cli, tiny_folder: Path) -> None:
     assert cli("calibrate", tiny_folder, "--bits", "w8a16").code == 0
     assert [p.name for p in Path().iterdir()] == ["tiny-dit-w8a16"]
+
+
+def test_a_recipes_name_names_a_folder_here(cli: Cli, tiny_folder: Path) -> None:
+    text = 'name = "../../my int 8"\n[[step]]\nmethod = "rtn"\nspec = "w8"\nroles = ["attention"]\n'
+    Path("mine.toml").write_text(text, encoding="utf-8")
+    result = cli("calibrate", tiny_folder, "--recipe", "mine.toml")
+    assert result.code == 0, result.err
+    assert {p.name for p in Path().iterdir()} == {"mine.toml", "tiny-dit-my-int-8"}
 
 
 def test_written_files_can_be_read_by_others(cli: Cli, tiny_folder: Path) -> None:

@@ -98,7 +98,7 @@ def test_only_adapted_layers_change_and_the_record_says_what_was_joined(
             assert layer.spec.rank == (RANK if name in LAYERS else 0)
             for key, tensor in before.tensors().items():
                 assert torch.equal(layer.tensors()[key], tensor), (name, key)
-    assert read_config(tmp_path / "out").provenance["adapter"] == {"file": "lora.safetensors", "scale": 0.5}
+    assert read_config(tmp_path / "out").provenance["adapters"] == [{"file": "lora.safetensors", "scale": 0.5}]
     rows = {row["spec"] for row in describe_artifact(tmp_path / "out", "cpu")["layers"]}
     assert any(spec.endswith(f"-r{RANK}") for spec in rows)
 
@@ -113,6 +113,7 @@ def test_a_second_adapter_joins_the_first(
     assert model.transformer_blocks[0].attn1.to_q.spec.rank == 2 * RANK
     got, want = (m(**dit_inputs(plain)).sample for m in (model, plain))
     assert float((got - want).norm() / want.norm()) < 5e-3, "the two cancel"
+    assert [one["scale"] for one in read_config(tmp_path / "two").provenance["adapters"]] == [1.0, -1.0]
 
 
 def test_a_pipeline_stays_one(write, demo_artifact: Callable[..., Path], tmp_path: Path) -> None:
@@ -187,6 +188,7 @@ def test_text_encoders_are_left_out_and_said(write, tiny_artifact: Path, tmp_pat
     ("change", "message"),
     [
         ({"transformer__attn1__to_q__lora_A__weight": torch.ones(1, 2)}, r"no such linear layer; .*attn1\.to_q"),
+        ({f"{OUT}lora_A__weight": torch.ones(0, 64), f"{OUT}lora_B__weight": torch.ones(128, 0)}, r"found \[0, 64\]"),
         ({f"{OUT}lora_A__weight": torch.ones(1, 64)}, r"expected factors \[r, 64\] and \[128, r\], .* none"),
         ({f"{OUT}lora_A__weight": torch.ones(1, 64), f"{OUT}lora_B__weight": torch.ones(64, 1)}, r"and \[64, 1\]"),
         ({f"{OUT}lora_magnitude_vector": torch.ones(64)}, "lora_magnitude_vector: not part of a low-rank product"),
