@@ -7,6 +7,7 @@ know (a mask, a hook, gradients, another attention processor) runs its own forwa
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
@@ -24,6 +25,8 @@ from .modulation import Modulation, are_others, origin
 from .parts import Place, layers_at
 from .stage import Stage
 from .watch import Watch, has_other_forward
+
+logger = logging.getLogger("vdit_quant")
 
 
 class FusedBlock:
@@ -108,6 +111,14 @@ class FusedBlock:
         self.join()
         return moved
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """The block's `compile`, of which a fused block has no use: what blocks share would make each a graph of its
+        own, and Python would start every kernel, where a CUDA graph can."""
+        if self.released:
+            type(self.block).compile(self.block, *args, **kwargs)
+            return
+        _tell_compiled()
+
     def rejoin(self, *_: Any) -> None:
         """As `join`, with nothing of what was stored together or made of it before: other tensors were loaded."""
         for stage in self.stages:
@@ -120,7 +131,7 @@ class FusedBlock:
         """Makes this the forward of the block, whose modulation layers are at `modulators`."""
         block = self.block
         self.watch = _watch(self, modulators)
-        block.forward, block._apply, block._fused_block = self.forward, self.move, self
+        block.forward, block._apply, block.compile, block._fused_block = self.forward, self.move, self.compile, self
         # a layer may be loaded by itself
         single = [(layer, stage.forget) for stage in self.stages for layer in stage.layers]
         if self.modulation is not None:
@@ -137,7 +148,7 @@ class FusedBlock:
         self.released = self.is_wrapped()
         if self.released:
             return
-        del self.block.forward, self.block._apply, self.block._fused_block
+        del self.block.forward, self.block._apply, self.block.compile, self.block._fused_block
         for handle in self.loaded:
             handle.remove()
 
@@ -147,6 +158,11 @@ class FusedBlock:
             stage.ready()
         if self.modulation is not None and self.index == self.modulation.last:
             self.modulation.ready()
+
+
+@cache
+def _tell_compiled() -> None:
+    logger.warning("fused blocks are not compiled one by one: they run on kernels of their own already")
 
 
 class Fusion:

@@ -19,7 +19,7 @@ from vdit_quant.runtime import linear, modulation, stage
 from vdit_quant.runtime.attach import linear_layers
 from vdit_quant.runtime.family import find_family
 from vdit_quant.runtime.fused_ops import fused_ops
-from vdit_quant.runtime.fusion import FusedBlock, fuse, report, unfuse
+from vdit_quant.runtime.fusion import FusedBlock, _tell_compiled, fuse, report, unfuse
 from vdit_quant.runtime.fusions.basic_block import BasicBlock
 from vdit_quant.runtime.linear import CompressedLinear
 from vdit_quant.runtime.modulation import Modulation
@@ -240,6 +240,25 @@ def test_torch_compile_has_no_graph_break(kind: str, short_name: str) -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     expected = call(model, case)
     assert torch.equal(call(compiled, case), expected)
+
+
+def test_fused_blocks_are_not_compiled_one_by_one(caplog: pytest.LogCaptureFixture) -> None:
+    _tell_compiled.cache_clear()
+    case, seen = CASES["wan"], list[str]()
+    model = fuse(compressed(case), cpu=True)
+    expected = call(model, case)
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        seen.append(type(graph).__name__)
+        return graph.forward
+
+    model.compile_repeated_blocks(backend=backend, fullgraph=True)
+    assert torch.equal(call(model, case), expected)
+    assert not seen
+    assert caplog.text.count("not compiled one by one") == 1
+    unfuse(model).compile_repeated_blocks(backend=backend, fullgraph=True)
+    assert close(call(model, case), expected)
+    assert len(seen) == 1, "blocks alike are compiled once"
 
 
 @pytest.mark.parametrize(("kind", "tokens"), [("pixart", 6), ("wan", 5)])
