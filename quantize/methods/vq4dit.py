@@ -63,8 +63,8 @@ class Vq4Dit(Method):
         "ratio": (0.0, math.inf),
         "harden": (0.0, math.inf),
         "slope": (0.0, math.inf),
-        "rate": (0.0, 1.0),
-        "book_rate": (0.0, 1.0),
+        "rate": (0.0, math.inf),
+        "book_rate": (0.0, math.inf),
     }
     autos: ClassVar[dict[str, tuple[int, int]]] = {"steps": (600, 0)}
 
