@@ -75,10 +75,12 @@ def _entries(source: Source | ModelSource, plan: Plan) -> tuple[dict[str, Entry]
     """Every tensor of the artifact with shape and dtype, and the block part that each changed one is found in."""
     entries: dict[str, Entry] = {}
     origin: dict[str, str] = {}
+    # a user's model takes its buffers as they are; one of diffusers is cast to the dtype it is loaded in
+    exact = {name for name, _ in source.model.named_buffers()} if isinstance(source, ModelSource) else set()
     fp32 = set(getattr(type(source.skeleton()), "_keep_in_fp32_modules", None) or ())
     for name in kept_names(source, plan):
         shape, dtype = source.checkpoint.headers[name]
-        entries[name] = (shape, _kept_dtype(dtype, bool(fp32 & set(name.split(".")))))
+        entries[name] = (shape, _kept_dtype(dtype, name in exact or bool(fp32 & set(name.split(".")))))
     for number, (_, layers) in enumerate(plan.units()):
         part = block_part(number)
         names = {layer.name for layer in layers}

@@ -45,16 +45,22 @@ class BlockTuner:
     """Trains blocks one by one; until `close`, `model` holds every compressed layer.
 
     run  runs `model` through sampling: calls of `steps` steps a sample; called once
+    steps  None: any calls, all of which are trained on
     """
 
     def __init__(
-        self, model: nn.Module, family: Family, run: Callable[[], Any], steps: int, progress: Progress
+        self, model: nn.Module, family: Family, run: Callable[[], Any], steps: int | None, progress: Progress
     ) -> None:
         self.model, self.progress = model, progress
         self.trained = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
-        self.calls: list[Call] = capture(model, family, run, probe_steps(steps, STEPS), limit=1024)
         self.originals: dict[str, nn.Linear] = {}
+        few = None if steps is None else probe_steps(steps, STEPS)
+        try:
+            self.calls: list[Call] = capture(model, family, run, few, limit=1024)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Puts the model back to what it was."""

@@ -52,18 +52,27 @@ class ModelSource:
         return digest.hexdigest()[:32]
 
     def run(self) -> None:
-        """Runs the model over the data."""
-        with torch.no_grad():
-            if callable(self.data):
-                self.data(self.model)
-                return
-            if isinstance(self.data, Iterator):  # it can be gone through once, and there may be several runs
-                self.data = list(self.data)
-            for item in self.data or ():
-                if isinstance(item, Mapping):
-                    self.model(**item)
-                else:
-                    self.model(*(item if isinstance(item, tuple) else (item,)))
+        """Runs the model over the data, in eval mode, as the artifact will."""
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                self._run()
+        finally:
+            for module in training:
+                module.training = True
+
+    def _run(self) -> None:
+        if callable(self.data):
+            self.data(self.model)
+            return
+        if isinstance(self.data, Iterator):  # it can be gone through once, and there may be several runs
+            self.data = list(self.data)
+        for item in self.data or ():
+            if isinstance(item, Mapping):
+                self.model(**item)
+            else:
+                self.model(*(item if isinstance(item, tuple) else (item,)))
 
 
 def _config(model: nn.Module) -> dict[str, Any]:

@@ -288,7 +288,7 @@ def open_tuner(source: Source | ModelSource, settings: Options, device: torch.de
     """The trainer of blocks, on calls of a sampling run in float32."""
     progress.stage("recording calls to train on", 1)
     if isinstance(source, ModelSource):
-        return BlockTuner(source.model, find_family(source.model), source.run, settings.steps, progress)
+        return BlockTuner(source.model, find_family(source.model), source.run, None, progress)
     sampler, workload = make_sampler(source, torch.float32, device), settings.workload()
     few = dataclasses.replace(workload, samples=min(workload.samples, TUNED_SAMPLES))
 

@@ -48,7 +48,7 @@ class LayerPlan:
         if self.spec is None:
             return frozenset()
         method, params = resolve_method(self.method, self.params)
-        return method.needs(params)
+        return method.needs(params) | ({"absmax"} if self.spec.pre_scale else set())
 
     def full_params(self) -> dict[str, Any]:
         """The method's parameters with its defaults filled in."""
@@ -104,7 +104,7 @@ def make_plan(model: nn.Module, family: Family, recipe: Recipe) -> Plan:
     """The plan of `recipe` on `model` (which may be on the meta device).
 
     Raises InputError when a layer's shape cannot be held by its spec, when a pattern of `keep` or of a step's targets
-    matches nothing, or when the recipe selects no layer at all.
+    matches nothing, when the recipe selects no layer at all, or one that the model holds under two names.
     """
     shapes, blocks = linear_shapes(model), family.block_names(model)
     roles = family.linears(model)
@@ -122,6 +122,7 @@ def make_plan(model: nn.Module, family: Family, recipe: Recipe) -> Plan:
             f"recipe {recipe.name}: selects none of the {len(layers)} linear layers of {type(model).__name__} "
             f"(family {family.name}; roles found: {', '.join(sorted(set(roles.values()))) or 'none'})"
         )
+    _check_single(model, [layer.name for layer in layers if layer.spec is not None])
     return Plan(layers, family.name, folds)
 
 
@@ -141,6 +142,14 @@ def check_used(plan: Plan, group_size: int | None, full_steps: tuple[int, int]) 
     if any(full_steps) and not any(spec.activation for spec in specs):
         first, last = full_steps
         raise InputError(f"--full-steps {first},{last}: activations of every layer are in the compute dtype already")
+
+
+def _check_single(model: nn.Module, names: list[str]) -> None:
+    """Raises InputError for a layer that has another name as well, under which it would be stored uncompressed."""
+    compressed = {id(model.get_submodule(name)): name for name in names}
+    for other, module in model.named_modules(remove_duplicate=False):
+        if (name := compressed.get(id(module), other)) != other:
+            raise InputError(f"layer {name} is {other}, too; a layer that a model uses twice is left out with --keep")
 
 
 def _check_patterns(where: str, patterns: Collection[str], names: list[str]) -> None:
@@ -179,7 +188,10 @@ def _plan_layer(
     if step is None:
         return LayerPlan(name, role, n, k, block, None, f"kept: no step of the recipe selects role '{role}'")
     method, params = resolve_method(step.method, step.params)
-    spec = method.complete(LayerSpec.parse(step.spec), n, k, params, foldable)
+    try:
+        spec = method.complete(LayerSpec.parse(step.spec), n, k, params, foldable)
+    except InputError as error:
+        raise InputError(f"layer {name} [{n}, {k}] with {step.method}: {error}; --keep '{name}' gets past it") from None
     try:
         check_shape(n, k, spec, name)
     except InputError as error:

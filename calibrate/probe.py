@@ -202,7 +202,9 @@ def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], branc
     timestep = next((named[name] for name in _TIMESTEP_NAMES if named.get(name) is not None), None)
     steps = None
     if timestep is not None:
-        steps = torch.as_tensor(timestep, dtype=torch.float32).flatten().cpu()
+        given = torch.as_tensor(timestep, dtype=torch.float32).cpu()
+        # of tokens with timesteps of their own, those of a frame that was given have none
+        steps = given.flatten(1).amax(1) if given.dim() > 1 else given.flatten()
         steps = steps if len(steps) == rows else steps[:1].expand(rows)
     channels = latents.shape[1] if latents is not None and latents.dim() > 2 else None
     return Call(args, kwargs, steps, branches.clone(), channels)

@@ -56,7 +56,7 @@ class Recorder:
         for name, kinds in self.needs.items():
             layer = self.model.get_submodule(name)
             hook = self._hook(name, kinds)
-            self._handles.append(layer.register_forward_pre_hook(hook))
+            self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -84,8 +84,8 @@ class Recorder:
         return out
 
     def _hook(self, name: str, kinds: frozenset[str]) -> Any:
-        def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
+        def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
             if self._shares(name, x, kinds):
                 return
             self._part(name)

@@ -46,8 +46,9 @@ class SoftCodes(nn.Module):
         self.hard = False  # True: every run is its largest candidate alone
         self.fixed = torch.zeros(len(own), dtype=torch.bool, device=weight.device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dense().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.dense().to(input.dtype), bias)
 
     def dense(self) -> Tensor:
         """float32 [N, K]: the weight as it is now, in the input's own channels."""

@@ -110,7 +110,7 @@ class Budget:
     def show(self, cost: int, table: Sequence[LayerCandidates]) -> str:
         """A cost in the budget's own unit, rounded up, so that what is shown can be asked for."""
         if self.unit == "ms":
-            return f"{math.ceil(cost / _NANOSECONDS * 1e4) / 1e4:g}ms"
+            return f"{math.ceil(cost / _NANOSECONDS * 1e4) / 1e4:.4f}".rstrip("0").rstrip(".") + "ms"
         weights = sum(row.weights for row in table)
         if self.unit == "x":
             return f"{math.floor(2 * weights / cost * 1e4) / 1e4:g}x"

@@ -80,7 +80,12 @@ def inverse_factor(gram: Tensor, damp: float) -> Tensor:
 
     def factor(h: Tensor) -> Tensor | None:
         lower = cholesky(h)
-        return None if lower is None else cholesky(torch.cholesky_inverse(lower), upper=True)
+        del h
+        if lower is None:
+            return None
+        inverse = torch.cholesky_inverse(lower)
+        del lower
+        return cholesky(inverse, upper=True)
 
     return with_damping(gram, damp, factor).float()
 

@@ -70,9 +70,9 @@ class CompressedLinear(nn.Linear):
         """float32 [N, K]: the dense weight that this layer stands for."""
         return dense_weight(self.tensors(), self.in_features, self.spec)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = run_layer(x.reshape(-1, self.in_features), self.tensors(), self.active_spec, self.bias)
-        return y.reshape(*x.shape[:-1], self.out_features)
+    def forward(self, input: Tensor) -> Tensor:  # the argument of nn.Linear, which may be called by its name
+        y = run_layer(input.reshape(-1, self.in_features), self.tensors(), self.active_spec, self.bias)
+        return y.reshape(*input.shape[:-1], self.out_features)
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompressedLinear:
         stored = dict(self._buffers)

@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import random
+import re
 import sys
 
 import pytest
@@ -180,6 +181,15 @@ def test_budgets_are_read(text: str | float, unit: str, amount: float) -> None:
 def test_a_budget_that_cannot_be_read_shows_ones_that_can(text: str) -> None:
     with pytest.raises(InputError, match=r"expected something like \"2\.5x\", \"4\.5bits\""):
         Budget.parse(text)
+
+
+@pytest.mark.parametrize("ms", [0.12345, 9.99999, 123.45678, 220.68301, 4321.00001])
+def test_the_least_time_that_is_shown_can_be_asked_for(ms: float) -> None:
+    table = [LayerCandidates("a", 64, (Candidate("w4", 32, 1.0, ms=ms),))]
+    with pytest.raises(InputError, match="cannot be met") as caught:
+        allocate(table, "0.01ms")
+    (least,) = re.findall(r"come to ([\d.]+ms)", str(caught.value))
+    assert allocate(table, least).layers["a"] == "w4"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
