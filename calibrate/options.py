@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..evaluate.sampling import DenoiserSampler, PipelineSampler
+from ..evaluate.sampling import DenoiserSampler, PipelineSampler, load_scheduler
 from ..evaluate.size import parse_size, size_arguments
 from ..evaluate.workload import MAX_SEED, Workload, check_guidance
 from ..quantize.allocate import Budget
@@ -136,6 +136,7 @@ def check_workload(source: Source, workload: Workload) -> None:
 
 def check_conditions(source: Source, workload: Workload) -> None:
     """As `check_workload`, for the denoiser sampled by itself."""
+    load_scheduler(source)
     DenoiserSampler(_drawable(source.skeleton()), None).conditions(replace(workload, samples=1))
 
 

@@ -46,9 +46,9 @@ def read_conditions(path: str | Path, model: nn.Module, family: Family, count: i
     shape = _latent_shape(path, tensors.pop(LATENTS_SHAPE, None), model, family)
     free = {n.removeprefix(UNGUIDED): t for n, t in tensors.items() if n.startswith(UNGUIDED)}
     guided = {name: t for name, t in tensors.items() if not name.startswith(UNGUIDED)}
-    _check_names(path, guided, model, family)
+    check_names(path, guided, model, family)
     held = _check_shapes(path, guided, family.condition_shapes(model))
-    _check_unguided(path, free, guided)
+    check_unguided(path, free, guided)
     check_labels(path, tensors, model)
     chosen = condition_order(held, count, seed)
     guided = {name: t[chosen] for name, t in guided.items()}
@@ -122,7 +122,8 @@ def _sizes(path: str | Path, given: Tensor) -> tuple[int, ...]:
     return tuple(given.tolist())
 
 
-def _check_names(path: str | Path, guided: dict[str, Tensor], model: nn.Module, family: Family) -> None:
+def check_names(path: str | Path, guided: dict[str, Tensor], model: nn.Module, family: Family) -> None:
+    """Raises InputError for a condition that the model does not take, or for one missing that it must be given."""
     parameters = dict(list(signature_of(model).parameters.items())[1:])  # the latents come first
     plain = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     accepted = set(plain) - set(TIMESTEP_NAMES)
@@ -157,7 +158,8 @@ def _check_shapes(path: str | Path, guided: dict[str, Tensor], wanted: dict[str,
     return len(guided[first])
 
 
-def _check_unguided(path: str | Path, free: dict[str, Tensor], guided: dict[str, Tensor]) -> None:
+def check_unguided(path: str | Path, free: dict[str, Tensor], guided: dict[str, Tensor]) -> None:
+    """Raises InputError for a condition of the unguided branch that the guided one lacks, or of another shape."""
     for name, tensor in free.items():
         if name not in guided:
             raise InputError(f"{path}: {UNGUIDED}{name} without {name}")
@@ -171,7 +173,8 @@ def _check_unguided(path: str | Path, free: dict[str, Tensor], guided: dict[str,
 
 def check_labels(path: str | Path, tensors: dict[str, Tensor], model: nn.Module) -> None:
     """Raises InputError for class labels that are no rows of the model's embedding table."""
-    classes = getattr(getattr(model, "config", None), "num_embeds_ada_norm", None)
+    config = getattr(model, "config", None)
+    classes = getattr(config, "num_embeds_ada_norm", getattr(config, "num_classes", None))
     for name, labels in tensors.items():
         if name.removeprefix(UNGUIDED) != LABELS:
             continue

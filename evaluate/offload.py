@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..runtime.family import find_family
 from ..runtime.source import Source
 from .sampling import Sampler, make_sampler
 
@@ -91,11 +92,15 @@ def open_sampler(
         return
     sampler = make_sampler(source, dtype, torch.device("cpu"), substitute)
     components = getattr(getattr(sampler, "pipe", None), "components", {})
+    others = [components[name] for name in source.components if components[name] is not sampler.denoiser]
     for module in components.values():
-        if isinstance(module, nn.Module) and module is not sampler.denoiser:
+        if isinstance(module, nn.Module) and not any(module is one for one in (sampler.denoiser, *others)):
             module.to(device)
-    with BlockStream(sampler.denoiser, sampler.family.block_names(sampler.denoiser), device) as stream:
-        yield sampler, stream
+    with ExitStack() as stack:
+        for model in others:
+            stack.enter_context(BlockStream(model, find_family(model).block_names(model), device))
+        blocks = sampler.family.block_names(sampler.denoiser)
+        yield sampler, stack.enter_context(BlockStream(sampler.denoiser, blocks, device))
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

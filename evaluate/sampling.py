@@ -259,15 +259,23 @@ def make_sampler(
 
 
 def load_scheduler(source: Source) -> Any:
-    """The diffusers scheduler that a source is sampled with. Raises InputError when its class is unknown."""
+    """The diffusers scheduler that a source is sampled with. Raises InputError when its class is unknown or steps in a
+    way of its own, and when there is none and the family's models are no plain diffusions."""
     import diffusers
 
     folder = source.scheduler
     if folder is None:
-        return diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False)
+        if (family := find_family(source.skeleton())).diffusion:
+            return diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False)
+        raise InputError(
+            f"{source.label}: no scheduler/ in it or next to it, which says how a model of the family '{family.name}' "
+            "is sampled; copy that of its pipeline there"
+        )
     path = folder / "scheduler_config.json"
     name = str(read_json(path).get("_class_name"))
     kind = getattr(diffusers, name, None)
     if kind is None or not issubclass(kind, diffusers.SchedulerMixin):
         raise InputError(f"{path}: diffusers {diffusers.__version__} has no scheduler '{name}'")
+    if list(inspect.signature(kind.step).parameters)[1:4] != ["model_output", "timestep", "sample"]:
+        raise InputError(f"{path}: {name} steps in a way of its own; name the whole pipeline, or put another there")
     return kind.from_pretrained(folder)

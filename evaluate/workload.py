@@ -13,8 +13,8 @@ from .conditions import fingerprint
 from .prompts import prompts_fingerprint
 from .size import show_size
 
-# A sample's own seed is a million times this one (see `Workload.generators`), and a signed number of 64 bits.
-MAX_SEED = 10**12
+# A generator on a CPU uses 32 bits of its seed; calibration and training add millions to theirs.
+MAX_SEED = 4_000_000_000
 
 
 def check_guidance(scale: float | None) -> None:

@@ -71,6 +71,8 @@ def generate_latents(
     if team.is_main:
         _open(folder, job)
     team.wait()
+    # a folder that is half full goes on in batches of its own size
+    settings = replace(settings, batch_size=read_json(folder / NOTE)["batch_size"])
     sampler, workload = DenoiserSampler(teacher, scheduler), settings.workload()
     spans = list(sampler.batches(workload))
     missing = [(i, span) for i, span in enumerate(spans) if not _is_there(_shard(folder, i))]
@@ -134,11 +136,12 @@ def _open(folder: Path, job: dict[str, Any]) -> None:
     note = folder / NOTE
     if note.exists():
         held = read_json(note)
-        changed = sorted(k for k in {*held, *job} if held.get(k) != job.get(k))
+        changed = sorted(k for k in {*held, *job} - {"batch_size"} if held.get(k) != job.get(k))
         if changed:
             raise InputError(f"{folder}: holds latents of other settings ({', '.join(changed)}); name another folder")
-        return
-    if folder.exists() and any(folder.iterdir()):
+        if any(folder.glob("*.safetensors")):
+            return
+    elif folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder}: not empty, and not latents that a teacher sampled; name another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)

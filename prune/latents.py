@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..evaluate.conditions import UNGUIDED, check_labels
+from ..evaluate.conditions import UNGUIDED, check_labels, check_names, check_unguided
 from ..quantize.errors import InputError
 from ..runtime.checkpoint import file_traits
 from ..runtime.family import Family
@@ -134,11 +134,16 @@ def _checked(parts: list[dict[str, Tensor]], places: list[str], model: nn.Module
     unguided: dict[str, Tensor] = {}
     rows = []
     for part, place in zip(parts, places, strict=True):
-        unguided.update({n.removeprefix(UNGUIDED): t[:1] for n, t in part.items() if n.startswith(UNGUIDED)})
+        free = {n.removeprefix(UNGUIDED): t for n, t in part.items() if n.startswith(UNGUIDED)}
         rows.append({name: t for name, t in part.items() if not name.startswith(UNGUIDED)})
         _check_rows(rows[-1], rows[0], place)
+        guided = {name: t for name, t in rows[-1].items() if name != LATENTS}
+        check_unguided(place, free, guided)
         check_labels(place, part, model)
+        unguided.update({name: t[:1] for name, t in free.items()})
     _check_model(rows[0], places[0], model, family)
+    if guided:
+        check_names(places[0], guided, model, family)
     found = Latents(tuple(rows), unguided)
     return Latents(found.parts, unguided or _family_unguided(found, model, family))
 
@@ -160,9 +165,9 @@ def _check_rows(part: dict[str, Tensor], first: dict[str, Tensor], place: str) -
             raise InputError(f"{place}: {name} is {list(tensor.shape)}, in the first shard {list(first[name].shape)}")
         if len(tensor) != len(latents):
             raise InputError(f"{place}: {len(latents)} latents but {len(tensor)} {name}")
-    if not torch.isfinite(latents).all():
-        bad = int((~torch.isfinite(latents)).flatten(1).any(1).nonzero()[0])
-        raise InputError(f"{place}: latents: sample {bad} holds NaN or infinity")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).flatten(1).any(1).nonzero()[0])
+            raise InputError(f"{place}: {name}: sample {bad} holds NaN or infinity")
 
 
 def _check_model(part: dict[str, Tensor], place: str, model: nn.Module, family: Family) -> None:

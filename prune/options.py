@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from .trainer import Training
 
 LARGEST_SEED = 2**32 - 1  # of a CPU generator's seed only the low 32 bits count
 DISTILL = ("features", "output", "none")
+# what a way of distilling has no use for
+_UNUSED = {"none": ("output_weight", "features", "mask"), "output": ("features", "mask")}
 # set apart from what the numbers follow from: none of these changes a weight
 _ASIDE = ("resume", "overwrite", "grids", "save_steps", "device", "cache")
 
@@ -121,9 +123,20 @@ class Options:
         elif Duration.parse(self.search).is_none:
             raise InputError(f"--search: expected a positive number of steps or time, found {self.search}")
 
+    def check_used(self, has_data: bool) -> None:
+        """Raises InputError for an option that would change nothing."""
+        told = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        unused = {
+            "--data": ("samples", "steps", "guidance", "cache") if has_data else (),
+            f"--distill {self.distill}": _UNUSED.get(self.distill, ()),
+        }
+        for option, names in unused.items():
+            if name := next((name for name in names if name in told), None):
+                raise InputError(f"--{name.replace('_', '-')} changes nothing beside {option}; leave it out")
+
     def generation(self, device: torch.device) -> Generation:
         samples = self.samples or (256 if device.type == "cpu" else 16_384)
-        batch = 64 if device.type == "cpu" else 1024
+        batch = min(64 if device.type == "cpu" else 1024, self.micro_batch or 1024)
         return Generation(samples, self.steps, self.guidance, self.seed, batch, self.conditions)
 
     def distillation(self, has_data: bool) -> Distillation:
@@ -141,12 +154,15 @@ class Options:
             save_steps=self.save_steps,
         )
 
-    def batch(self, elements: int, device: torch.device) -> int:
-        """Samples a step for latents of so many elements: 256 for DiT-XL at 256 pixels on a GPU."""
+    def batch(self, elements: int, device: torch.device, processes: int = 1) -> int:
+        """Samples a step for latents of so many elements: 256 for DiT-XL at 256 pixels on a GPU. Raises InputError for
+        fewer than there are processes."""
         if self.batch_size is not None:
+            if self.batch_size < processes:
+                raise InputError(f"--batch-size {self.batch_size}: expected a sample for each of {processes} processes")
             return self.batch_size
         size = (1 << (14 if device.type == "cpu" else 20)) // elements
-        return max(8, min(1024, size))
+        return max(8, min(1024, size), processes)
 
     def rate(self, batch: int, width: int) -> float:
         return self.lr if self.lr is not None else 2e-4 * math.sqrt(batch / 256) * math.sqrt(1152 / width)

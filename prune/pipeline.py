@@ -33,7 +33,7 @@ from .options import Options
 from .patterns import cut
 from .plan import PrunePlan, Stack, find_stacks, parse_keep
 from .plot import can_plot, plot_run
-from .recover import measure, recover
+from .recover import check_checkpointing, measure, recover
 from .stream import Stream
 from .team import Team, find_team
 from .writer import write_pruned
@@ -68,6 +68,8 @@ def prune_model(
     target = Path(output) if output is not None else default_output(source, keep)
     check_target(target, source, settings.overwrite, is_pruned)
     check_data(source, settings, data)
+    if settings.checkpointing:
+        check_checkpointing(skeleton)
     team, device = find_team(pick_device(settings.device))
     workspace, record = Workspace(target), describe(source, settings, data)
     # flat, so that a refused resume names the option that is another
@@ -139,6 +141,10 @@ def open_source(model: str | Path | None) -> Source:
         raise InputError(
             f"{source.label}: a compressed artifact cannot be trained; prune first, then calibrate the result"
         )
+    if len(source.components) > 1:
+        raise InputError(
+            f"{source.label}: two denoisers, each for a part of the noise levels; a student is trained on all of them"
+        )
     return source
 
 
@@ -161,6 +167,7 @@ def chosen_depths(settings: Options, stacks: tuple[Stack, ...]) -> tuple[int, ..
 def check_data(source: Source, settings: Options, data: Data | None) -> None:
     """Raises InputError, before weights are read, for a folder of data without shards, and without data for conditions
     that the teacher cannot be sampled with."""
+    settings.check_used(data is not None)
     if isinstance(data, str | Path):
         fingerprint_shards(data)
     elif data is None:
@@ -218,7 +225,7 @@ def make_stream(run: Run, teacher: nn.Module, latents: Latents) -> tuple[Stream,
     """The training batches, and the held-out batch that losses are measured on."""
     family: Family = find_family(teacher)
     trained, held = latents.split(max(1, min(_HELD_OUT, len(latents) // 8)))
-    batch = run.settings.batch(torch.Size(latents.shape).numel(), run.device)
+    batch = run.settings.batch(torch.Size(latents.shape).numel(), run.device, run.team.world)
     place = (run.device, run.settings.seed, run.settings.drop, run.team.rank, run.team.world)
     objective = objective_of(load_scheduler(run.source), family).to(run.device)
     stream = Stream(trained.resident(run.device), objective, batch, *place)

@@ -116,8 +116,7 @@ class PrunePlan:
 
     def check(self, stacks: Sequence[Stack], where: str = "prune plan") -> None:
         """Raises InputError unless the plan, which is from `where`, is for a model with these stacks."""
-        ours = {s.name: s.depth for s in self.stacks}
-        theirs = {s.name: s.depth for s in stacks}
+        ours, theirs = ([(s.name, s.depth_key, s.depth) for s in found] for found in (self.stacks, stacks))
         if ours != theirs:
             raise InputError(f"{where}: the plan is for a model of {_words(ours)}, this one has {_words(theirs)}")
         for plan, stack in zip(self.stacks, stacks, strict=True):
@@ -196,5 +195,5 @@ def _whole(value: Any, key: str, where: str) -> int:
     return value
 
 
-def _words(depths: Mapping[str, int]) -> str:
-    return ", ".join(f"{depth} {name}" for name, depth in depths.items()) or "no stack"
+def _words(stacks: list[tuple[str, str, int]]) -> str:
+    return ", ".join(f"{depth} {name} ({key})" for name, key, depth in stacks) or "no stack"

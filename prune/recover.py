@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..evaluate.picture import save_pairs
 from ..evaluate.sampling import PipelineSampler
 from ..evaluate.workload import Workload
-from ..quantize.errors import InputError
+from ..quantize.errors import InputError, OutputError
 from ..runtime.source import load_pipeline, load_transformer
 from .budget import Duration
 from .compiling import compiled_blocks, rehearse
@@ -51,7 +51,8 @@ def recover(
     if training.duration.is_none:
         return student, outcome
     if settings.checkpointing:
-        enable_checkpointing(student)
+        check_checkpointing(student)
+        student.enable_gradient_checkpointing()
     loss = Recovery(student, teacher, plan.feature_pairs(), settings.distillation(has_data))
     rate = settings.rate(stream.batch_size, width_of(run.source.config))
     groups = [Group(rate, dict(student.named_parameters()))]
@@ -82,11 +83,10 @@ def measure(student: nn.Module, teacher: nn.Module, held: Batch) -> dict[str, fl
     return {name: float(f"{value:.6g}") for name, value in total.items()}
 
 
-def enable_checkpointing(model: Any) -> None:
+def check_checkpointing(model: nn.Module) -> None:
     """Raises InputError for a model that cannot recompute its activations."""
     if not getattr(model, "_supports_gradient_checkpointing", False):
-        raise InputError(f"{type(model).__name__} does not support gradient checkpointing")
-    model.enable_gradient_checkpointing()
+        raise InputError(f"--checkpointing: {type(model).__name__} does not support it")
 
 
 class Grid:
@@ -99,9 +99,14 @@ class Grid:
 
     def on_step(self, step: int, total: int) -> None:
         if self.count and step * self.count // total > (step - 1) * self.count // total:
-            # eager: another batch size would be compiled for
-            with self.trainer.averaged(), torch.compiler.set_stance("force_eager"):
-                self.draw(self.run.workspace.folder / f"samples-{step:06d}.png")
+            self.trainer.save()  # a picture takes more memory than a step
+            try:
+                # eager: another batch size would be compiled for
+                with self.trainer.averaged(), torch.compiler.set_stance("force_eager"):
+                    self.draw(self.run.workspace.folder / f"samples-{step:06d}.png")
+            except OutputError as error:
+                self.count = 0
+                self.run.progress.note(f"no more pictures on the way (--grids 0): {error}")
 
     def draw(self, path: Any) -> None:
         pipe = load_pipeline(self.run.source, torch.float32, self.run.device)

@@ -55,6 +55,12 @@ class Stream:
         mine = slice(self.rank * n // self.world, (self.rank + 1) * n // self.world)
         return self.make(self.latents.rows(index[mine]), noise[mine], u[mine], dropped[mine])
 
+    @property
+    def share(self) -> float:
+        """What this process's mean counts in the mean of all processes', for that to be the mean of the whole batch."""
+        n, own = self.batch_size, [rank * self.batch_size // self.world for rank in (self.rank, self.rank + 1)]
+        return (own[1] - own[0]) * self.world / n
+
     def fixed(self, latents: Latents) -> Batch:
         """One batch of all of `latents` with timesteps spread evenly: what losses are compared on."""
         n = len(latents)

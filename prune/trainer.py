@@ -229,7 +229,7 @@ class Trainer:
         for part, share in batch.split(self.settings.micro):
             with autocast(self.stream.device):
                 losses = self.loss(part, moment)
-            (losses["loss"] * share).backward()
+            (losses["loss"] * share * self.stream.share).backward()
             for name, value in losses.items():
                 total[name] = total.get(name, 0) + value.detach() * share
         return total

@@ -57,6 +57,8 @@ class Family:
              `quantize.recipe.ROLES`. A linear layer outside the blocks that nothing matches has the role "other".
     timestep_scale  what a scheduler's timestep is multiplied by before the model sees it
     depths   config names of the number of blocks, one for each of `blocks`; none: blocks cannot be taken out
+    diffusion  whether the models predict the noise of a diffusion with linear betas, so that one without a scheduler
+             can be sampled; False: those differ, or are flows
     """
 
     name: str
@@ -65,6 +67,7 @@ class Family:
     roles: tuple[tuple[str, str], ...]
     timestep_scale: float = 1.0
     depths: tuple[str, ...] = ()
+    diffusion: bool = True
 
     def matches(self, model: nn.Module) -> bool:
         return any(base.__name__ in self.classes for base in type(model).__mro__)

@@ -51,4 +51,5 @@ FAMILY = CogVideoX(
         ("proj_out", "output"),
     ),
     depths=("num_layers",),
+    diffusion=False,
 )

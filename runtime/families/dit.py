@@ -37,7 +37,7 @@ class Dit(Family):
 
     def branches(self, kwargs: Mapping[str, Any], batch: int, repeat: int) -> Tensor:
         labels = kwargs.get("class_labels")
-        if labels is None:
+        if labels is None or not (labels == NULL_LABEL).any():  # models of other classes count theirs otherwise
             return super().branches(kwargs, batch, repeat)
         return (labels == NULL_LABEL).long().cpu()
 
@@ -50,7 +50,8 @@ class Dit(Family):
         return {"class_labels": chosen}
 
     def unconditional(self, model: nn.Module, conditions: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"class_labels": torch.full_like(conditions["class_labels"], NULL_LABEL)}
+        config: Any = model.config
+        return {"class_labels": torch.full_like(conditions["class_labels"], config.num_embeds_ada_norm)}
 
     def latent_shape(self, model: nn.Module) -> tuple[int, ...]:
         config: Any = model.config
@@ -60,7 +61,8 @@ class Dit(Family):
 def trained_labels(model: nn.Module) -> Tensor:
     """int64: labels whose embedding is not all zero (a model trained on fewer classes leaves the others at zero)."""
     table: Any = model.get_submodule("transformer_blocks.0.norm1.emb.class_embedder.embedding_table")
-    used = table.weight[:NULL_LABEL].detach().float().abs().amax(1).cpu() > 0
+    config: Any = model.config
+    used = table.weight[: config.num_embeds_ada_norm].detach().float().abs().amax(1).cpu() > 0
     return used.nonzero()[:, 0] if used.any() else torch.arange(len(used))
 
 

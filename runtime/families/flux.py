@@ -62,4 +62,5 @@ FAMILY = Flux(
     ),
     timestep_scale=0.001,
     depths=("num_layers", "num_single_layers"),
+    diffusion=False,
 )

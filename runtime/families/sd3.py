@@ -62,4 +62,5 @@ FAMILY = Sd3(
         ("norm_out.linear", "output"),
         ("proj_out", "output"),
     ),
+    diffusion=False,
 )

@@ -37,4 +37,5 @@ FAMILY = Wan(
         ("proj_out", "output"),
     ),
     depths=("num_layers",),
+    diffusion=False,
 )

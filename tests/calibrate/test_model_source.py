@@ -142,9 +142,7 @@ def test_blocks_are_trained_on_the_one_call_there_is(tmp_path: Path) -> None:
 
 
 def test_a_width_that_no_rotation_fits_names_the_layer(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"blocks\.0\.fc1 \[64, 90\] with viditq: no sylvester .* K = 90; --keep"
-    ):
+    with pytest.raises(InputError, match=r"blocks\.0\.fc1 \[64, 90\] with viditq: no sylvester .* K = 90; --keep"):
         vdit_quant.compress(Stack(Mlp(90), Mlp(90)), tmp_path / "out", [torch.randn(8, 90)], bits="w8a8")
 
 

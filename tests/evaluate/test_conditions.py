@@ -18,6 +18,7 @@ from vdit_quant.evaluate.conditions import condition_order, read_conditions
 from vdit_quant.evaluate.sampling import DenoiserSampler, Workload, make_sampler
 from vdit_quant.quantize.errors import InputError
 from vdit_quant.runtime.family import find_family
+from vdit_quant.runtime.models.large_dit import LargeDiT
 from vdit_quant.runtime.source import find_source
 from vdit_quant.runtime.step import StepTracker
 
@@ -153,6 +154,14 @@ def test_a_label_is_one_of_the_models(
         InputError, match=rf"labels\.safetensors: {name}: expected int64 labels from 0 to 1000 .*{found}"
     ):
         sampler.run(workload)
+
+
+def test_a_label_is_one_of_a_large_dits(tmp_path: Path) -> None:
+    model = LargeDiT(8, num_layers=1, num_attention_heads=2, attention_head_dim=16, ff_inner_dim=32, num_classes=10)
+    save_file({"class_labels": torch.tensor([1, 11])}, tmp_path / "labels.safetensors")
+    workload = replace(WORKLOAD, guidance_scale=1.0, conditions=str(tmp_path / "labels.safetensors"))
+    with pytest.raises(InputError, match=r"labels from 0 to 10 \(10: no class\), found torch.int64 from 1 to 11"):
+        DenoiserSampler(model, diffusers.DDIMScheduler()).conditions(workload)
 
 
 def test_a_file_that_is_none(video: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import vdit_quant
-from vdit_quant.evaluate.sampling import DenoiserSampler, PipelineSampler, Workload, make_sampler
+from vdit_quant.evaluate.sampling import DenoiserSampler, PipelineSampler, Workload, load_scheduler, make_sampler
 from vdit_quant.evaluate.timesteps import count_tokens, latent_tokens, set_timesteps
 from vdit_quant.quantize.errors import InputError
 from vdit_quant.runtime.artifact import read_config
@@ -134,3 +134,38 @@ def test_more_steps_than_the_scheduler_has_are_one_clear_error(demo: Path, tiny_
             sampler.run(replace(WORKLOAD, steps=2000))
     with pytest.raises(InputError, match="--steps 2000: DDIMScheduler"):
         vdit_quant.compress(tiny_folder, tmp_path / "out", method="rtn", full_steps=(1, 1), steps=2000)
+
+
+def test_a_flow_without_a_scheduler_is_refused(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    size = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": 24}
+    model = diffusers.WanTransformer3DModel(**size, freq_dim=16, ffn_dim=64, num_layers=2, rope_max_seq_len=32)
+    model.save_pretrained(tmp_path / "wan")
+    texts = {"encoder_hidden_states": torch.randn(4, 3, 24), "latents_shape": torch.tensor([4, 1, 8, 8])}
+    save_file(texts, tmp_path / "c.safetensors")
+    few = ("--steps", "2", "--samples", "2", "--device", "cpu", "--conditions", tmp_path / "c.safetensors", "-o", "out")
+    few = ("--bits", "w8a8", *few)
+    for more in (("--dry-run",), ()):
+        found = cli("calibrate", tmp_path / "wan", *few, *more)
+        assert found.code == 2
+        assert "wan: no scheduler/ in it or next to it" in found.err
+    diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "scheduler")
+    found = cli("calibrate", tmp_path / "wan", *few)
+    assert found.code == 0, found.err
+    diffusers.CogVideoXDPMScheduler().save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(InputError, match="CogVideoXDPMScheduler steps in a way of its own"):
+        load_scheduler(find_source(tmp_path / "wan"))
+
+
+def test_a_model_of_other_classes_has_another_null_class(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    size = {"num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4, "num_layers": 2}
+    model = diffusers.DiTTransformer2DModel(**size, sample_size=8, num_embeds_ada_norm=10)
+    model.save_pretrained(tmp_path / "ten")
+    few = ("--steps", "2", "--samples", "8", "--device", "cpu")
+    found = cli("calibrate", tmp_path / "ten", *few, "-o", "out")
+    assert found.code == 0, found.err
+    assert cli("compare", "out", *few, "-o", "seen").code == 0
+    sampler = DenoiserSampler(model, diffusers.DDIMScheduler())
+    conditions = sampler.conditions(Workload(samples=50))
+    assert conditions.unguided is not None
+    assert conditions.unguided["class_labels"].unique().tolist() == [10]
+    assert int(conditions.guided["class_labels"].max()) < 10

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import vdit_quant
+from vdit_quant.evaluate.offload import BlockStream, open_sampler
 from vdit_quant.evaluate.sampling import Workload, make_sampler
 from vdit_quant.quantize.errors import InputError
 from vdit_quant.runtime.linear import CompressedLinear
@@ -181,6 +182,24 @@ def test_what_cannot_be_asked_of_two_denoisers(folder: Callable[[str], Path], cl
     steps = cli("calibrate", folder("wan22"), "--bits", "w8a8", "--full-steps", "1,0", "-o", "out")
     assert steps.code == 2
     assert "has two" in steps.err
+
+
+def test_both_denoisers_are_offloaded(folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    streamed, enter = list[Any](), BlockStream.__enter__
+    monkeypatch.setattr(BlockStream, "__enter__", lambda self: (streamed.append(self.model), enter(self))[1])
+    source = find_source(folder("wan22"), "transformer_2")
+    with open_sampler(source, torch.float32, torch.device("cpu"), offload=True) as (sampler, stream):
+        pipe: Any = sampler.pipe  # type: ignore[attr-defined]
+        assert stream is not None
+        assert stream.model is sampler.denoiser is pipe.transformer_2
+        assert {id(model) for model in streamed} == {id(pipe.transformer), id(pipe.transformer_2)}
+
+
+def test_two_denoisers_are_not_pruned(folder: Callable[[str], Path], cli: Callable[..., Any]) -> None:
+    for more in ((), ("--dry-run",)):
+        done = cli("prune", folder("wan22"), "--keep", "1", "-o", "out", *more)
+        assert done.code == 2
+        assert "two denoisers, each for a part of the noise levels" in done.err
 
 
 def test_prompts_of_ones_own_are_what_is_sampled(folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -105,6 +105,15 @@ BROKEN: dict[str, tuple[Callable[[Any], Any], str]] = {
         r"shard-1\.safetensors: class_labels: expected int64 labels from 0 to 1000 .* 5000",
     ),
     "labels of no number": (lambda s: s[0].update(class_labels=torch.zeros(3)), "class_labels: expected int64"),
+    "an argument of no model": (
+        lambda s: [x.update(index=x["class_labels"] + 1) for x in s],
+        "unknown condition 'index'",
+    ),
+    "unguided alone": (lambda s: s[1].update({"uncond.labels": torch.zeros(1).long()}), "uncond.labels without labels"),
+    "unguided of two": (
+        lambda s: s[1].update({"uncond.class_labels": torch.zeros(1, 2).long()}),
+        r"uncond.class_labels: expected \[1\] or \[5\], found \[1, 2\]",
+    ),
     "no labels at all": (lambda s: [x.pop("class_labels") for x in s], "needs 'class_labels'"),
 }
 
@@ -181,6 +190,9 @@ def test_a_cache_of_other_settings_is_not_used(sampled: Callable[..., Path], tmp
     with pytest.raises(InputError, match=r"other settings \(guidance, samples\)"):
         sampled(guidance=2.0, samples=9)
     assert json.loads((folder / "generated.json").read_text())["samples"] == 7
+    before = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    sampled(batch_size=5)  # as another machine would sample it: what is there is used
+    assert {path.name: path.read_bytes() for path in folder.glob("*.safetensors")} == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     with pytest.raises(InputError, match="not empty"):

@@ -13,17 +13,20 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 from vdit_quant.prune.pipeline import prune_model
 from vdit_quant.prune.writer import read_record
-from vdit_quant.quantize.errors import InputError
+from vdit_quant.quantize.errors import InputError, OutputError
 from vdit_quant.runtime.artifact import read_config
 from vdit_quant.runtime.checkpoint import WEIGHTS
 from vdit_quant.runtime.source import find_source, load_transformer
 
 PLOT = {"prune.png"} if find_spec("matplotlib") else set()
-FEW = {"samples": 16, "steps": 2, "batch_size": 4, "recover": "4", "grids": 0}
+SCHEDULERS = {"wan": FlowMatchEulerDiscreteScheduler, "cogvideox": CogVideoXDDIMScheduler}
+DATA = {"batch_size": 4, "recover": "4", "grids": 0}
+FEW = {"samples": 16, "steps": 2, **DATA}
 
 
 KILLED = """
@@ -200,7 +203,7 @@ def test_data_of_the_users_own_is_what_is_learned_from(tiny_folder: Path, tmp_pa
     rows = {"latents": torch.randn(12, 4, 8, 8, generator=generator), "class_labels": torch.arange(12) % 10}
     (tmp_path / "data").mkdir()
     save_file(rows, tmp_path / "data" / "a.safetensors")
-    few = {**FEW, "keep": 1, "criterion": "even", "seed": 3}
+    few = {**DATA, "keep": 1, "criterion": "even", "seed": 3}
     batches = [{name: t[:5] for name, t in rows.items()}, {name: t[5:] for name, t in rows.items()}]
     folders = [
         prune_model(tiny_folder, tmp_path / f"out-{i}", data, **few)
@@ -210,7 +213,7 @@ def test_data_of_the_users_own_is_what_is_learned_from(tiny_folder: Path, tmp_pa
     assert all(torch.equal(first[name], second[name]) for name in first)
     log = read_record(folders[0])["log"]["recovery"]
     assert "diffusion" in log[0], "with data of one's own a part of the loss is the data's"
-    own = prune_model(tiny_folder, tmp_path / "own", **few)
+    own = prune_model(tiny_folder, tmp_path / "own", samples=16, steps=2, **few)
     assert any(not torch.equal(first[name], t) for name, t in load_file(own / WEIGHTS).items())
 
 
@@ -224,7 +227,9 @@ def test_a_family_with_one_stack_is_pruned_and_recovers(
     model.save_pretrained(tmp_path / "whole")
     data = {key: t for key, t in call(name, 12).items() if key != "timestep"}
     data["latents"] = data.pop("hidden_states")
-    keep, few = 2, {**FEW, "recover": "2", **({"search": "2"} if criterion == "learned" else {})}
+    keep, few = 2, {**DATA, "recover": "2", **({"search": "2"} if criterion == "learned" else {})}
+    if name in SCHEDULERS:
+        SCHEDULERS[name]().save_pretrained(tmp_path / "scheduler")
     target = prune_model(tmp_path / "whole", tmp_path / "out", [data], keep=keep, criterion=criterion, **few)
     (stack,) = read_record(target)["plan"]["stacks"]
     assert len(stack["kept"]) == keep
@@ -315,3 +320,41 @@ def test_a_dry_run_says_that_the_output_would_be_refused(cli: Callable[..., Any]
     assert "without --dry-run refused: " in done.out
     assert "taken" in done.out
     assert cli("prune", "--keep", "4", "-o", "taken").code == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"samples": 77}, "--samples changes nothing beside --data"),
+        ({"guidance": 7.0}, "--guidance changes nothing beside --data"),
+        ({"cache": "nowhere"}, "--cache changes nothing beside --data"),
+        ({"distill": "none", "features": 3.0}, "--features changes nothing beside --distill none"),
+        ({"distill": "output", "mask": 3.0}, "--mask changes nothing beside --distill output"),
+    ],
+)
+def test_an_option_that_changes_nothing_is_refused(options: dict[str, Any], words: str, tiny_folder: Path) -> None:
+    data = [{"latents": torch.randn(12, 4, 8, 8), "class_labels": torch.arange(12) % 10}]
+    with pytest.raises(InputError, match=words):
+        prune_model(tiny_folder, "out", data, keep=1, criterion="even", **{**DATA, **options})
+
+
+def test_checkpointing_is_refused_before_the_search(named_model: tuple[str, Any], tmp_path: Path) -> None:
+    name, model = named_model
+    if name != "large_dit":
+        assert model._supports_gradient_checkpointing
+        return
+    model.save_pretrained(tmp_path / "whole")
+    with pytest.raises(InputError, match="--checkpointing: LargeDiT does not support it"):
+        prune_model(tmp_path / "whole", tmp_path / "out", keep=1, checkpointing=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+def test_a_picture_that_does_not_fit_costs_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        assert list(tmp_path.rglob("recovery.safetensors")), "the steps so far are not saved"
+        raise OutputError("no memory to sample 8 at a time")
+
+    monkeypatch.setattr("vdit_quant.prune.recover.Grid.draw", full)
+    few = {**FEW, "samples": 8, "grids": 2, "keep": "5", "criterion": "even"}
+    target = prune_model(None, tmp_path / "out", **few)
+    assert len(read_record(target)["log"]["recovery"]) == 4

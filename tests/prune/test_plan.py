@@ -102,7 +102,9 @@ def test_blocks_of_a_plan_are_whole_numbers(key: str, value: Any) -> None:
 def test_a_plan_is_for_one_kind_of_model() -> None:
     plan = PrunePlan((StackPlan("transformer_blocks", "num_layers", 12, (1, 2)),))
     plan.check(ONE)
-    with pytest.raises(InputError, match="12 transformer_blocks, this one has 19"):
+    with pytest.raises(InputError, match=r"12 transformer_blocks \(num_layers\), this one has 19"):
         plan.check(TWO)
+    with pytest.raises(InputError, match=r"12 transformer_blocks \(n_layers\), this one has 12 .* \(num_layers\)"):
+        PrunePlan((StackPlan("transformer_blocks", "n_layers", 12, (1, 2)),)).check(ONE)
     with pytest.raises(InputError, match=r"transformer_blocks\.0 cannot be taken out"):
         plan.check((Stack("transformer_blocks", "num_layers", 12, pinned=(0,)),))

@@ -14,7 +14,8 @@ from vdit_quant.prune.options import Options
 from vdit_quant.prune.pipeline import prune_model
 from vdit_quant.quantize.errors import InputError
 
-FEW = {"samples": 16, "steps": 2, "batch_size": 4, "recover": "4", "grids": 0}
+DATA = {"batch_size": 4, "recover": "4", "grids": 0}
+FEW = {"samples": 16, "steps": 2, **DATA}
 
 
 def _plan(path: Path, kept: int) -> str:
@@ -64,7 +65,7 @@ def test_other_contents_of_a_plan_or_of_data_are_not_resumed(
     shard, plan = tmp_path / "data" / "a.safetensors", tmp_path / "plan.json"
     rows = {"latents": torch.ones(4, 4, 8, 8), "class_labels": torch.arange(4)}
     save_file(rows, shard)
-    options = {**FEW, "plan": _plan(plan, 0)}
+    options = {**DATA, "plan": _plan(plan, 0)}
     with failing(RuntimeError("the power is gone")), pytest.raises(RuntimeError, match="power"):
         prune_model(tiny_folder, tmp_path / "out", shard.parent, **options)
     before = shard.read_bytes(), plan.read_bytes()

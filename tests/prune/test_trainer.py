@@ -233,6 +233,9 @@ def test_every_process_gets_its_share_of_the_same_batch(stream: Stream) -> None:
     parts = [replace(stream, rank=rank, world=3).batch("recovery", 5) for rank in range(3)]
     for field in ("noised", "timestep", "target"):
         assert torch.equal(torch.cat([getattr(part, field) for part in parts]), getattr(whole, field))
+    shares = [replace(stream, rank=rank, world=3).share for rank in range(3)]
+    mean = sum(share * float(part.noised.mean()) / 3 for share, part in zip(shares, parts, strict=True))
+    assert mean == pytest.approx(float(whole.noised.mean()), abs=1e-6), "8 samples of 3 processes"
     assert not torch.equal(stream.batch("recovery", 6).noised, whole.noised)
     assert not torch.equal(stream.batch("search", 5).noised, whole.noised)
     assert not torch.equal(replace(stream, seed=1).batch("recovery", 5).noised, whole.noised)
