@@ -172,7 +172,7 @@ def sample_seeds(
         samples = tuple(_run(sampler, workload, seed, role, progress) for seed in seeds)
         return Run(
             model=str(model),
-            workload=workload,
+            workload=replace(workload, guidance_scale=sampler.guidance(workload, samples[0].conditions)),
             seeds=seeds,
             samples=samples,
             sampler=scheduler_name(sampler),

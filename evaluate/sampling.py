@@ -48,6 +48,10 @@ class Sampler:
         """All conditions of a workload; depends on the model's configuration and the seed only."""
         raise NotImplementedError
 
+    def guidance(self, workload: Workload, conditions: Any) -> float | None:
+        """The guidance scale that the workload is sampled with; None: the default of a pipeline, which knows it."""
+        return workload.guidance_scale
+
     def sample_batch(self, workload: Workload, conditions: Any, start: int, stop: int, decode: bool = True) -> Tensor:
         """Samples start..stop of the workload: float [stop - start, ...]. Equal calls give equal samples, also where
         pipeline or scheduler draw noise from torch's own generators, whose state is left as it was.
@@ -205,10 +209,15 @@ class DenoiserSampler(Sampler):
             )
         return found
 
+    def guidance(self, workload: Workload, conditions: Conditions) -> float:
+        if conditions.unguided is None:
+            return 1.0
+        return self.default_guidance if workload.guidance_scale is None else workload.guidance_scale
+
     def _sample(self, workload: Workload, conditions: Conditions, start: int, stop: int, decode: bool) -> Tensor:
         model: Any = self.denoiser
         device, dtype = model.device, model.dtype
-        scale = self.default_guidance if workload.guidance_scale is None else workload.guidance_scale
+        scale = self.guidance(workload, conditions)
         branches = [conditions.guided] if conditions.unguided is None else [conditions.unguided, conditions.guided]
         arguments = {
             name: torch.cat([branch[name][start:stop] for branch in branches]).to(

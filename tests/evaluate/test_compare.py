@@ -97,6 +97,13 @@ def test_the_result_is_json_and_the_picture_a_png(compared: dict[str, Comparison
         assert Path(result.picture).read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_guidance_of_a_bare_transformer_is_stated(tiny_artifact: Path, tiny_folder: Path) -> None:
+    for given, used in ((None, 1.5), (3.0, 3.0)):
+        workload = Workload(samples=2, steps=2, guidance_scale=given)
+        result = vdit_quant.compare(tiny_artifact, tiny_folder, workload, (1,), "cpu")
+        assert result.workload["guidance_scale"] == used
+
+
 def test_a_bare_transformer_is_compared_on_latents(tiny_artifact: Path, tiny_folder: Path) -> None:
     result = vdit_quant.compare(tiny_artifact, tiny_folder, Workload(samples=3, steps=3), seeds=(0,), device="cpu")
     assert 10 < result.psnr < 90
