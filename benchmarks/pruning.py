@@ -331,21 +331,21 @@ def measure_row(row: Row, options: argparse.Namespace, note: Any) -> None:
 def row_settings(row: Row, options: argparse.Namespace) -> dict[str, Any]:
     from vdit_quant.cli.console import Reporter
 
-    latents = options.work / "latents"
-    settings = {
-        "samples": options.latents,
-        "steps": options.latent_steps,
+    latents, own = options.work / "latents", {"samples": options.latents, "steps": options.latent_steps}
+    settings: dict[str, Any] = {
         "progress": Reporter(None),
         "grids": 0,
         "overwrite": True,
         "device": "cpu" if "cpu" in options.devices else None,
     }
     if row.name == HEADLINE or (row.table == "headline" and HEADLINE not in {r.name for r in rows(options)}):
-        settings["cache"] = str(latents)
-    elif (
-        "cache" not in row.options
-    ):  # what the headline's teacher sampled, for every seed: rows differ in training alone
-        settings.update(data=latents, output_weight=1.0)
+        settings.update(own, cache=str(latents))
+    elif "cache" in row.options:
+        settings.update(own)
+    else:  # what the headline's teacher sampled, for every seed: rows differ in training alone
+        settings["data"] = latents
+        if row.options.get("distill") != "none":
+            settings["output_weight"] = 1.0
     settings.update(row.options)
     if row.plan is not None:
         settings["plan"] = str(plan_file(options, row))
