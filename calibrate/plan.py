@@ -121,6 +121,7 @@ def make_plan(model: nn.Module, family: Family, recipe: Recipe) -> Plan:
         raise InputError(
             f"recipe {recipe.name}: selects none of the {len(layers)} linear layers of {type(model).__name__} "
             f"(family {family.name}; roles found: {', '.join(sorted(set(roles.values()))) or 'none'})"
+            + ("" if blocks else "; no list of two or more modules of one class was found, which are a model's blocks")
         )
     _check_single(model, [layer.name for layer in layers if layer.spec is not None])
     return Plan(layers, family.name, folds)

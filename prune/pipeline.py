@@ -165,9 +165,10 @@ def chosen_depths(settings: Options, stacks: tuple[Stack, ...]) -> tuple[int, ..
 
 
 def check_data(source: Source, settings: Options, data: Data | None) -> None:
-    """Raises InputError, before weights are read, for a folder of data without shards, and without data for conditions
-    that the teacher cannot be sampled with."""
+    """Raises InputError, before weights are read, for a folder of data without shards, without data for conditions
+    that the teacher cannot be sampled with, and for a model that no scheduler says how to train."""
     settings.check_used(data is not None)
+    load_scheduler(source)
     if isinstance(data, str | Path):
         fingerprint_shards(data)
     elif data is None:

@@ -153,3 +153,8 @@ def test_a_scale_that_the_spec_asks_for_is_made_of_statistics(params: dict[str, 
     path = vdit_quant.compress(model, tmp_path / "out", rows, recipe=Recipe.from_dict({"step": [step]}, "mine"))
     found = vdit_quant.load_into(Stack(Mlp(), Mlp()), path)
     assert torch.allclose(found(rows[0]), model.eval()(rows[0]), atol=0.1)
+
+
+def test_a_model_without_blocks_is_told_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"roles found: other\); no list of two or more modules of one class"):
+        vdit_quant.compress(Stack(Mlp()), tmp_path / "out", [torch.randn(8, 64)], bits="w8a8")
