@@ -16,7 +16,7 @@ from ..quantize.method import FloatLayer, resolve_method
 from ..quantize.stats import LayerStats
 from ..runtime.family import Fold
 from .fold import fold_scales
-from .plan import LayerPlan
+from .plan import LayerPlan, not_made
 
 Report = Callable[[LayerPlan, int], None]
 
@@ -125,10 +125,7 @@ def _check(plan: LayerPlan, tensors: Tensors) -> None:
     expected = {k: (t.shape, t.dtype) for k, t in layer_layout(plan.n, plan.k, plan.spec).items()}
     found = {k: (tuple(t.shape), t.dtype) for k, t in tensors.items()}
     if missing := sorted(expected.keys() - found.keys()):
-        raise InputError(
-            f"layer {plan.name}: method {plan.method} makes no {', '.join(missing)}, which the spec {plan.spec.name} "
-            "asks for; choose another method or another spec"
-        )
+        raise not_made(plan.name, plan.method, missing, plan.spec)
     if expected != found:
         raise RuntimeError(f"layer {plan.name}: method {plan.method} returned {found}, expected {expected}")
     for name, tensor in tensors.items():

@@ -153,6 +153,14 @@ def _check_single(model: nn.Module, names: list[str]) -> None:
             raise InputError(f"layer {name} is {other}, too; a layer that a model uses twice is left out with --keep")
 
 
+def not_made(layer: str, method: str, tensors: list[str], spec: LayerSpec) -> InputError:
+    """The error for tensors that a layer's spec asks for and its method does not make."""
+    return InputError(
+        f"layer {layer}: method {method} makes no {', '.join(tensors)}, which the spec {spec.name} asks for; "
+        "choose another method or another spec"
+    )
+
+
 def _check_patterns(where: str, patterns: Collection[str], names: list[str]) -> None:
     """Raises InputError for a glob that matches none of the names: a misspelt one would leave layers unprotected."""
     for pattern in patterns:
@@ -198,8 +206,5 @@ def _plan_layer(
     except InputError as error:
         raise InputError(f"{error}. Another --group-size, or --keep '{name}', gets past it") from None
     if extra := sorted(layer_layout(n, k, spec).keys() - weight_layout(n, k, spec).keys() - method.adds):
-        raise InputError(
-            f"layer {name}: method {step.method} makes no {', '.join(extra)}, which the spec {spec.name} asks for; "
-            "choose another method or another spec"
-        )
+        raise not_made(name, step.method, extra, spec)
     return LayerPlan(name, role, n, k, block, spec, f"role {role}", step.method, dict(step.params))

@@ -92,15 +92,16 @@ def open_sampler(
         return
     sampler = make_sampler(source, dtype, torch.device("cpu"), substitute)
     components = getattr(getattr(sampler, "pipe", None), "components", {})
-    others = [components[name] for name in source.components if components[name] is not sampler.denoiser]
-    for module in components.values():
-        if isinstance(module, nn.Module) and not any(module is one for one in (sampler.denoiser, *others)):
+    denoisers = source.components
+    for name, module in components.items():
+        if isinstance(module, nn.Module) and name not in denoisers:
             module.to(device)
+    models = [components[name] for name in denoisers] or [sampler.denoiser]
     with ExitStack() as stack:
-        for model in others:
-            stack.enter_context(BlockStream(model, find_family(model).block_names(model), device))
-        blocks = sampler.family.block_names(sampler.denoiser)
-        yield sampler, stack.enter_context(BlockStream(sampler.denoiser, blocks, device))
+        streams = [BlockStream(model, find_family(model).block_names(model), device) for model in models]
+        for stream in streams:
+            stack.enter_context(stream)
+        yield sampler, next(stream for stream in streams if stream.model is sampler.denoiser)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..quantize.errors import OutputError, reason_of
+from ..runtime.writer import try_folder
 
 
 def check_writable(path: Path) -> None:
@@ -18,8 +18,7 @@ def check_writable(path: Path) -> None:
     if file := next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None):
         raise OutputError(f"{file}: expected a folder or nothing there, found a file")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        try_folder(path.parent)
     except OSError as error:
         raise _unwritten(path, error) from error
 

@@ -51,7 +51,6 @@ def recover(
     if training.duration.is_none:
         return student, outcome
     if settings.checkpointing:
-        check_checkpointing(student)
         student.enable_gradient_checkpointing()
     loss = Recovery(student, teacher, plan.feature_pairs(), settings.distillation(has_data))
     rate = settings.rate(stream.batch_size, width_of(run.source.config))

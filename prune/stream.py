@@ -52,14 +52,19 @@ class Stream:
         index = torch.randint(len(self.latents), (n,), **place)
         u, dropped = torch.rand(n, **place), torch.rand(n, **place) < self.drop
         noise = torch.randn(n, *self.latents.shape, **place)
-        mine = slice(self.rank * n // self.world, (self.rank + 1) * n // self.world)
+        mine = self.mine
         return self.make(self.latents.rows(index[mine]), noise[mine], u[mine], dropped[mine])
+
+    @property
+    def mine(self) -> slice:
+        """Which samples of a batch are this process's."""
+        first, end = (rank * self.batch_size // self.world for rank in (self.rank, self.rank + 1))
+        return slice(first, end)
 
     @property
     def share(self) -> float:
         """What this process's mean counts in the mean of all processes', for that to be the mean of the whole batch."""
-        n, own = self.batch_size, [rank * self.batch_size // self.world for rank in (self.rank, self.rank + 1)]
-        return (own[1] - own[0]) * self.world / n
+        return (self.mine.stop - self.mine.start) * self.world / self.batch_size
 
     def fixed(self, latents: Latents) -> Batch:
         """One batch of all of `latents` with timesteps spread evenly: what losses are compared on."""

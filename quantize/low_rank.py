@@ -10,7 +10,7 @@ from torch import Tensor
 from .damping import cholesky, with_damping
 from .errors import InputError
 from .format import Tensors
-from .layer import LOW_RANK_DTYPE, check_shape
+from .layer import LOW_RANK_DTYPE, check_shape, weight_layout
 from .spec import LayerSpec
 
 _OVERSAMPLE = 16
@@ -49,7 +49,7 @@ def join_adapter(
     """
     rank, k = down.shape
     n = up.shape[0]
-    layout = spec.weight.resolve().layout(n, k, spec.weight)
+    layout = weight_layout(n, k, spec)
     if up.shape[1] != rank or any(tensors[name].shape != t.shape for name, t in layout.items()):
         raise InputError(f"adapter {list(down.shape)} and {list(up.shape)}: does not fit the layer ({spec.name})")
     joined = dataclasses.replace(spec, rank=spec.rank + rank)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from ..kernels.tuning import Report, Shape, Task
 from ..quantize.errors import InputError
 from .load import linear_shapes
 from .source import find_source
+from .writer import try_folder
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,6 @@ def run_tuning(plan: TuningPlan, device: torch.device, report: Report) -> Table:
 def _check_writable(target: Path) -> None:
     """Before minutes of measuring."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
+        try_folder(target.parent)
     except OSError as error:
         raise InputError(f"launch table {target} cannot be written: {error.strerror}; --output names another") from None

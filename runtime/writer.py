@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,6 +113,12 @@ def preview_target(
             raise
         return (f"without --dry-run refused: {error}",)
     return ()
+
+
+def try_folder(folder: Path) -> None:
+    """Makes the folder and, for a moment, a file in it. Raises OSError where that cannot be done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def name_output(label: str, suffix: str) -> Path:
