@@ -138,7 +138,8 @@ def recipe_of(name: str) -> Recipe:
     """A shipped recipe, or one of `SPECS` with 8-bit modulation layers."""
     if name in shipped():
         return load_shipped(name)
-    core = {"method": "rtn", "spec": SPECS[name], "roles": list(CORE_ROLES)}
+    method = "svdquant" if name.startswith("svdquant") else "rtn"
+    core = {"method": method, "spec": SPECS[name], "roles": list(CORE_ROLES)}
     modulation = {"method": "rtn", "spec": "w8", "roles": ["modulation"]}
     return Recipe.from_dict({"name": name, "step": [core, modulation]}, name)
 

@@ -2,6 +2,7 @@
 
 import importlib
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -227,3 +228,14 @@ def test_a_document_is_looked_at_before_anything_is_measured(
     report.unlink()  # a new one is made
     script("_render").rewrite(report, "quality:demo", "a table")
     assert report.read_text(encoding="utf-8") == "<!-- quality:demo:begin -->\na table\n<!-- quality:demo:end -->\n"
+
+
+def test_every_recipe_of_the_speed_tables_can_be_made(script: Any, ways: ModuleType) -> None:
+    models = script("random_models")
+    shape = models.dit_xl()
+    shape = replace(shape, config={**shape.config, "num_layers": 1, "num_attention_heads": 8})
+    model, call = models.build(shape, torch.float32, "cpu"), models.inputs(shape, 1, torch.float32, "cpu")
+    with torch.no_grad():
+        expected = model(**call)[0]
+        errors = {name: ways.relative(models.compressed(model, name)(**call)[0], expected) for name in ways.RECIPES}
+    assert all(0 < error < 0.2 for error in errors.values()), errors
