@@ -233,7 +233,7 @@ def test_a_document_is_looked_at_before_anything_is_measured(
 def test_every_recipe_of_the_speed_tables_can_be_made(script: Any, ways: ModuleType) -> None:
     models = script("random_models")
     shape = models.dit_xl()
-    shape = replace(shape, config={**shape.config, "num_layers": 1, "num_attention_heads": 8})
+    shape = replace(shape, config={**shape.config, "num_layers": 1, "num_attention_heads": 8, "attention_head_dim": 16})
     model, call = models.build(shape, torch.float32, "cpu"), models.inputs(shape, 1, torch.float32, "cpu")
     with torch.no_grad():
         expected = model(**call)[0]
