@@ -15,7 +15,7 @@ section 3.3; it trains all blocks together.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,15 +26,13 @@ from ..quantize.format import Tensors
 from ..quantize.layer import dense_weight
 from ..runtime.attach import attach_settled, detach
 from ..runtime.family import Family
+from .block_input import BlockInput, Streams, rows_of, streams
 from .captured_step import CapturedStep
 from .plan import LayerPlan
 from .probe import Call, capture, probe_steps
 from .progress import Progress
 from .soft_codes import SoftCodes
 from .trained_blocks import is_tuned
-
-Streams = tuple[Tensor, ...]
-"""What a block returns, without what is no activation: float [rows, ..., channels] each."""
 
 STEPS = 10  # sampling steps that calls are taken from
 ROWS = 32  # batch rows of a training step
@@ -89,7 +87,8 @@ class BlockTuner:
     def _train(self, block: str, layers: Sequence[LayerPlan], tensors: Tensors) -> Tensors:
         params = next(layer.full_params() for layer in layers if is_tuned(layer))
         targets = self._full_precision(block)
-        inputs = [_observe(self.model, block, call)[0] for call in self.calls]
+        pairs = zip(self.calls, targets, strict=True)
+        inputs = [self._input(block, call, len(given[0])) for call, given in pairs]
         module = self.model.get_submodule(block)
         soft: dict[str, SoftCodes] = {}
         before = {layer.name: self.model.get_submodule(layer.name) for layer in layers}
@@ -125,6 +124,10 @@ class BlockTuner:
             new.bias.data.copy_(old.bias)
         return new.requires_grad_(False)
 
+    def _input(self, block: str, call: Call, rows: int) -> BlockInput:
+        fewer = None if call.first is None else _observe(self.model, block, call.first)[0]
+        return BlockInput.of(_observe(self.model, block, call)[0], rows, fewer)
+
     def _full_precision(self, block: str) -> list[Streams]:
         """The block's outputs in the model without any compressed layer."""
         compressed = {name: self.model.get_submodule(name) for name in self.originals}
@@ -140,14 +143,14 @@ class BlockTuner:
 def fit_block(
     module: nn.Module,
     layers: Sequence[SoftCodes],
-    inputs: Sequence[Any],
+    inputs: Sequence[BlockInput],
     targets: Sequence[Streams],
     params: dict[str, Any],
 ) -> tuple[float, float]:
     """Trains the soft layers of `module`; returns the relative squared error, summed over streams, before and after.
     Training that does not lower it is undone.
 
-    inputs   (args, kwargs) of the block for every call;  targets: what the block gives then, see `streams`
+    inputs   of the block in every call;  targets: what the block gives then, see `streams`
     """
     count = params["steps"]
     generator = torch.Generator().manual_seed(0)
@@ -202,13 +205,14 @@ def training_step(
     return step
 
 
-def draw(inputs: Sequence[Any], targets: Sequence[Streams], generator: torch.Generator) -> tuple[Any, Any, Streams]:
+def draw(
+    inputs: Sequence[BlockInput], targets: Sequence[Streams], generator: torch.Generator
+) -> tuple[Any, Any, Streams]:
     """(args, kwargs, targets) of `ROWS` random rows of a random call."""
     number = int(torch.randint(len(inputs), (1,), generator=generator))
-    (args, kwargs), given = inputs[number], targets[number]
-    count = len(given[0])
-    chosen = torch.randperm(count, generator=generator)[:ROWS].to(given[0].device, non_blocking=True)
-    return _rows(args, count, chosen), _rows(kwargs, count, chosen), _rows(given, count, chosen)
+    given = targets[number]
+    chosen = torch.randperm(len(given[0]), generator=generator)[:ROWS].to(given[0].device, non_blocking=True)
+    return *inputs[number].rows(chosen), rows_of(given, chosen)
 
 
 def _losses(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,18 +226,18 @@ def _losses(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def hard_errors(
-    module: nn.Module, layers: Sequence[SoftCodes], inputs: Sequence[Any], targets: Sequence[Streams]
+    module: nn.Module, layers: Sequence[SoftCodes], inputs: Sequence[BlockInput], targets: Sequence[Streams]
 ) -> list[float]:
     """Each stream's relative squared error over all calls with every run as its largest candidate."""
     states = [layer.hard for layer in layers]
     for layer in layers:
         layer.hard = True
     errors: list[list[Tensor]] = [[] for _ in targets[0]]
-    for (args, kwargs), given in zip(inputs, targets, strict=True):
-        count = len(given[0])
-        for chosen in torch.arange(count, device=given[0].device).split(ROWS):
-            outputs = streams(module(*_rows(args, count, chosen), **_rows(kwargs, count, chosen)))
-            for found, output, target in zip(errors, outputs, _rows(given, count, chosen), strict=True):
+    for block_input, given in zip(inputs, targets, strict=True):
+        for chosen in torch.arange(len(given[0]), device=given[0].device).split(ROWS):
+            args, kwargs = block_input.rows(chosen)
+            pairs = zip(streams(module(*args, **kwargs)), rows_of(given, chosen), strict=True)
+            for found, (output, target) in zip(errors, pairs, strict=True):
                 found.append(_losses(output, target)[0])
     for layer, state in zip(layers, states, strict=True):
         layer.hard = state
@@ -271,26 +275,6 @@ def _observe(model: nn.Module, block: str, call: Call, output: bool = False) -> 
         found = "returns no activations" if seen else "did not run"
         raise InputError(f"{block} {found}, so it cannot be trained; use steps=0")
     return seen[0], seen[-1] if output else ()
-
-
-def _rows(value: Any, count: int, chosen: Tensor) -> Any:
-    """The chosen rows of every tensor that has `count` of them; anything else as it is."""
-    if isinstance(value, Tensor):
-        return value[chosen.to(value.device)] if value.dim() and len(value) == count else value
-    if isinstance(value, (tuple, list)):
-        return type(value)(_rows(v, count, chosen) for v in value)
-    if isinstance(value, dict):
-        return {name: _rows(v, count, chosen) for name, v in value.items()}
-    return value
-
-
-def streams(output: Any) -> Streams:
-    """The activations in what a block returns. None in their place is left out: the last block of some models has no
-    more use for its text."""
-    if isinstance(output, Tensor):
-        return (output,)
-    values = output.values() if isinstance(output, Mapping) else output
-    return tuple(v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1)
 
 
 def _own(tensors: Tensors, name: str) -> Tensors:

@@ -19,13 +19,15 @@ _TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 @dataclass(frozen=True)
 class Call:
     """One call of the denoiser: its arguments, timesteps float32 [rows] (None: the model takes none), guidance branches
-    int64 [rows] (0 conditional, 1 unconditional), and the channels of its latents [rows, channels, ...]."""
+    int64 [rows] (0 conditional, 1 unconditional), the channels of its latents [rows, channels, ...], and of calls that
+    were joined the first."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     timesteps: Tensor | None
     branches: Tensor
     channels: int | None
+    first: Call | None = None
 
     def run(self, model: nn.Module) -> Tensor:
         """float32 [rows, channels, ...]: what the sampler uses of the model's output; the variance that some models
@@ -99,7 +101,7 @@ def join(calls: Sequence[Call]) -> list[Call]:
         return list(calls)
     steps = [c.timesteps for c in calls if c.timesteps is not None]
     timesteps = torch.cat(steps) if len(steps) == len(calls) else None
-    return [Call(args, kwargs, timesteps, torch.cat([c.branches for c in calls]), first.channels)]
+    return [Call(args, kwargs, timesteps, torch.cat([c.branches for c in calls]), first.channels, first)]
 
 
 class Replay:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import vdit_quant
 from vdit_quant.calibrate import block_tuning
-from vdit_quant.calibrate.block_tuning import fit_block, hard_errors, streams
+from vdit_quant.calibrate.block_input import rows_of, streams
+from vdit_quant.calibrate.block_tuning import ROWS, fit_block, hard_errors
 from vdit_quant.calibrate.soft_codes import SoftCodes
 from vdit_quant.quantize.errors import InputError
 from vdit_quant.quantize.recipe import Recipe
@@ -109,7 +110,7 @@ def test_layers_of_both_streams_learn_and_the_error_of_each_falls(
 
 def test_a_layer_gets_a_gradient_from_the_stream_that_it_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def one_step(module: nn.Module, layers: Any, inputs: Any, targets: Any, params: Any) -> tuple[float, float]:
-        (args, kwargs), target = inputs[0], targets[0]
+        (args, kwargs), target = inputs[0].rows(torch.arange(ROWS)), rows_of(targets[0], torch.arange(ROWS))
         outputs = streams(module(*args, **kwargs))
         for number, prefix in ((0, "ff_context"), (1, "ff")):
             grads = torch.autograd.grad(
@@ -126,6 +127,14 @@ def test_a_layer_gets_a_gradient_from_the_stream_that_it_is_in(tmp_path: Path, m
     monkeypatch.setattr(block_tuning, "fit_block", one_step)
     with pytest.raises(InterruptedError):
         vdit_quant.compress(_model("flux"), tmp_path / "out", data=_calls("flux"), recipe=RECIPE, device="cpu")
+
+
+def test_a_table_as_long_as_the_batch_is_no_part_of_it(tmp_path: Path, notes: Any) -> None:
+    words = torch.randn(20, 24, 24, generator=torch.Generator().manual_seed(3))
+    text = {"encoder_hidden_states": words, "txt_ids": torch.zeros(24, 3)}
+    data = [{**call, **text} for call in _calls("flux", 20)[:2]]  # 40 rows in all, and 16 + 24 positions
+    vdit_quant.compress(_model("flux"), tmp_path / "out", data=data, recipe=RECIPE, progress=notes, device="cpu")
+    assert sum("before training" in line for line in notes.lines) == 2
 
 
 def test_no_activation_is_no_stream() -> None:

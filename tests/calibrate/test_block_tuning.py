@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import vdit_quant
+from vdit_quant.calibrate.block_input import BlockInput
 from vdit_quant.calibrate.block_tuning import ROWS, draw, fit_block
 from vdit_quant.calibrate.progress import Progress
 from vdit_quant.calibrate.soft_codes import SoftCodes
@@ -75,7 +76,7 @@ def test_training_lowers_the_error_of_what_is_stored_and_moves_codes_codebook_an
     soft, spec, linear, x = _soft(spec_name)
     block = nn.Sequential(soft)
     with torch.no_grad():
-        inputs, targets = [((x,), {})], [(linear(x),)]
+        inputs, targets = [BlockInput.of(((x,), {}), len(x), None)], [(linear(x),)]
     first, last = fit_block(block, [soft], inputs, targets, PARAMS)
     stored = soft.store()
     y, target = x @ dense_weight(stored, K, spec).T + soft.bias, targets[0][0]
@@ -95,8 +96,9 @@ def test_training_lowers_the_error_of_what_is_stored_and_moves_codes_codebook_an
 
 def test_a_draw_takes_the_same_rows_of_every_tensor_that_has_them() -> None:
     rows = torch.arange(100.0)
-    inputs = [((rows[:, None],), {"labels": rows, "table": torch.zeros(3), "nested": {"t": rows}, "flag": None})]
-    args, kwargs, (target, double) = draw(inputs, [(rows, 2 * rows)], torch.Generator().manual_seed(0))
+    given = {"labels": rows, "table": torch.zeros(3), "nested": {"t": rows}, "flag": None}
+    inputs = BlockInput.of(((rows[:, None],), given), len(rows), None)
+    args, kwargs, (target, double) = draw([inputs], [(rows, 2 * rows)], torch.Generator().manual_seed(0))
     assert len(target) == ROWS
     for value in (args[0][:, 0], kwargs["labels"], kwargs["nested"]["t"], double / 2):
         assert torch.equal(value, target)
@@ -204,7 +206,8 @@ def test_training_by_cuda_graphs_ends_where_plain_training_does(monkeypatch: pyt
             setattr(soft, name, getattr(soft, name).cuda())
         with torch.no_grad():
             target = linear(x)
-        _, last = fit_block(nn.Sequential(soft), [soft], [((x,), {})], [(target,)], {**PARAMS, "harden": 1.1})
+        inputs = BlockInput.of(((x,), {}), len(x), None)
+        _, last = fit_block(nn.Sequential(soft), [soft], [inputs], [(target,)], {**PARAMS, "harden": 1.1})
         return last, soft.dense().detach()
 
     last, weight = train()
