@@ -48,6 +48,7 @@ def read_conditions(path: str | Path, model: nn.Module, family: Family, count: i
     guided = {name: t for name, t in tensors.items() if not name.startswith(UNGUIDED)}
     check_names(path, guided, model, family)
     held = _check_shapes(path, guided, family.condition_shapes(model))
+    check_shared(path, guided, guided, family)
     check_unguided(path, free, guided)
     check_labels(path, tensors, model)
     chosen = condition_order(held, count, seed)
@@ -156,6 +157,13 @@ def _check_shapes(path: str | Path, guided: dict[str, Tensor], wanted: dict[str,
         if len(tensor) != len(guided[first]):
             raise InputError(f"{path}: {first} holds {len(guided[first])} conditions, but {name} holds {len(tensor)}")
     return len(guided[first])
+
+
+def check_shared(path: str | Path, guided: dict[str, Tensor], first: dict[str, Tensor], family: Family) -> None:
+    """Raises InputError for rows unlike the first of `first` where the model takes one row for all."""
+    for name in family.shared:
+        if name in guided and not bool((guided[name] == first[name][:1]).all()):
+            raise InputError(f"{path}: {name}: the model takes one for a whole batch, so every row must be the same")
 
 
 def check_unguided(path: str | Path, free: dict[str, Tensor], guided: dict[str, Tensor]) -> None:

@@ -219,12 +219,14 @@ class DenoiserSampler(Sampler):
         device, dtype = model.device, model.dtype
         scale = self.guidance(workload, conditions)
         branches = [conditions.guided] if conditions.unguided is None else [conditions.unguided, conditions.guided]
-        arguments = {
-            name: torch.cat([branch[name][start:stop] for branch in branches]).to(
-                device, dtype if tensor.is_floating_point() else None
-            )
-            for name, tensor in conditions.guided.items()
-        }
+        arguments = self.family.for_batch(
+            {
+                name: torch.cat([branch[name][start:stop] for branch in branches]).to(
+                    device, dtype if tensor.is_floating_point() else None
+                )
+                for name, tensor in conditions.guided.items()
+            }
+        )
         generators = workload.generators(start, stop)
         noise = [torch.randn(conditions.latent_shape, generator=g) for g in generators]
         # a sample's generator goes on after its first noise, so that later noise is the sample's own as well

@@ -47,10 +47,12 @@ class Study:
     def blocks(self) -> list[str]:
         return [stack.block(i) for stack in self.stacks for i in range(stack.depth)]
 
-    def batches(self) -> Iterator[Batch]:
-        """The same batches for every criterion, on every process."""
+    def batches(self) -> Iterator[tuple[Batch, float]]:
+        """Batches of at most `training.micro` samples, each with its share of all: the same samples for every
+        criterion, on every process."""
         for number in range(self.measured):
-            yield self.stream.whole().batch("criterion", number)
+            for part, share in self.stream.whole().batch("criterion", number).split(self.training.micro):
+                yield part, share / self.measured
 
 
 class Criterion:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..evaluate.conditions import UNGUIDED, check_labels, check_names, check_unguided
+from ..evaluate.conditions import UNGUIDED, check_labels, check_names, check_shared, check_unguided
 from ..quantize.errors import InputError
 from ..runtime.checkpoint import file_traits
 from ..runtime.family import Family
@@ -144,6 +144,8 @@ def _checked(parts: list[dict[str, Tensor]], places: list[str], model: nn.Module
     _check_model(rows[0], places[0], model, family)
     if guided:
         check_names(places[0], guided, model, family)
+    for part, place in zip(rows, places, strict=True):
+        check_shared(place, part, rows[0], family)
     found = Latents(tuple(rows), unguided)
     return Latents(found.parts, unguided or _family_unguided(found, model, family))
 

@@ -154,7 +154,7 @@ class Adapters(_Hooks):
 
     def __enter__(self) -> Adapters:
         for name, layer in self.layers.items():
-            self._handles.append(layer.register_forward_hook(self._hook(name)))
+            self._handles.append(layer.register_forward_hook(self._hook(name), with_kwargs=True))
         return self
 
     @contextmanager
@@ -169,10 +169,10 @@ class Adapters(_Hooks):
     def _hook(self, name: str) -> Any:
         down, up = self.parameters[f"{name}.down"], self.parameters[f"{name}.up"]
 
-        def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        def add(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             if not self.active:
                 return None
-            x = args[0]
+            x = args[0] if args else kwargs["input"]
             return output + self.scale * F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)).to(output.dtype)
 
         return add

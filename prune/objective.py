@@ -58,18 +58,21 @@ class Objective:
 class Batch:
     """One training batch: what the denoiser is called with, and what it should have answered.
 
-    noised float32 [n, ...], timestep [n], target float32 [n, ...], arguments: the model's other call arguments
+    noised float32 [n, ...], timestep [n], target float32 [n, ...], arguments: the model's other call arguments, a row
+    for each sample, also where the family has the model called with the first alone
     """
 
     noised: Tensor
     timestep: Tensor
     target: Tensor
     arguments: dict[str, Tensor]
+    family: Family
 
     def predict(self, model: nn.Module) -> Tensor:
         """The model's answer. It may have more channels than the target: the variance it predicts as well."""
         dtype = next(model.parameters()).dtype
-        arguments = {n: t.to(dtype) if t.is_floating_point() else t for n, t in self.arguments.items()}
+        given = self.family.for_batch(self.arguments)
+        arguments = {n: t.to(dtype) if t.is_floating_point() else t for n, t in given.items()}
         return model(self.noised.to(dtype), timestep=self.timestep, **arguments, return_dict=False)[0]
 
     def split(self, size: int | None) -> Iterator[tuple[Batch, float]]:
@@ -81,7 +84,7 @@ class Batch:
         for start in range(0, n, size):
             mine = slice(start, start + size)
             arguments = {name: t[mine] for name, t in self.arguments.items()}
-            part = Batch(self.noised[mine], self.timestep[mine], self.target[mine], arguments)
+            part = Batch(self.noised[mine], self.timestep[mine], self.target[mine], arguments, self.family)
             yield part, len(part.noised) / n
 
     def error(self, prediction: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ def train(run: Run, keep: tuple[int, ...], data: Data | None) -> tuple[PrunePlan
     found = {
         "plan": plan.to_dict(),
         "recovered": bool(outcome.history),
-        "losses": {"teacher": measure(teacher, teacher, held), **outcome.losses},
+        "losses": {"teacher": measure(teacher, teacher, held, run.settings.micro_batch), **outcome.losses},
         "seconds": {"data": gathering, "search": searching, "recovery": outcome.seconds},
         "batch_size": stream.batch_size,
         "log": {"search": search, "recovery": outcome.history},
@@ -229,7 +229,7 @@ def make_stream(run: Run, teacher: nn.Module, latents: Latents) -> tuple[Stream,
     batch = run.settings.batch(torch.Size(latents.shape).numel(), run.device, run.team.world)
     place = (run.device, run.settings.seed, run.settings.drop, run.team.rank, run.team.world)
     objective = objective_of(load_scheduler(run.source), family).to(run.device)
-    stream = Stream(trained.resident(run.device), objective, batch, *place)
+    stream = Stream(trained.resident(run.device), objective, family, batch, *place)
     return stream, stream.fixed(held)
 
 

@@ -46,8 +46,8 @@ def recover(
     """The pruned model with the moving averages of its recovery, in eval mode, and how it went."""
     settings = run.settings
     student = build_student(load_transformer(run.source, torch.float32), plan).to(run.device)
-    outcome = Outcome({"pruned": measure(student, teacher, held)})
     training = settings.training(settings.recover)
+    outcome = Outcome({"pruned": measure(student, teacher, held, training.micro)})
     if training.duration.is_none:
         return student, outcome
     if settings.checkpointing:
@@ -66,16 +66,17 @@ def recover(
     with torch.no_grad():
         torch._foreach_copy_(trainer.parameters, trainer.averages)
     student.requires_grad_(False)
-    outcome.losses["recovered"] = measure(student, teacher, held)
-    outcome.history, outcome.seconds = trainer.history, round(trainer.seconds + trainer.spent, 1)
+    outcome.losses["recovered"] = measure(student, teacher, held, training.micro)
+    outcome.history, outcome.seconds = trainer.log.entries, round(trainer.seconds + trainer.spent, 1)
     return student, outcome
 
 
 @torch.no_grad()
-def measure(student: nn.Module, teacher: nn.Module, held: Batch) -> dict[str, float]:
-    """Mean losses on a batch: "diffusion" against the data, "output" against the teacher."""
+def measure(student: nn.Module, teacher: nn.Module, held: Batch, micro: int | None = None) -> dict[str, float]:
+    """Mean losses on a batch, at most `micro` samples at a time: "diffusion" against the data, "output" against the
+    teacher."""
     total = {"diffusion": 0.0, "output": 0.0}
-    for part, share in held.split(64):
+    for part, share in held.split(min(64, micro or 64)):
         out = part.predict(student)
         total["diffusion"] += float(part.error(out)) * share
         total["output"] += float(F.mse_loss(out.float(), ask(teacher, part).float())) * share
@@ -98,7 +99,7 @@ class Grid:
 
     def on_step(self, step: int, total: int) -> None:
         if self.count and step * self.count // total > (step - 1) * self.count // total:
-            self.trainer.save()  # a picture takes more memory than a step
+            self.trainer.save_if_sound()  # a picture takes more memory than a step
             try:
                 # eager: another batch size would be compiled for
                 with self.trainer.averaged(), torch.compiler.set_stance("force_eager"):
@@ -109,7 +110,7 @@ class Grid:
 
     def draw(self, path: Any) -> None:
         pipe = load_pipeline(self.run.source, torch.float32, self.run.device)
-        workload = Workload(_PICTURED, _PICTURE_STEPS, guidance_scale=None)
+        workload = Workload(_PICTURED, _PICTURE_STEPS, batch_size=self.run.settings.micro_batch or _PICTURED)
         if self.images is None:
             self.images = PipelineSampler(pipe).run(workload).images
         pipe.register_modules(transformer=self.student)

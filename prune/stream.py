@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtime.family import Family
 from .latents import LATENTS, Latents
 from .objective import Batch, Objective
 
@@ -33,6 +34,7 @@ class Stream:
 
     latents: Latents
     objective: Objective
+    family: Family
     batch_size: int
     device: torch.device
     seed: int = 0
@@ -81,4 +83,4 @@ class Stream:
             mask = dropped.view(-1, *(1 for _ in rows[name].shape[1:]))
             rows[name] = torch.where(mask, value.to(rows[name]), rows[name])
         noised, timestep, target = self.objective.noise(clean, noise, u)
-        return Batch(noised, timestep, target, rows)
+        return Batch(noised, timestep, target, rows, self.family)

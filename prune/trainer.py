@@ -17,14 +17,13 @@ from ..calibrate.progress import Progress
 from ..calibrate.workspace import Workspace
 from .budget import Duration
 from .diverged import Diverged, first_nonfinite
+from .log import TrainingLog
 from .objective import Batch
 from .optimizer import make_optimizer, pack_state, unpack_state
-from .plot import sparkline
 from .stream import Stream, step_generator
 from .team import Team
 
 _TIMED = 10  # steps timed, at most, before a budget in seconds becomes a number of steps
-_LOGGED = 200
 
 
 @dataclass(frozen=True)
@@ -110,16 +109,15 @@ class Trainer:
         self.averages = [p.detach().clone() for p in self.parameters]
         self.optimizer = make_optimizer(settings.optimizer, [(g.lr, list(g.parameters.values())) for g in groups])
         self.step, self.total = 0, 0
-        self.history: list[dict[str, float]] = []
+        self.log = TrainingLog()
+        self.kept = 0  # the step that a resumed run goes on after
         self.seconds = self.spent = 0.0  # spent: of a budget in seconds, on preparations
-        self._sums: dict[str, Any] = {}
-        self._summed = 0
 
     def run(self, listener: Listener) -> None:
         """Trains to the end, from the last checkpoint in the workspace where there is one.
 
-        Raises Diverged, with the state before that step saved, when a gradient is not finite, and InputError for a
-        checkpoint that cannot be read.
+        Raises Diverged, with the last state saved that is worth going on from, when a gradient is not finite, and
+        InputError for a checkpoint that cannot be read.
         """
         before = self._restore()
         start = saved = time.monotonic()
@@ -130,10 +128,11 @@ class Trainer:
         while self.step < self.total:
             parts = self._train()
             self.seconds = before + time.monotonic() - start
-            self._log(parts)
-            listener.progress.advance(self.step, self._detail(first, began))
+            rate = self.optimizer.param_groups[0]["lr"]
+            self.log.add(parts, self.step, self.total, lr=rate, seconds=round(self.seconds, 2))
+            listener.progress.advance(self.step, self.log.detail(self.step - first, began))
             if self._is_due(saved):
-                self.save()
+                self.save_if_sound()
                 saved = time.monotonic()
             if listener.on_step is not None:
                 listener.on_step(self.step, self.total)
@@ -159,6 +158,7 @@ class Trainer:
 
     def save(self) -> None:
         """Writes everything the next step depends on."""
+        self.kept = self.step
         if not self.team.is_main:
             return
         state, plain = pack_state(self.optimizer)
@@ -168,10 +168,15 @@ class Trainer:
             "step": self.step,
             "total": self.total,
             "seconds": self.seconds,
-            "history": self.history,
+            "history": self.log.entries,
             "plain": plain,
         }
         self.workspace.save(self.stage, {**tensors, **state}, {"trainer": json.dumps(notes)})
+
+    def save_if_sound(self) -> None:
+        """Writes it unless the loss has run away: what was written before is the better place to go on from."""
+        if not self.log.has_exploded:
+            self.save()
 
     def _restore(self) -> float:
         if not self.workspace.has(self.stage):
@@ -182,7 +187,8 @@ class Trainer:
                 parameter.copy_(tensors[f"parameter.{name}"])
                 average.copy_(tensors[f"average.{name}"])
         unpack_state(self.optimizer, tensors, notes["plain"])
-        self.step, self.total, self.history = notes["step"], notes["total"], notes["history"]
+        self.step, self.total, self.log.entries = notes["step"], notes["total"], notes["history"]
+        self.kept = self.step
         return float(notes["seconds"])
 
     def _steps(self) -> int:
@@ -248,42 +254,23 @@ class Trainer:
         return step_generator(self.stream.seed, "gates", step * self.team.world + self.team.rank, self.stream.device)
 
     def _stop(self, moment: Moment) -> None:
-        self.save()
+        self.save_if_sound()
 
         def again() -> None:
             self._gradients(moment)
 
         with torch.compiler.set_stance("force_eager"):
             where = first_nonfinite(self.models, self.named, again)
-        kept = f"the state before it is kept in {self.workspace.folder}"
+        kept = f"the state after step {self.kept}, kept in {self.workspace.folder}" if self.kept else "its start"
         raise Diverged(
-            f"{self.stage} stopped at step {moment.step + 1} of {self.total}: {where}; {kept}. "
-            "Run again with --resume and a lower --lr, or look at the data and begin anew"
+            f"{self.stage} stopped at step {moment.step + 1} of {self.total}: {where}. Run again with --resume and a "
+            f"lower --lr, which goes on from {kept}, or look at the data and begin anew"
         )
 
     def _is_due(self, saved: float) -> bool:
         if self.settings.save_steps is not None:
             return self.step % self.settings.save_steps == 0
         return time.monotonic() - saved > self.settings.save
-
-    def _log(self, parts: dict[str, Tensor]) -> None:
-        """Means over the steps since the last entry."""
-        for name, value in parts.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach()
-        self._summed += 1
-        if self.step % max(1, self.total // _LOGGED) and self.step != self.total:
-            return
-        means = {name: float(f"{float(value) / self._summed:.6g}") for name, value in self._sums.items()}
-        lr = self.optimizer.param_groups[0]["lr"]
-        self.history.append({"step": self.step, **means, "lr": lr, "seconds": round(self.seconds, 2)})
-        self._sums, self._summed = {}, 0
-
-    def _detail(self, first: int, start: float) -> str:
-        rate = (self.step - first) / max(1e-9, time.monotonic() - start)
-        if not self.history:
-            return f"{rate:.1f} steps/s"
-        losses = [entry["loss"] for entry in self.history]
-        return f"loss {losses[-1]:.4f} {sparkline(losses)} {rate:.1f} steps/s"
 
     def _wait(self) -> None:
         if self.stream.device.type == "cuda":

@@ -59,6 +59,7 @@ class Family:
     depths   config names of the number of blocks, one for each of `blocks`; none: blocks cannot be taken out
     diffusion  whether the models predict the noise of a diffusion with linear betas, so that one without a scheduler
              can be sampled; False: those differ, or are flows
+    shared   names of call arguments that the model takes once for a whole batch, such as tables of positions
     """
 
     name: str
@@ -68,6 +69,7 @@ class Family:
     timestep_scale: float = 1.0
     depths: tuple[str, ...] = ()
     diffusion: bool = True
+    shared: tuple[str, ...] = ()
 
     def matches(self, model: nn.Module) -> bool:
         return any(base.__name__ in self.classes for base in type(model).__mro__)
@@ -112,6 +114,10 @@ class Family:
         if latents is not None and _is_doubled(latents):
             return (torch.arange(batch) < batch // 2).long()
         return torch.full((batch,), min(repeat, 1))
+
+    def for_batch(self, conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Conditions [n, ...] each as the model is called with them: of those that are `shared` the first."""
+        return {name: t[0] if name in self.shared else t for name, t in conditions.items()}
 
     def condition_shapes(self, model: nn.Module) -> dict[str, tuple[int | None, ...]]:
         """Call arguments that a run without a pipeline must give -> shape of one sample's, None: any size."""

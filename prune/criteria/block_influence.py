@@ -3,7 +3,6 @@ goes into block i. A block that hardly turns its input is taken to be dispensabl
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,16 +12,18 @@ from ..masking import Inputs
 
 class BlockInfluence(ScoreCriterion):
     def scores(self, study: Study) -> dict[str, float]:
-        total = dict.fromkeys(study.blocks, torch.zeros((), dtype=torch.float64))
+        total = dict.fromkeys(study.blocks, 0.0)
+        turned = dict.fromkeys(study.blocks, 0.0)  # in one batch
 
         def see(name: str, before: Tensor, after: Tensor) -> None:
             cosine = F.cosine_similarity(before.float(), after.float(), dim=-1)
-            total[name] = total[name] + (1 - cosine.double().mean()).cpu()
+            turned[name] = float(1 - cosine.double().mean())
 
         with Inputs(study.model, study.blocks, see):
-            for batch in study.batches():
+            for batch, share in study.batches():
                 batch.predict(study.model)
-        return {name: float(value) / study.measured for name, value in total.items()}
+                total = {name: value + share * turned[name] for name, value in total.items()}
+        return total
 
 
 CRITERION = BlockInfluence()

@@ -19,7 +19,7 @@ class RelativeError(ScoreCriterion):
             total[name] = total[name] + torch.stack([change, size]).cpu()
 
         with Inputs(study.model, study.blocks, see):
-            for batch in study.batches():
+            for batch, _ in study.batches():
                 batch.predict(study.model)
         return {name: float(change / size) for name, (change, size) in total.items()}
 

@@ -37,6 +37,9 @@ class Flux(Family):
         return {
             "encoder_hidden_states": (None, config.joint_attention_dim),
             "pooled_projections": (config.pooled_projection_dim,),
+            "img_ids": (None, len(config.axes_dims_rope)),
+            "txt_ids": (None, len(config.axes_dims_rope)),
+            **({"guidance": ()} if config.guidance_embeds else {}),
         }
 
 
@@ -63,4 +66,5 @@ FAMILY = Flux(
     timestep_scale=0.001,
     depths=("num_layers", "num_single_layers"),
     diffusion=False,
+    shared=("img_ids", "txt_ids"),
 )

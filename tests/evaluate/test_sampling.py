@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import vdit_quant
 from vdit_quant.evaluate.sampling import DenoiserSampler, PipelineSampler, Workload, load_scheduler, make_sampler
@@ -107,6 +107,27 @@ def flux(tmp_path: Path) -> Path:
     }
     save_file(tensors, tmp_path / "flux" / "conditions.safetensors")
     return tmp_path / "flux"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"txt_ids": None}, "no tensor 'txt_ids', which FluxTransformer2DModel must be called with"),
+        ({"img_ids": torch.arange(96.0).view(2, 16, 3)}, "img_ids: the model takes one for a whole batch"),
+        ({"txt_ids": torch.zeros(2, 3, 2)}, r"txt_ids: expected \[count, any, 3\], found \[2, 3, 2\]"),
+    ],
+)
+def test_positions_of_flux_are_one_table_for_all(change: dict[str, Any], words: str, flux: Path) -> None:
+    path = flux / "conditions.safetensors"
+    sampler = make_sampler(find_source(flux / "transformer"), torch.float32, "cpu")
+    workload = Workload(samples=2, steps=1, conditions=str(path))
+    seen: list[Any] = []
+    sampler.denoiser.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["img_ids"]), with_kwargs=True)
+    sampler.run(workload)
+    assert [ids.shape for ids in seen] == [(16, 3)]
+    save_file({k: t for k, t in {**load_file(path), **change}.items() if t is not None}, path)
+    with pytest.raises(InputError, match=words):
+        sampler.run(workload)
 
 
 def test_a_bare_flux_goes_from_checkpoint_to_comparison(flux: Path, tmp_path: Path) -> None:

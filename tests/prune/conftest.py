@@ -114,7 +114,7 @@ def stream(latents: Any) -> Any:
     from vdit_quant.runtime.families.dit import FAMILY
 
     objective = objective_of(diffusers.DDIMScheduler(beta_schedule="linear"), FAMILY)
-    return Stream(latents, objective, 8, torch.device("cpu"))
+    return Stream(latents, objective, FAMILY, 8, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def study(dit: Any, stream: Any, tmp_path: Path) -> Callable[..., Any]:
     def make(**options: Any) -> Any:
         workspace = Workspace(tmp_path / "out")
         workspace.open({}, False)
-        training = Training(Duration(steps=options.pop("steps", 3)))
+        training = Training(Duration(steps=options.pop("steps", 3)), micro=options.pop("micro", None))
         stacks = options.pop("stacks", None) or find_stacks(dit, find_family(dit))
         return Study(dit, stacks, stream, workspace, training, measured=2, **options)
 

@@ -68,10 +68,22 @@ def test_sensitivity_is_the_rise_of_the_loss(study: Callable[..., Any]) -> None:
     given = study()
     scores = find_criterion("sensitivity").choose(given, (5,)).stacks[0].scores
     block, batches = given.model.transformer_blocks[2], list(given.batches())
-    whole = sum(float(batch.error(batch.predict(given.model))) for batch in batches)
+    whole = sum(share * float(batch.error(batch.predict(given.model))) for batch, share in batches)
     block.forward = lambda hidden_states, *_, **__: hidden_states
-    without = sum(float(batch.error(batch.predict(given.model))) for batch in batches)
-    assert scores[2] == pytest.approx((without - whole) / len(batches), rel=1e-4, abs=1e-6)
+    without = sum(share * float(batch.error(batch.predict(given.model))) for batch, share in batches)
+    assert scores[2] == pytest.approx(without - whole, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["block_influence", "relative_error", "sensitivity"])
+def test_few_samples_at_a_time_give_the_same_scores(name: str, study: Callable[..., Any]) -> None:
+    given, sizes = study(), []
+    given.model.register_forward_pre_hook(lambda _module, args: sizes.append(len(args[0])))
+    whole = find_criterion(name).choose(given, (5,)).stacks[0].scores
+    assert set(sizes) == {8}
+    sizes.clear()
+    parts = find_criterion(name).choose(study(micro=3), (5,)).stacks[0].scores
+    assert set(sizes) == {3, 2}
+    assert parts == pytest.approx(whole, rel=1e-3, abs=1e-6)
 
 
 def test_magnitude_takes_the_smallest_weights_out(study: Callable[..., Any]) -> None:

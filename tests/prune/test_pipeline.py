@@ -21,10 +21,15 @@ from vdit_quant.prune.writer import read_record
 from vdit_quant.quantize.errors import InputError, OutputError
 from vdit_quant.runtime.artifact import read_config
 from vdit_quant.runtime.checkpoint import WEIGHTS
+from vdit_quant.runtime.family import find_family
 from vdit_quant.runtime.source import find_source, load_transformer
 
 PLOT = {"prune.png"} if find_spec("matplotlib") else set()
-SCHEDULERS = {"wan": FlowMatchEulerDiscreteScheduler, "cogvideox": CogVideoXDDIMScheduler}
+SCHEDULERS = {
+    "wan": FlowMatchEulerDiscreteScheduler,
+    "flux": FlowMatchEulerDiscreteScheduler,
+    "cogvideox": CogVideoXDDIMScheduler,
+}
 DATA = {"batch_size": 4, "recover": "4", "grids": 0}
 FEW = {"samples": 16, "steps": 2, **DATA}
 
@@ -217,24 +222,28 @@ def test_data_of_the_users_own_is_what_is_learned_from(tiny_folder: Path, tmp_pa
     assert any(not torch.equal(first[name], t) for name, t in load_file(own / WEIGHTS).items())
 
 
-# without FLUX, whose positions are no rows of a shard
-@pytest.mark.parametrize("named_model", ["cogvideox", "dit", "large_dit", "pixart", "wan"], indirect=True)
 @pytest.mark.parametrize("criterion", ["learned", "block_influence", "relative_error"])
-def test_a_family_with_one_stack_is_pruned_and_recovers(
+def test_every_family_is_pruned_and_recovers(
     criterion: str, named_model: tuple[str, Any], call: Callable[..., Any], tmp_path: Path
 ) -> None:
     name, model = named_model
     model.save_pretrained(tmp_path / "whole")
     data = {key: t for key, t in call(name, 12).items() if key != "timestep"}
     data["latents"] = data.pop("hidden_states")
-    keep, few = 2, {**DATA, "recover": "2", **({"search": "2"} if criterion == "learned" else {})}
+    data |= {key: data[key].expand(12, *data[key].shape) for key in find_family(model).shared if key in data}
+    keep, few = (
+        (2, 3) if name == "flux" else (2,),
+        {**DATA, "recover": "2", **({"search": "2"} if criterion == "learned" else {})},
+    )
     if name in SCHEDULERS:
         SCHEDULERS[name]().save_pretrained(tmp_path / "scheduler")
-    target = prune_model(tmp_path / "whole", tmp_path / "out", [data], keep=keep, criterion=criterion, **few)
-    (stack,) = read_record(target)["plan"]["stacks"]
-    assert len(stack["kept"]) == keep
+    target = prune_model(
+        tmp_path / "whole", tmp_path / "out", [data], keep=",".join(map(str, keep)), criterion=criterion, **few
+    )
+    stacks = read_record(target)["plan"]["stacks"]
     student = load_transformer(find_source(target), torch.float32)
-    assert len(student.get_submodule(stack["name"])) == keep
+    for stack, count in zip(stacks, keep, strict=True):
+        assert len(stack["kept"]) == len(student.get_submodule(stack["name"])) == count
     assert all(t.isfinite().all() for t in load_file(target / WEIGHTS).values())
 
 

@@ -74,7 +74,7 @@ def test_a_run_in_pieces_gives_the_bits_of_a_run_in_one(recovery: Callable[..., 
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, want[name]), name
     assert all(map(torch.equal, trainer.averages, averages))
-    assert [entry["step"] for entry in trainer.history] == list(range(1, 13))
+    assert [entry["step"] for entry in trainer.log.entries] == list(range(1, 13))
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(recovery: Callable[..., Any]) -> None:
@@ -159,7 +159,7 @@ def test_the_rate_rises_and_falls(recovery: Callable[..., Any]) -> None:
     _, trainer, loss = recovery(warmup=2, duration=Duration(steps=20))
     with loss:
         trainer.run(NEVER)
-    rates = [entry["lr"] for entry in trainer.history]
+    rates = [entry["lr"] for entry in trainer.log.entries]
     assert rates[0] < rates[1]
     assert max(rates) <= 1e-3
     assert rates[2:] == sorted(rates[2:], reverse=True)
@@ -204,6 +204,30 @@ def test_nan_stops_with_step_layer_and_the_last_good_state(
         with loss:
             second.run(NEVER)
         assert all(map(torch.equal, student.state_dict().values(), other.state_dict().values()))
+
+
+def test_a_loss_that_runs_away_is_resumed_from_before_it(recovery: Callable[..., Any]) -> None:
+    student, trainer, loss = recovery(duration=Duration(steps=20), save_steps=2)
+
+    def runs_away(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * (1.0 if trainer.step < 9 else 1e3 if trainer.step < 14 else float("inf"))
+
+    student.transformer_blocks[1].ff.net[2].register_forward_hook(runs_away)
+    with loss, pytest.raises(Diverged, match=r"step 15 of 20.*goes on from the state after step 8"):
+        trainer.run(NEVER)
+    assert trainer.log.entries[-1]["loss"] > 100 * trainer.log.entries[7]["loss"]
+    student, trainer, loss = recovery(duration=Duration(steps=20), save_steps=2)
+    with loss:
+        trainer.run(NEVER)
+    assert trainer.step == 20
+    assert trainer.log.entries[-1]["loss"] < 2 * trainer.log.entries[7]["loss"]
+
+
+def test_a_run_that_diverges_at_once_begins_anew(recovery: Callable[..., Any]) -> None:
+    student, trainer, loss = recovery()
+    student.transformer_blocks[1].ff.net[2].register_forward_hook(lambda *call: call[2] * float("nan"))
+    with loss, pytest.raises(Diverged, match=r"step 1 of 12.*goes on from its start"):
+        trainer.run(NEVER)
 
 
 def test_a_budget_in_seconds_becomes_steps_once(recovery: Callable[..., Any]) -> None:
