@@ -6,7 +6,6 @@ The plan is stored in the artifact as `plans["bits"]`; at run time it is nothing
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +100,8 @@ def allocate_bits(
             model, family = sampler.denoiser, sampler.family
             with StepTracker(model, family) as tracker:
                 calls = capture(model, family, lambda: sampler.run(probe, decode=False), probe_steps(workload.steps))
-            drift = _drift(sampler, calls, tracker.timestep, guidance_of(sampler, workload))
+            guidance = sampler.guidance(probe, sampler.conditions(probe))
+            drift = _drift(sampler, calls, tracker.timestep, 1.0 if guidance is None else guidance)
             scoring = dataclasses.replace(scoring, drift=drift)
             table = measure(model, family, calls, sizing.offered, compressor, scoring, workspace, progress)
         plans = plans_of(with_times(table, sizing.costs), sizing.budget)
@@ -153,17 +153,6 @@ def candidates(layer: LayerPlan) -> list[LayerSpec]:
     if not is_core and spec.hadamard is None and "gram" in layer.needs() and layer.k % ROTATION == 0:
         ways.append(dataclasses.replace(spec, hadamard=HadamardSpec(ROTATION, "sylvester")))
     return [dataclasses.replace(way, weight=LayerSpec.parse(name).weight) for way in ways for name in CANDIDATES]
-
-
-def guidance_of(sampler: Sampler, workload: Workload) -> float:
-    """The guidance scale a workload is sampled with: its own, or the default of the pipeline or the sampler."""
-    if workload.guidance_scale is not None:
-        return workload.guidance_scale
-    pipe: Any = getattr(sampler, "pipe", None)
-    if pipe is None:
-        return float(getattr(sampler, "default_guidance", 1.0))
-    parameter = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
-    return 1.0 if parameter is None or parameter.default is None else float(parameter.default)
 
 
 class _Compressor:

@@ -222,6 +222,7 @@ def describe(source: Source | ModelSource, recipe: Recipe, settings: Options) ->
     from .. import __version__
 
     pruned = short_record(source.transformer) if isinstance(source, Source) else None
+    sampled = settings.workload().to_dict()
     return {
         "tool": f"vdit-quant {__version__}",
         "torch": torch.__version__,
@@ -229,7 +230,7 @@ def describe(source: Source | ModelSource, recipe: Recipe, settings: Options) ->
         "source_fingerprint": source.fingerprint(),
         **({"pruned": pruned} if pruned is not None else {}),
         "recipe": recipe.to_dict(),
-        "workload": settings.workload().to_dict(),
+        "workload": sampled if isinstance(source, Source) else {"data": "calls of its own", "steps": settings.steps},
         "full_steps": list(settings.full_steps),
         "budget": settings.budget and [settings.budget, settings.sensitivity],
     }

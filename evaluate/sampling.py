@@ -49,8 +49,8 @@ class Sampler:
         raise NotImplementedError
 
     def guidance(self, workload: Workload, conditions: Any) -> float | None:
-        """The guidance scale that the workload is sampled with; None: the default of a pipeline, which knows it."""
-        return workload.guidance_scale
+        """The guidance scale that the workload is sampled with; None: the sampler knows none."""
+        raise NotImplementedError
 
     def sample_batch(self, workload: Workload, conditions: Any, start: int, stop: int, decode: bool = True) -> Tensor:
         """Samples start..stop of the workload: float [stop - start, ...]. Equal calls give equal samples, also where
@@ -163,6 +163,12 @@ class PipelineSampler(Sampler):
         if "prompt" in self.accepts:
             return {"prompt": pick_prompts(workload.prompts, workload.samples, workload.seed, workload.learn)}
         raise InputError(f"{type(self.pipe).__name__} takes neither class_labels nor prompt; give your own data")
+
+    def guidance(self, workload: Workload, conditions: Any) -> float | None:
+        parameter = self.accepts.get("guidance_scale")
+        default = None if parameter is None else parameter.default
+        own = float(default) if isinstance(default, int | float) else None
+        return own if workload.guidance_scale is None else workload.guidance_scale
 
     def _sample(self, workload: Workload, conditions: Any, start: int, stop: int, decode: bool) -> Tensor:
         set_timesteps(self.scheduler, workload.steps)  # the pipeline does it again; a wrong number is an error here

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import vdit_quant
 from vdit_quant.quantize.errors import InputError
 from vdit_quant.quantize.recipe import Recipe
+from vdit_quant.runtime.artifact import read_config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 GPTQ = Recipe.from_dict({"step": [{"method": "gptq", "spec": "w8", "targets": ["blocks.*"]}]}, "mine")
@@ -50,6 +51,11 @@ def test_buffers_of_any_kind_are_stored_and_loaded(tmp_path: Path) -> None:
     for name, buffer in model.named_buffers():
         assert torch.equal(found.get_buffer(name), buffer), name
     assert torch.allclose(found(rows[0]), model(rows[0]), atol=0.01)
+
+
+def test_the_record_names_no_sampling_run_that_there_was_not(tmp_path: Path) -> None:
+    path = vdit_quant.compress(Net(), tmp_path / "out", _rows(), recipe=GPTQ, steps=3)
+    assert read_config(path).provenance["workload"] == {"data": "calls of its own", "steps": 3}
 
 
 def test_a_generator_serves_every_recording_run(tmp_path: Path) -> None:

@@ -33,6 +33,13 @@ def test_noise_along_the_way_is_the_samples_own(scheduler: str, tiny_dit: Callab
     assert not torch.equal(sampler.run(replace(WORKLOAD, seed=5)).images, first)
 
 
+def test_the_guidance_of_a_pipeline_is_known_where_it_is_its_default(demo: Path) -> None:
+    sampler = make_sampler(find_source(demo), torch.float32, "cpu")
+    conditions = sampler.conditions(WORKLOAD)
+    assert sampler.guidance(WORKLOAD, conditions) == 4.0  # DiTPipeline's
+    assert sampler.guidance(replace(WORKLOAD, guidance_scale=2.0), conditions) == 2.0
+
+
 def test_a_pipeline_with_noise_along_the_way_repeats_itself(demo: Path) -> None:
     sampler = make_sampler(find_source(demo), torch.float32, "cpu")
     assert isinstance(sampler, PipelineSampler)
