@@ -14,6 +14,8 @@ from ..quantize.layer import check_shape, settled_spec
 from ..quantize.spec import LayerSpec
 from .linear import CompressedLinear
 
+_OFFLOADS_BUFFERS = "_offloads_buffers"
+
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Every `nn.Linear` of the model by full name, compressed ones included, that is called where it stands."""
@@ -56,6 +58,9 @@ def attach(
         new.train(old.training)
         model.set_submodule(name, new)
         originals[name] = old
+    # diffusers' sequential offloading leaves buffers, and so all codes, on the GPU of a model that has no parameters
+    # beside its submodules': an empty one counts, and nothing else sees it
+    model.register_parameter(_OFFLOADS_BUFFERS, None)
     if hasattr(type(model), "fuse_lora"):
         model.fuse_lora = partial(fuse_lora, model)  # type: ignore[assignment]
     return originals
