@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
@@ -20,6 +21,8 @@ from .complete import strangers
 from .fusion import fuse, unfuse
 from .linear import CompressedLinear
 from .schedule import apply_plans
+
+logger = logging.getLogger("vdit_quant")
 
 
 class _Method(StrEnum):
@@ -82,6 +85,12 @@ class VditQuantizer(DiffusersQuantizer):
             if "_hf_hook" not in vars(model.get_submodule(name.rpartition(".")[0])):
                 raise InputError(f"artifact: config and tensors disagree: {name} {list(tensor.shape)} is in no file")
             offloaded = True  # by a device map: it comes from the CPU when its module is called
+        if offloaded and (left := _left_behind(model)):
+            logger.warning(
+                "device_map: %.3f MB of codes and scales are on the GPU though their modules are mapped to the CPU: "
+                "diffusers moves no buffers; load without a device map and use pipe.enable_sequential_cpu_offload()",
+                left / 1e6,
+            )
         assert isinstance(self.quantization_config, VditQuantConfig)
         apply_plans(model, self.quantization_config.artifact.plans)
         return model if offloaded else fuse(model)
@@ -144,6 +153,13 @@ class VditQuantizer(DiffusersQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _left_behind(model: nn.Module) -> int:
+    """Bytes that compressed layers hold where they run, though the rest of them waits elsewhere to be called."""
+    layers = [m for m in model.modules() if isinstance(m, CompressedLinear)]
+    waiting = [m for m in layers if getattr(vars(m).get("_hf_hook"), "offload", False)]
+    return sum(t.nbytes for layer in waiting for t in layer.buffers() if not t.is_meta)
 
 
 def _dense(layer: CompressedLinear, dtype: torch.dtype) -> nn.Linear:

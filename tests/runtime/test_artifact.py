@@ -226,7 +226,10 @@ def test_a_device_map_is_made_for_what_the_model_takes(demo_artifact: Artifact) 
 
 @torch.no_grad()
 def test_modules_that_a_device_map_keeps_on_the_cpu_beside_a_gpu_come_from_there(
-    demo_artifact: Artifact, dit_inputs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    demo_artifact: Artifact,
+    dit_inputs: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     accelerate = pytest.importorskip("accelerate")
     folder = demo_artifact("w4a8") / "transformer"
@@ -241,6 +244,8 @@ def test_modules_that_a_device_map_keeps_on_the_cpu_beside_a_gpu_come_from_there
     assert any(t.is_meta for t in model.state_dict().values())
     inputs = dit_inputs(model)
     assert torch.equal(model(**inputs).sample, plain(**inputs).sample)
+    left = sum(t.nbytes for m in model.modules() if isinstance(m, CompressedLinear) for t in m.buffers())
+    assert f"device_map: {left / 1e6:.3f} MB of codes and scales are on the GPU" in caplog.text
 
 
 def test_a_device_map_to_disk_is_refused(demo_artifact: Artifact, tmp_path: Path) -> None:
