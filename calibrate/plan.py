@@ -19,6 +19,11 @@ from ..quantize.spec import LayerSpec
 from ..runtime.family import Family, Fold, block_of
 from ..runtime.load import linear_shapes
 
+NO_BLOCKS = (
+    "no list of two or more modules of one class was found, which are a model's blocks, nor a list of a single module "
+    "that looks like one: called ...Block, or with layers named as attention and feed-forward"
+)
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -121,7 +126,7 @@ def make_plan(model: nn.Module, family: Family, recipe: Recipe) -> Plan:
         raise InputError(
             f"recipe {recipe.name}: selects none of the {len(layers)} linear layers of {type(model).__name__} "
             f"(family {family.name}; roles found: {', '.join(sorted(set(roles.values()))) or 'none'})"
-            + ("" if blocks else "; no list of two or more modules of one class was found, which are a model's blocks")
+            + ("" if blocks else f"; {NO_BLOCKS}")
         )
     _check_single(model, [layer.name for layer in layers if layer.spec is not None])
     return Plan(layers, family.name, folds)

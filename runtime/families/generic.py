@@ -1,7 +1,7 @@
 """Any model without a file of its own, also one that is not from diffusers: roles guessed from the module graph.
 
-Blocks are the ModuleLists whose children all have one class and hold linear layers. Inside them a layer's name tells
-its role; outside them every layer keeps its precision.
+Blocks are the ModuleLists whose children all have one class and hold linear layers; of a list of one, the child must
+look like a block by itself. Inside them a layer's name tells its role; outside them every layer keeps its precision.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Generic(Family):
         found: list[str] = []
         for name, module in model.named_modules():
             nested = any(name.startswith(outer + ".") for outer in found)
-            if isinstance(module, nn.ModuleList) and len(module) > 1 and not nested and _is_block_list(module):
+            if isinstance(module, nn.ModuleList) and not nested and _is_block_list(module):
                 found.append(name)
         return tuple(found)
 
@@ -48,13 +48,30 @@ class Generic(Family):
 def _is_block_list(modules: nn.ModuleList) -> bool:
     kinds = {type(m) for m in modules}
     holds = any(isinstance(m, nn.Linear) for m in modules.modules())
-    return len(kinds) == 1 and holds and not kinds & {nn.Linear}
+    alike = len(kinds) == 1 and holds and not kinds & {nn.Linear}
+    return alike and (len(modules) > 1 or _is_block(modules[0]))
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether a module that no like one stands beside is a block: embedders, projections and heads stand alone too, and
+    so does a whole model that holds blocks."""
+    roles = {_role(name) for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+    kind = type(module).__name__
+    if kind.endswith("Block") and "emb" not in kind.lower():
+        return not roles.isdisjoint({"attention", "feed_forward"})
+    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
+    holds_blocks = any(_is_block(m) for modules in lists for m in modules)
+    return len(roles & {"attention", "feed_forward", "modulation"}) > 1 and not holds_blocks
 
 
 def _guess(name: str, block: str | None) -> str:
     if block is None:
         return "other"
-    local = name.removeprefix(block + ".")
+    return _role(name.removeprefix(block + "."))
+
+
+def _role(local: str) -> str:
+    """The role of a layer by its name inside its block."""
     return next((role for pattern, role in _ROLES if re.search(pattern, local, re.IGNORECASE)), "other")
 
 

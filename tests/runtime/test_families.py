@@ -203,7 +203,7 @@ def test_labels_that_were_never_trained_are_not_drawn(demo: Path) -> None:
 GENERIC = {  # class -> what makes it small, and its lists of blocks
     "AuraFlowTransformer2DModel": (
         {"num_mmdit_layers": 1, "num_single_dit_layers": 2},
-        {"single_transformer_blocks"},
+        {"joint_transformer_blocks", "single_transformer_blocks"},
     ),
     "HunyuanVideoTransformer3DModel": (
         {"num_layers": 2, "num_single_layers": 2},
