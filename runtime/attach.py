@@ -90,3 +90,5 @@ def detach(model: nn.Module, originals: Mapping[str, nn.Linear]) -> None:
     """Puts the layers that `attach` returned back; the model is what it was, bit for bit."""
     for name, layer in originals.items():
         model.set_submodule(name, layer)
+    if not any(isinstance(module, CompressedLinear) for module in model.modules()):
+        model._parameters.pop(_OFFLOADS_BUFFERS, None)

@@ -10,6 +10,8 @@ from diffusers import DiffusionPipeline
 from small_models import CASES, build, call, close, compressed
 from torch import Tensor, nn
 
+from vdit_quant.quantize.spec import LayerSpec
+from vdit_quant.runtime.attach import attach, detach
 from vdit_quant.runtime.fusion import fuse
 from vdit_quant.runtime.linear import CompressedLinear
 
@@ -109,3 +111,18 @@ def test_a_compressed_model_has_the_parameters_and_tensors_that_its_layers_have(
 
     assert outside(model.state_dict()) == outside(plain.state_dict())
     assert outside(dict(model.named_parameters())) == outside(dict(plain.named_parameters()))
+
+
+def test_a_model_without_its_compressed_layers_is_what_it_was() -> None:
+    model = build(CASES["flux"])
+    names = list(model._parameters)
+    specs = {"x_embedder": LayerSpec.parse("w8")}
+    tensors = {
+        "x_embedder": specs["x_embedder"]
+        .weight.resolve()
+        .encode(model.x_embedder.weight.float(), specs["x_embedder"].weight)
+    }
+    originals = attach(model, specs, tensors)
+    assert len(model._parameters) > len(names)
+    detach(model, originals)
+    assert list(model._parameters) == names
