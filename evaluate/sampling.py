@@ -86,8 +86,14 @@ class Sampler:
         decode: bool = True,
     ) -> Samples:
         """Samples the workload. `progress` is called with (calls of the denoiser so far, expected calls)."""
-        conditions = self.conditions(workload)
-        images, trajectories = [], []
+        batches = self.run_batches(workload, self.conditions(workload), progress, keep_trajectory, decode)
+        return join_samples(list(batches))
+
+    @torch.no_grad()
+    def run_batches(
+        self, workload: Workload, conditions: Any, progress: Progress | None, keep_trajectory: bool, decode: bool = True
+    ) -> Iterator[Samples]:
+        """What `run` samples under `conditions`, all of the workload's, batch by batch: all may be more than memory."""
         spans = list(self.batches(workload))
         with StepTracker(self.denoiser, self.family) as tracker:
             for number, (start, stop) in enumerate(spans):
@@ -97,12 +103,16 @@ class Sampler:
                     watch.on_step = _step_progress(progress, number, len(spans), workload.steps)
                 handle = self.denoiser.register_forward_pre_hook(watch)
                 try:
-                    images.append(self.sample_batch(workload, conditions, start, stop, decode).float().cpu())
+                    images = self.sample_batch(workload, conditions, start, stop, decode).float().cpu()
                 finally:
                     handle.remove()
-                trajectories.append(watch.latents)
-        steps = [torch.cat(parts) for parts in zip(*trajectories, strict=True)] if keep_trajectory else []
-        return Samples(torch.cat(images), steps, conditions)
+                yield Samples(images, watch.latents, conditions)
+
+
+def join_samples(batches: list[Samples]) -> Samples:
+    """Batches of one workload as one, its images and latents contiguous."""
+    steps = [torch.cat(parts) for parts in zip(*(batch.trajectory for batch in batches), strict=True)]
+    return Samples(torch.cat([batch.images for batch in batches]).contiguous(), steps, batches[0].conditions)
 
 
 @contextmanager
