@@ -18,12 +18,13 @@ from ..runtime.artifact import DTYPES, is_artifact
 from ..runtime.load import pick_device, pick_dtype
 from ..runtime.source import Source, find_source
 from ..runtime.writer import write_json
-from .metrics import mean_psnr, relative_error, ssim
+from .metrics import error_of, sample_psnr, square_sums, ssim
 from .offload import open_sampler
 from .output import check_writable, writing
-from .pairing import check_pair, same_component, same_conditions
+from .pairing import check_pair, digest_conditions, same_component
 from .picture import save_pairs
-from .sampling import Sampler, Samples
+from .sample_parts import SeedSamples, keep_parts, part_folder
+from .sampling import Sampler
 from .workload import Workload, check_seed
 
 Progress = Callable[[str, int, int], None]
@@ -94,7 +95,7 @@ class Run:
     model: str
     workload: Workload
     seeds: tuple[int, ...]
-    samples: tuple[Samples, ...]
+    samples: tuple[SeedSamples, ...]
     sampler: str
     device: str
     dtype: str
@@ -117,6 +118,7 @@ def compare(
     workload  what to sample, once for each of `seeds`, which must differ
     picture   where to save the side-by-side picture (PNG)
     record    where to save the result (JSON)
+    Memory holds a few batches at a time: until the end the samples lie in a temporary folder beside record or picture.
     Raises InputError when either is unusable, or the two do not turn the same noise and conditions into samples;
     OutputError, before anything is sampled where that can be told, when picture or record cannot be written: where it
     could not be told, `Unsaved`, with the result.
@@ -127,52 +129,56 @@ def compare(
     for path in filter(None, (record, picture)):
         check_writable(path)
     component = same_component(find_source(artifact), baseline)
-    # the quicker one first, of which less is known: a file of it that is wrong is met before the long part
-    run = sample_seeds(artifact, workload, seeds, device, "artifact", progress, baseline)
-    reference = sample_seeds(baseline, workload, seeds, device, "baseline", progress, None, component)
-    result = replace(compare_runs(run, reference), picture=None if picture is None else str(picture))
-    try:
-        if record is not None:
-            with writing(record) as path:
-                write_json(path, result.to_dict())
-        if picture is not None:
-            with writing(picture) as path:
-                save_pairs(path, reference.samples[0].images[:PICTURED], run.samples[0].images[:PICTURED])
-    except OutputError as error:
-        raise Unsaved(str(error), result) from error
+    with part_folder(record or picture) as folder:
+        # the quicker one first, of which less is known: a file of it that is wrong is met before the long part
+        run = sample_seeds(artifact, workload, seeds, device, "artifact", progress, baseline, folder)
+        reference = sample_seeds(
+            find_source(baseline, component), workload, seeds, device, "baseline", progress, None, folder
+        )
+        result = compare_runs(run, replace(reference, model=str(baseline)))
+        result = replace(result, picture=None if picture is None else str(picture))
+        try:
+            if record is not None:
+                with writing(record) as path:
+                    write_json(path, result.to_dict())
+            if picture is not None:
+                with writing(picture) as path:
+                    save_pairs(path, *(side.samples[0].first_images(PICTURED) for side in (reference, run)))
+        except OutputError as error:
+            raise Unsaved(str(error), result) from error
     return result
 
 
 def sample_seeds(
-    model: str | Path,
+    model: str | Path | Source,
     workload: Workload,
     seeds: tuple[int, ...],
     device: str | None = None,
     role: str = "samples",
     progress: Progress | None = None,
     substitute: str | Path | None = None,
-    component: str | None = None,
+    folder: Path | None = None,
 ) -> Run:
     """Samples the workload once for each seed, keeping every step's latents.
 
     role        names it to `progress`
     substitute  the model whose scheduler is used for a bare transformer without one
-    component   of a pipeline with two denoisers, the one whose latents are kept: see `find_source`
+    folder      where the samples are kept, which is then needed as long as the run; None: all of them in memory
     Raises InputError when the model is unusable.
     """
     place = pick_device(device)
     dtype = pick_dtype(workload.dtype, place)
     other = None if substitute is None else find_source(substitute)
-    source = find_source(model, component)
+    source = model if isinstance(model, Source) else find_source(model)
     offload = workload.offload and not is_artifact(source.transformer)
     if progress is not None:
         progress(f"loading the {role}", 0, 1)
     with open_sampler(source, dtype, place, offload, other) as (sampler, _):
         start = time.perf_counter()
-        samples = tuple(_run(sampler, workload, seed, role, progress) for seed in seeds)
+        samples = tuple(_run(sampler, replace(workload, seed=seed), role, progress, folder) for seed in seeds)
         return Run(
-            model=str(model),
-            workload=replace(workload, guidance_scale=sampler.guidance(workload, samples[0].conditions)),
+            model=source.label if isinstance(model, Source) else str(model),
+            workload=replace(workload, guidance_scale=samples[0].guidance),
             seeds=seeds,
             samples=samples,
             sampler=scheduler_name(sampler),
@@ -204,19 +210,28 @@ def compare_runs(artifact: Run, baseline: Run) -> Comparison:
     )
 
 
-def measure(seed: int, got: Samples, want: Samples) -> SeedResult:
+def measure(seed: int, got: SeedSamples, want: SeedSamples) -> SeedResult:
     """Paired metrics of one seed, of finite samples. Raises InputError when the two were asked for different ones."""
-    if not same_conditions(got.conditions, want.conditions):
+    if got.conditions != want.conditions:
         raise InputError(f"seed {seed}: the two models drew different conditions; give both --conditions FILE")
-    steps = tuple(relative_error(a, b) for a, b in zip(got.trajectory, want.trajectory, strict=True))
-    images = got.images.dim() >= 4 and bool((want.images.min() >= 0) & (want.images.max() <= 1))
-    span = 1.0 if images else float(want.images.max() - want.images.min())
+    shapes, ranges = zip(*((part.images.shape, part.images.aminmax()) for part in want), strict=True)
+    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+    images = len(shapes[0]) >= 4 and bool((low >= 0) & (high <= 1))
+    span = 1.0 if images else float(high - low)
+    decibels, similarities, sums = [], [], []
+    for a, b in zip(got, want, strict=True):
+        decibels.append(sample_psnr(a.images, b.images, span))
+        if images:
+            similarities.append(ssim(a.images, b.images))
+        pairs = zip((a.images, *a.trajectory), (b.images, *b.trajectory), strict=True)
+        sums.append(torch.stack([square_sums(*pair) for pair in pairs]))
+    latent_error, *step_error = map(error_of, torch.stack(sums).sum(0))
     return SeedResult(
         seed=seed,
-        psnr=mean_psnr(got.images, want.images, span),
-        ssim=ssim(got.images, want.images) if images else float("nan"),
-        latent_error=relative_error(got.images, want.images),
-        step_error=steps,
+        psnr=float(torch.cat(decibels).mean()),
+        ssim=float(torch.cat(similarities).mean()) if images else float("nan"),
+        latent_error=latent_error,
+        step_error=tuple(step_error),
     )
 
 
@@ -242,16 +257,21 @@ def scheduler_name(sampler: Sampler) -> str:
     return type(sampler.scheduler).__name__
 
 
-def _run(sampler: Sampler, workload: Workload, seed: int, role: str, progress: Progress | None) -> Samples:
-    seeded = Workload(**{**asdict(workload), "seed": seed})
-    label = f"{role}, seed {seed}"
+@torch.no_grad()
+def _run(
+    sampler: Sampler, workload: Workload, role: str, progress: Progress | None, folder: Path | None
+) -> SeedSamples:
+    label = f"{role}, seed {workload.seed}"
     report = None if progress is None else lambda done, total: progress(label, done, total)
-    return sampler.run(seeded, report, keep_trajectory=True)
+    conditions = sampler.conditions(workload)
+    batches = sampler.run_batches(workload, conditions, report, keep_trajectory=True)
+    parts = keep_parts(batches, folder)
+    return SeedSamples(parts, digest_conditions(conditions), sampler.guidance(workload, conditions))
 
 
 def _check_finite(run: Run, role: str) -> None:
     for seed, samples in zip(run.seeds, run.samples, strict=True):
-        broken = ~torch.isfinite(samples.images).flatten(1).all(1)
+        broken = torch.cat([~torch.isfinite(part.images).flatten(1).all(1) for part in samples])
         if broken.any():
             where = f"{run.model} ({role}), seed {seed}"
             raise InputError(f"{where}: {int(broken.sum())} of {len(broken)} samples hold NaN or infinity")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +99,26 @@ def default_baseline(model: Path) -> str:
     return name
 
 
-def same_conditions(ours: Any, theirs: Any) -> bool:
-    """Whether two samplers asked for the same samples."""
-    if isinstance(ours, Conditions) and isinstance(theirs, Conditions):
-        return same_conditions(vars(ours), vars(theirs))
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        return ours.keys() == theirs.keys() and all(same_conditions(ours[name], theirs[name]) for name in ours)
-    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
-        return torch.equal(ours, theirs)
-    return bool(ours == theirs)
+def digest_conditions(conditions: Any) -> str:
+    """A name for what a sampler asks for, the same for the same samples: text embeddings are too large to keep."""
+    digest = hashlib.sha256()
+    _feed(digest.update, conditions)
+    return digest.hexdigest()
+
+
+def _feed(update: Callable[[bytes], None], value: Any) -> None:
+    if isinstance(value, Conditions):
+        _feed(update, vars(value))
+    elif isinstance(value, dict):
+        for name in sorted(value):
+            update(f"{name}:".encode())
+            _feed(update, value[name])
+    elif isinstance(value, Tensor):
+        update(f"{value.dtype}{tuple(value.shape)}".encode())
+        for row in torch.atleast_1d(value):
+            update(row.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    else:
+        update(f"{value!r};".encode())
 
 
 def _differences(model: Source, baseline: Source) -> list[str]:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 import vdit_quant
 from vdit_quant.evaluate.compare import Comparison, measure, stored_bytes
 from vdit_quant.evaluate.offload import BlockStream
-from vdit_quant.evaluate.pairing import check_pair, check_same
+from vdit_quant.evaluate.pairing import check_pair, check_same, digest_conditions
+from vdit_quant.evaluate.sample_parts import SeedSamples
 from vdit_quant.evaluate.sampling import Samples, Workload, make_sampler
 from vdit_quant.quantize.errors import InputError, OutputError
 from vdit_quant.runtime.source import find_source, load_transformer
@@ -170,8 +171,8 @@ def test_a_baseline_is_full_precision_and_of_the_same_kind(
 
 
 def test_models_that_draw_other_conditions_are_not_paired() -> None:
-    images = torch.zeros(1, 3, 4, 4)
-    ours, theirs = (Samples(images, [], {"class_labels": [label]}) for label in (1, 2))
+    part = Samples(torch.zeros(1, 3, 4, 4))
+    ours, theirs = (SeedSamples((part,), digest_conditions({"class_labels": [label]}), None) for label in (1, 2))
     with pytest.raises(InputError, match="seed 1: the two models drew different conditions"):
         measure(1, ours, theirs)
 
