@@ -66,8 +66,9 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     """Measures every variant; the result is plain JSON."""
     seeds = tuple(options.seed or (1, 2, 3))
     workload = Workload(options.samples, options.steps, 0, options.guidance, options.batch_size, dtype=options.dtype)
-    baseline = sample_seeds(options.model, workload, seeds, options.device, "baseline")
-    rows = [measure_variant(variant, options, baseline) for variant in options.variant or ["w8a8", "w4a8"]]
+    with tempfile.TemporaryDirectory() as folder:
+        baseline = sample_seeds(options.model, workload, seeds, options.device, "baseline", folder=Path(folder))
+        rows = [measure_variant(variant, options, baseline) for variant in options.variant or ["w8a8", "w4a8"]]
     return {
         "model": options.name,
         "machine": machine(baseline.device),
@@ -89,8 +90,10 @@ def measure_variant(variant: str, options: argparse.Namespace, baseline: Run) ->
         seconds = time.perf_counter() - start
         check_pair(artifact, options.model)
         inside = describe_artifact(artifact, options.device)
-        run = sample_seeds(artifact, baseline.workload, baseline.seeds, options.device, variant)
-    result = compare_runs(run, baseline)
+        kept = Path(folder) / "samples"
+        kept.mkdir()
+        run = sample_seeds(artifact, baseline.workload, baseline.seeds, options.device, variant, folder=kept)
+        result = compare_runs(run, baseline)
     row = {
         "variant": variant,
         "bits": variant.partition(":")[0],
