@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,10 +20,10 @@ from ..runtime.step import StepTracker
 from .conditions import Conditions, random_conditions, read_conditions
 from .prompts import pick_prompts
 from .size import show_size, size_arguments
+from .step_watch import Progress, StepWatch, step_progress
 from .timesteps import count_tokens, set_timesteps
 from .workload import Workload
 
-Progress = Callable[[int, int], None]
 _NOT_OF_CONDITIONS = (torch.OutOfMemoryError, InputError, KernelUnavailable)
 
 
@@ -98,9 +98,9 @@ class Sampler:
         with StepTracker(self.denoiser, self.family) as tracker:
             for number, (start, stop) in enumerate(spans):
                 tracker.reset()
-                watch = _Watch(tracker, stop - start, keep_trajectory)
+                watch = StepWatch(tracker, stop - start, keep_trajectory)
                 if progress is not None:
-                    watch.on_step = _step_progress(progress, number, len(spans), workload.steps)
+                    watch.on_step = step_progress(progress, number, len(spans), workload.steps)
                 handle = self.denoiser.register_forward_pre_hook(watch)
                 try:
                     images = self.sample_batch(workload, conditions, start, stop, decode).float().cpu()
@@ -124,27 +124,6 @@ def _seeded(seed: int) -> Iterator[None]:
         if on_gpu:
             torch.cuda.manual_seed_all(seed)
         yield
-
-
-def _step_progress(progress: Progress, number: int, batches: int, steps: int) -> Callable[[int], None]:
-    return lambda index: progress(min(number * steps + index + 1, batches * steps), batches * steps)
-
-
-class _Watch:
-    """Hook that sees each denoiser call once the tracker is current: keeps latents, reports steps."""
-
-    def __init__(self, tracker: StepTracker, count: int, keep: bool) -> None:
-        self.tracker, self.count, self.keep = tracker, count, keep
-        self.latents: list[Tensor] = []
-        self.on_step: Callable[[int], None] | None = None
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.tracker.repeat:
-            return
-        if self.on_step is not None:
-            self.on_step(self.tracker.index)
-        if self.keep and self.tracker.latents is not None:
-            self.latents.append(self.tracker.latents[: self.count].detach().float().cpu().clone())
 
 
 class PipelineSampler(Sampler):
