@@ -101,7 +101,7 @@ def plan_job(
     disk = source if isinstance(source, Source) else None
     notes = (*notes, *preview_target(target, disk, settings.overwrite, preview))
     plan = plan_source(source, recipe)
-    check_used(plan, settings.group_size, settings.full_steps)
+    check_used(plan, settings.group_size, settings.full_steps, [text.partition("=")[0] for text in settings.params])
     if not settings.i_know:
         check_formats(plan)
     tuned = needs_tuning(plan)

@@ -59,6 +59,13 @@ class LayerPlan:
         """The method's parameters with its defaults filled in."""
         return resolve_method(self.method, self.params)[1]
 
+    def unused(self) -> frozenset[str]:
+        """Parameters of the method that change nothing of this layer."""
+        if self.spec is None:
+            return frozenset()
+        method, params = resolve_method(self.method, self.params)
+        return method.unused(self.spec, params)
+
     @property
     def is_open(self) -> bool:
         """Whether the method decides on a part of the spec when it sees the layer's statistics."""
@@ -139,9 +146,15 @@ def check_formats(plan: Plan) -> None:
             raise InputError(f"layer {layer.name} as {layer.spec.name}: {reason}. --i-know does it all the same")
 
 
-def check_used(plan: Plan, group_size: int | None, full_steps: tuple[int, int]) -> None:
-    """Raises InputError for one of these options when it would change no layer."""
+def check_used(plan: Plan, group_size: int | None, full_steps: tuple[int, int], settings: Collection[str] = ()) -> None:
+    """Raises InputError for one of these options, or names of parameters that were set, when it would change no
+    layer."""
     specs = list(plan.specs().values())
+    for name in settings:
+        layers = [layer for layer in plan.compressed if name in layer.params]
+        if layers and all(name in layer.unused() for layer in layers):
+            found = ", ".join(sorted({f"{layer.method} with {layer.spec.name}" for layer in layers if layer.spec}))
+            raise InputError(f"--set {name}: changes nothing of {found}, beside the other settings; leave it out")
     if group_size is not None and not any(spec.weight.group_size == group_size for spec in specs):
         names = ", ".join(sorted({spec.name for spec in specs}))
         raise InputError(f"--group-size {group_size}: no layer's weight has groups that can be chosen ({names})")

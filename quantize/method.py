@@ -61,6 +61,10 @@ class Method:
         """Whether `compress` decides on a part of this completed spec, as `settled_spec` then reads it."""
         return False
 
+    def unused(self, spec: LayerSpec, params: dict[str, Any]) -> frozenset[str]:
+        """Parameters that change nothing of a layer of this completed spec, the others being what they are."""
+        return frozenset()
+
     def block_steps(self, params: dict[str, Any]) -> int:
         """Steps that a block is trained for once its layers are compressed; 0: it is not."""
         return 0

@@ -21,6 +21,7 @@ from ..format import Tensors
 from ..method import FloatLayer, Method
 from ..spec import LayerSpec
 from ..stats import LayerStats
+from ..unused import unused_choices
 
 
 class Ditas(Method):
@@ -41,6 +42,9 @@ class Ditas(Method):
 
     def needs(self, params: dict[str, Any]) -> frozenset[str]:
         return Choices.of(params).needs(params["rank"])
+
+    def unused(self, spec: LayerSpec, params: dict[str, Any]) -> frozenset[str]:
+        return unused_choices(spec, params)
 
     def compress(self, layer: FloatLayer, stats: LayerStats | None, spec: LayerSpec, **params: Any) -> Tensors:
         return compress_linear(layer, stats, spec, Choices.of(params))

@@ -12,6 +12,7 @@ from ..format import Tensors
 from ..method import FloatLayer, Method
 from ..spec import LayerSpec
 from ..stats import LayerStats
+from ..unused import unused_choices
 
 
 class Gptq(Method):
@@ -21,6 +22,9 @@ class Gptq(Method):
 
     def needs(self, params: dict[str, Any]) -> frozenset[str]:
         return Choices.of(params).needs()
+
+    def unused(self, spec: LayerSpec, params: dict[str, Any]) -> frozenset[str]:
+        return unused_choices(spec, params)
 
     def compress(self, layer: FloatLayer, stats: LayerStats | None, spec: LayerSpec, **params: Any) -> Tensors:
         return compress_linear(layer, stats, spec, Choices.of(params))

@@ -14,6 +14,7 @@ from ..method import FloatLayer, Method
 from ..scale import search_clip
 from ..spec import LayerSpec
 from ..stats import LayerStats
+from ..unused import unused_choices
 
 
 class RoundToNearest(Method):
@@ -23,6 +24,9 @@ class RoundToNearest(Method):
 
     def needs(self, params: dict[str, Any]) -> frozenset[str]:
         return frozenset({"second_moment"}) if params["clip"] == "output" else frozenset()
+
+    def unused(self, spec: LayerSpec, params: dict[str, Any]) -> frozenset[str]:
+        return unused_choices(spec, params)
 
     def compress(self, layer: FloatLayer, stats: LayerStats | None, spec: LayerSpec, **params: Any) -> Tensors:
         clip = params.get("clip", "none")

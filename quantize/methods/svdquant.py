@@ -23,6 +23,7 @@ from ..method import FloatLayer, Method
 from ..rotate import default_block
 from ..spec import HadamardSpec, LayerSpec
 from ..stats import LayerStats
+from ..unused import unused_choices
 
 
 class SvdQuant(Method):
@@ -46,6 +47,9 @@ class SvdQuant(Method):
 
     def needs(self, params: dict[str, Any]) -> frozenset[str]:
         return Choices.of(params).needs(params["rank"])
+
+    def unused(self, spec: LayerSpec, params: dict[str, Any]) -> frozenset[str]:
+        return unused_choices(spec, params)
 
     def compress(self, layer: FloatLayer, stats: LayerStats | None, spec: LayerSpec, **params: Any) -> Tensors:
         return compress_linear(layer, stats, spec, Choices.of(params))

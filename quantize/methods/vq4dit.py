@@ -25,6 +25,8 @@ from ..spec import HadamardSpec, LayerSpec
 from ..stats import LayerStats
 from ..vector import VectorRounding
 
+_TRAINING = frozenset({"candidates", "ratio", "harden", "slope", "rate", "book_rate"})
+
 
 class Vq4Dit(Method):
     """`hadamard`: the largest block of a rotation, 0 for none. `scale`: a scale for each row before the codebook.
@@ -78,6 +80,10 @@ class Vq4Dit(Method):
 
     def block_steps(self, params: dict[str, Any]) -> int:
         return 0 if params["steps"] == AUTO else int(params["steps"])
+
+    def unused(self, spec: LayerSpec, params: dict[str, Any]) -> frozenset[str]:
+        found = frozenset() if params["rounding"] == "gptq" else frozenset({"damp"})
+        return found if params["steps"] else found | _TRAINING
 
     def compress(self, layer: FloatLayer, stats: LayerStats | None, spec: LayerSpec, **params: Any) -> Tensors:
         feedback = params["rounding"] == "gptq"

@@ -146,6 +146,52 @@ def test_a_word_that_is_no_choice_is_refused_before_anything_is_compressed(name:
             resolve_method(name, {key: "no_such_word"})
 
 
+NUMBERS = {"alpha": 0.9, "damp": 0.5, "sweeps": 2, "rounds": 2, "hadamard": 16, "rank": 8}
+AT_RUN_TIME = {"fold", "steps", "candidates", "ratio", "harden", "slope", "rate", "book_rate"}
+"""Parameters that a single layer's compression does not see."""
+
+
+def _another(name: str, key: str, value: Any) -> Any:
+    """Another value of a parameter."""
+    if isinstance(value, bool):
+        return not value
+    words = resolve_method(name, {})[0].choices.get(key, ())
+    return next((word for word in words if word != value), NUMBERS.get(key))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("spec_name", ["w4g64-a8tok", "w8", "wfp4-ae2m1g16", "wnf4g64", "wvq2", "wt-a8tok", "w16"])
+def test_a_parameter_that_is_called_unused_changes_nothing(name: str, spec_name: str) -> None:
+    method, params = resolve_method(name, {})
+    is_rounding = spec_name == SPECS[0] and params.get("rounding") == "gptq" and name != "vq4dit"
+    for context in [{}, {"rounding": "rtn"}] if is_rounding else [{}]:
+        spec, tensors = _compress(name, spec_name, **context)
+        given = {**params, **context}
+        unused = method.unused(method.complete(LayerSpec.parse(spec_name), N, K, given), given)
+        for key in unused - AT_RUN_TIME:
+            other_spec, others = _compress(name, spec_name, **{**context, key: _another(name, key, given[key])})
+            assert other_spec == spec, key
+            assert all(torch.equal(tensor, others[part]) for part, tensor in tensors.items()), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_changes_something_somewhere(name: str) -> None:
+    method, params = resolve_method(name, {})
+    waiting = set(params) - AT_RUN_TIME
+    for spec_name in ("w4g64-a8tok-h16-r4", "w4g64-a8tok", "wfp4-ae2m1tok", "wvq2"):
+        for context in ({}, {"smooth": "fixed"}):
+            if set(context) - set(params):
+                continue
+            given = {**params, **context}
+            _, tensors = _compress(name, spec_name, **context)
+            unused = method.unused(method.complete(LayerSpec.parse(spec_name), N, K, given), given)
+            for key in waiting - unused - set(context):
+                _, others = _compress(name, spec_name, **{**context, key: _another(name, key, given[key])})
+                same = tensors.keys() == others.keys() and all(map(torch.equal, tensors.values(), others.values()))
+                waiting -= set() if same else {key}
+    assert not waiting
+
+
 def test_an_unknown_method_suggests_the_nearest() -> None:
     with pytest.raises(InputError, match=r"'rtm'.*did you mean 'rtn'"):
         resolve_method("rtm", {})
