@@ -19,8 +19,12 @@ def run(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Table. Default: the one read at start.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Measure again what the table holds already.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="List what would be measured and about how long it takes.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Measure again what the table holds already.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be measured and about how long it takes.")
+    ] = False,
 ) -> None:
     """Measure launch options of the kernels on this GPU and write its launch table."""
     from ...kernels import tuning

@@ -47,6 +47,12 @@ def test_an_unknown_option_is_a_usage_error(command: str, cli: Cli) -> None:
     assert "Traceback" not in result.err
 
 
+@pytest.mark.parametrize("command", registry.names(commands))
+def test_a_switch_that_is_off_has_no_second_name(command: str, cli: Cli) -> None:
+    names = {word for word in cli(command, "--help").out.split() if word.startswith("--no-")}
+    assert names <= {"--no-compile"}  # which is neither on nor off unless given
+
+
 def test_help_lists_every_command(cli: Cli) -> None:
     result = cli("--help")
     assert result.code == 0
