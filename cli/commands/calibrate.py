@@ -60,7 +60,11 @@ def run(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: the GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Compute dtype of the run. Default: bfloat16 on a GPU.")] = None,
     stats_gb: Annotated[
-        float | None, typer.Option(help="Memory that statistics may take at a time, in GB. Default: half of the free.")
+        float | None,
+        typer.Option(
+            help="Memory that statistics may take at a time, in GB. Default: half of the model's own, or of what a GPU "
+            "has free if that is more; at least 0.5."
+        ),
     ] = None,
     offload: Annotated[
         bool,
