@@ -113,7 +113,7 @@ def render(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--json", type=Path, required=True)
+    add("--json", type=Path, default=Path("benchmarks/results/attention.json"))
     add("--markdown", type=Path, action="append", default=[], help="document with the marked region; may be repeated")
     add("--render", action="store_true", help="measure nothing; write the documents from the JSON")
     options = parser.parse_args()

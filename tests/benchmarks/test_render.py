@@ -1,6 +1,7 @@
 """What the speed benchmarks publish, from made-up results, and that a compilation is never reused by mistake."""
 
 import importlib
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -239,3 +240,14 @@ def test_every_recipe_of_the_speed_tables_can_be_made(script: Any, ways: ModuleT
         expected = model(**call)[0]
         errors = {name: ways.relative(models.compressed(model, name)(**call)[0], expected) for name in ways.RECIPES}
     assert all(0 < error < 0.2 for error in errors.values()), errors
+
+
+def test_the_commands_of_the_page_on_speed_need_no_more_than_they_say(
+    script: Any, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = set(re.findall(r"python benchmarks/(\w+)\.py", (root / "docs" / "benchmarks.md").read_text("utf-8")))
+    assert named >= {"attention", "denoiser", "gemm", "producers", "scaling"}
+    monkeypatch.chdir(root)
+    for name in sorted(named):
+        monkeypatch.setattr("sys.argv", [name, "--render"])  # measures nothing, prints the table of the shipped figures
+        script(name).main()
