@@ -19,9 +19,7 @@ def run(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Table. Default: the one read at start.")
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Measure again what the table holds already.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure again what the table holds already.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would be measured and about how long it takes.")
     ] = False,
