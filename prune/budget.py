@@ -18,16 +18,16 @@ class Duration:
     seconds: float | None = None
 
     @classmethod
-    def parse(cls, text: str | int) -> Duration:
-        """ "3000", "3000steps", "90s", "8min" or "2h". Raises InputError for anything else."""
+    def parse(cls, text: str | int, where: str = "") -> Duration:
+        """ "3000", "3000steps", "90s", "8min" or "2h". Raises InputError, after `where`, for anything else."""
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(steps|s|min|h|)", str(text).strip())
         if match is None:
-            raise InputError(f"'{text}': expected a number of steps or a time, such as 3000, 90s, 8min or 2h")
+            raise InputError(f"{where}'{text}': expected a number of steps or a time, such as 3000, 90s, 8min or 2h")
         number, unit = float(match[1]), _UNITS[match[2]]
         if unit:
             return cls(seconds=number * unit)
         if number != int(number):
-            raise InputError(f"'{text}': expected a whole number of steps")
+            raise InputError(f"{where}'{text}': expected a whole number of steps")
         return cls(steps=int(number))
 
     @property

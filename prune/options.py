@@ -87,8 +87,8 @@ class Options:
 
     def check(self) -> None:
         """Raises InputError for a value that cannot be used."""
-        Duration.parse(self.search)
-        Duration.parse(self.recover)
+        Duration.parse(self.search, "--search ")
+        Duration.parse(self.recover, "--recover ")
         check_optimizer(self.optimizer)
         if self.criterion not in criterion_names():
             raise unknown("criterion", self.criterion, criterion_names())

@@ -282,7 +282,7 @@ REFUSED = {
     "nothing to keep": ((), ("--keep N is needed", "8 transformer_blocks")),
     "too many": (("--keep", "9"), ("expected 1 to 8 blocks",)),
     "a criterion that does not exist": (("--keep", "4", "--criterion", "magnitute"), ("did you mean 'magnitude'",)),
-    "no budget": (("--keep", "4", "--recover", "soon"), ("'soon'", "such as 3000, 90s, 8min")),
+    "no budget": (("--keep", "4", "--recover", "soon"), ("--recover 'soon'", "such as 3000, 90s, 8min")),
     "no such data": (("--keep", "4", "--data", "nowhere"), ("nowhere", "found none")),
     "groups that do not add up": (("--keep", "4", "--group", "1:4"), ("keep 2 of 8",)),
     "an optimiser that is not here": (("--keep", "4", "--optimizer", "adamw4bit"), ("adamw8bit",)),
