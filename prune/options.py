@@ -28,6 +28,10 @@ _UNUSED = {"none": ("output_weight", "features", "mask"), "output": ("features",
 _ASIDE = ("resume", "overwrite", "grids", "save_steps", "device", "cache")
 
 
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 @dataclass(frozen=True)
 class Options:
     """How to prune.
@@ -97,11 +101,11 @@ class Options:
         for name, low, high in (("output_weight", 0, 1), ("drop", 0, 1), ("ema", 0, 1)):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise InputError(f"{name} {value}: expected {low} to {high}")
+                raise InputError(f"{_option(name)} {value}: expected {low} to {high}")
         for name in ("samples", "steps", "batch_size", "micro_batch", "lr", "mask"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{name} {value}: expected a number above 0")
+                raise InputError(f"{_option(name)} {value}: expected a number above 0")
         check_guidance(self.guidance)
         if self.cache is not None and Path(self.cache).exists() and not Path(self.cache).is_dir():
             raise InputError(f"--cache {self.cache}: expected a folder or nothing there, found a file")

@@ -286,6 +286,8 @@ REFUSED = {
     "no such data": (("--keep", "4", "--data", "nowhere"), ("nowhere", "found none")),
     "groups that do not add up": (("--keep", "4", "--group", "1:4"), ("keep 2 of 8",)),
     "an optimiser that is not here": (("--keep", "4", "--optimizer", "adamw4bit"), ("adamw8bit",)),
+    "a weight above 1": (("--keep", "4", "--output-weight", "3"), ("--output-weight 3.0", "expected 0 to 1")),
+    "a rate below 0": (("--keep", "4", "--lr", "-1"), ("--lr -1.0", "above 0")),
     "a seed without end": (("--keep", "4", "--seed", "99999999999999"), ("--seed", "expected 0 to 4294967295")),
     "no such plan": (("--plan", "plan.json"), ("plan.json", "no such file")),
 }
