@@ -9,7 +9,7 @@ import torch
 
 from ..quantize.errors import InputError
 from ..quantize.layer import layer_layout
-from ..runtime.artifact import DTYPES, make_config
+from ..runtime.artifact import DTYPES, FOLDED, make_config
 from ..runtime.source import Source
 from ..runtime.writer import Entry, staged_around, write_json, write_tensors
 from .model_source import ModelSource
@@ -53,6 +53,9 @@ def write_artifact(
     plans: dict[str, Any] | None = None,
 ) -> None:
     """Writes the artifact folder `target`, whole or not at all."""
+    if plan.folds:  # what joins the layers later has to know: they read or make other numbers than the model's own
+        folded = {name for fold in plan.folds for name in (fold.producer, *fold.consumers)}
+        provenance = {**provenance, FOLDED: sorted(folded)}
     config = make_config(plan.specs(), [layer.name for layer in plan.layers], provenance, plans or {})
     entries, origin = _entries(source, plan)
     parts: dict[str, dict[str, torch.Tensor]] = {}

@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ..quantize.format import Tensors
 from ..quantize.layer import check_shape, layer_layout
 from ..quantize.low_rank import join_adapter
 from ..quantize.spec import LayerSpec
-from .artifact import DTYPES, check_tensors, make_config, read_config
+from .artifact import DTYPES, FOLDED, check_tensors, make_config, read_config
 from .checkpoint import read_header, refuse_pickle
 from .load import linear_shapes
 from .source import Source, find_source
@@ -75,6 +75,7 @@ def join_lora(
     shapes = linear_shapes(source.skeleton())
     check_tensors(config, shapes, source.checkpoint)
     adapters = read_adapter(Path(adapter), shapes, str(source.config.get("_class_name")), scale)
+    _refuse_folded(adapters, config.provenance.get(FOLDED) or (), adapter)
     old = config.resolve(shapes)
     new = {name: _joined(spec, adapters.get(name), shapes[name], name) for name, spec in old.items()}
     check_target(target, source, overwrite)
@@ -134,6 +135,16 @@ def read_adapter(
     if not adapters:
         raise InputError(f"{path}: no tensor of a LoRA adapter, such as LAYER{DOWN[0]}")
     return adapters
+
+
+def _refuse_folded(adapters: Collection[str], folded: Collection[str], path: str | Path) -> None:
+    """Raises InputError for an adapter of a layer that reads, or makes, what a folded scale has changed: it was trained
+    on the model's own numbers, and the artifact does not hold the scale."""
+    if layer := next((name for name in adapters if name in folded), None):
+        raise InputError(
+            f"{path}: {layer}: the artifact has a scale folded into this layer, so no adapter can join it; "
+            "expected an artifact calibrated with --set fold=false"
+        )
 
 
 def _own_scale(layer: str, rank: int, alpha: Tensor | None, settings: Mapping[str, Any]) -> float:

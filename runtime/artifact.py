@@ -31,6 +31,8 @@ from .schedule import check_plans
 
 QUANT_METHOD = "vdit_quant"
 VERSION = (1, 0)
+FOLDED = "folded"
+"""Key of the provenance: names of layers whose input or output a folded scale has changed."""
 KEYS = ("quant_method", "version", "specs", "layers", "plans", "provenance")
 DTYPES = {
     "BF16": torch.bfloat16,

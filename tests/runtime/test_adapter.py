@@ -251,6 +251,24 @@ def test_an_output_cannot_replace_the_pipeline_it_is_made_from(
     assert done.err.strip().endswith(f"-o {folder}-2")
 
 
+@pytest.mark.parametrize("layer", ["attn1.to_k", "attn1.to_out.0", "attn1.to_v", "norm1.linear"])
+def test_no_adapter_joins_a_layer_that_a_scale_is_folded_into(layer: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """Of what a folded scale changed, only the product is known afterwards: the adapter would act on other inputs."""
+    from vdit_quant.calibrate.pipeline import compress
+
+    how = ("smooth=fixed", "rank=0", "rounding=rtn")
+    name, quick = f"transformer_blocks.0.{layer}", {"method": "svdquant", "samples": 2, "steps": 2}
+    n = 384 if layer == "norm1.linear" else 64
+    file = tmp_path / "lora.safetensors"
+    save_file({f"{name}.lora_A.weight": torch.ones(1, 64), f"{name}.lora_B.weight": torch.ones(n, 1)}, file)
+    folded = compress(tiny_folder, tmp_path / "folded", params=how, **quick)
+    with pytest.raises(InputError, match=rf"{name}: .* folded .* --set fold=false"):
+        vdit_quant.join_lora(folded, file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    stored = compress(tiny_folder, tmp_path / "stored", params=(*how, "fold=false"), **quick)
+    assert vdit_quant.join_lora(stored, file, tmp_path / "out") == {name: 1}
+
+
 def test_a_folder_in_the_place_of_an_adapter(tiny_artifact: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a folder, expected a safetensors file"):
         vdit_quant.join_lora(tiny_artifact, tmp_path, tmp_path / "out")
