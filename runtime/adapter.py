@@ -28,7 +28,7 @@ from ..quantize.layer import check_shape, layer_layout
 from ..quantize.low_rank import join_adapter
 from ..quantize.spec import LayerSpec
 from .artifact import DTYPES, FOLDED, check_tensors, make_config, read_config
-from .checkpoint import read_header, refuse_pickle
+from .checkpoint import read_header, read_json, refuse_pickle
 from .load import linear_shapes
 from .source import Source, find_source
 from .writer import Entry, check_target, staged_around, write_json, write_tensors
@@ -40,6 +40,7 @@ UP = (".lora_B.weight", ".lora_B.default.weight", ".lora.up.weight", ".lora_up.w
 PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.")
 TEXT_ENCODERS = ("text_encoder", "lora_te")
 METADATA = "lora_adapter_metadata"  # where diffusers writes ranks and alphas
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # where peft does: a file beside
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def _own_scale(layer: str, rank: int, alpha: Tensor | None, settings: Mapping[st
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file, and the settings of the denoiser's adapter in its metadata."""
+    """The tensors of a file, and the settings of the denoiser's adapter: in its metadata, or where peft puts them."""
     refuse_pickle(path)
     read_header(path)  # its errors tell a folder, a file without permission and a truncated one apart
     try:
@@ -172,6 +173,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         settings = json.loads(metadata.get(METADATA, "{}"))
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: not a readable safetensors file: {error}") from None
+    beside = path.with_name(PEFT_CONFIG)
+    if METADATA not in metadata and path.name == PEFT_WEIGHTS and beside.exists():
+        settings = read_json(beside)
     return tensors, {_bare(key): value for key, value in settings.items()}
 
 

@@ -165,6 +165,21 @@ def test_an_alpha_pattern_is_read_as_peft_reads_it(pattern: dict[str, int], scal
     assert [found[name].scale for name in LAYERS] == scales
 
 
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [({"lora_alpha": 16}, 4.0), ({"lora_alpha": 16, "use_rslora": True}, 8.0), ({"alpha_pattern": {"to_q": 2}}, 0.5)],
+)
+def test_alphas_in_the_file_that_peft_writes_beside_count(
+    settings: dict[str, Any], scale: float, write, tmp_path: Path
+) -> None:
+    file = write(prefix="base_model.model.").rename(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": RANK, **settings}))
+    assert read_adapter(file, LAYERS, "DiT")["transformer_blocks.0.attn1.to_q"].scale == scale
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"use_dora": True}))
+    with pytest.raises(InputError, match="a DoRA adapter"):
+        read_adapter(file, LAYERS, "DiT")
+
+
 def test_an_alpha_pattern_that_is_no_expression_is_one_clear_error(write) -> None:
     with pytest.raises(InputError, match=r"proj_out_2: alpha_pattern: expected regular expressions, found '\('"):
         read_adapter(write(settings={"transformer.alpha_pattern": {"(": 1}}), LAYERS, "DiT")
