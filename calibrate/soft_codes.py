@@ -35,6 +35,7 @@ class SoftCodes(nn.Module):
         self.factors = tuple(tensors[name].float() for name in ("proj_up", "proj_down")) if spec.rank else None
         self.input_scale = tensors["pre_quant_scale"] if spec.pre_scale else None
         unit = tensors["weight_codebook"][0].float().square().mean().sqrt()
+        unit = torch.where(unit > 0, unit, 1.0)  # a layer of zeros has a codebook of zeros
         self.scale = tensors["weight_scale"] * unit
         self.book = nn.Parameter(tensors["weight_codebook"][0].float() / unit)
         self.gain = nn.Parameter(torch.ones_like(self.scale))

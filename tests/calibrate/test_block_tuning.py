@@ -30,8 +30,11 @@ def _layer() -> tuple[nn.Linear, Tensor]:
     return nn.Linear(K, N), torch.randn(256, K) * torch.linspace(0.2, 2, K)
 
 
-def _soft(spec_name: str = "wvq2", candidates: int = 3) -> tuple[SoftCodes, LayerSpec, nn.Linear, Tensor]:
+def _soft(
+    spec_name: str = "wvq2", candidates: int = 3, factor: float = 1.0
+) -> tuple[SoftCodes, LayerSpec, nn.Linear, Tensor]:
     linear, x = _layer()
+    linear.weight.data *= factor
     method, params = resolve_method("vq4dit", {"hadamard": 16})
     spec = method.complete(LayerSpec.parse(spec_name), N, K, params)
     stats = LayerStats.empty(K, frozenset({"gram"}))
@@ -92,6 +95,14 @@ def test_training_lowers_the_error_of_what_is_stored_and_moves_codes_codebook_an
     assert not torch.equal(soft.bias, linear.bias)
     for key in {"hadamard_signs", "pre_quant_scale", "proj_up", "proj_down"} & set(stored):
         assert torch.equal(stored[key], soft.tensors[key])
+
+
+def test_a_layer_of_zeros_stays_one() -> None:
+    soft, spec, linear, x = _soft(factor=0.0)
+    with torch.no_grad():
+        inputs, targets = [BlockInput.of(((x,), {}), len(x), None)], [(linear(x),)]
+    fit_block(nn.Sequential(soft), [soft], inputs, targets, {**PARAMS, "steps": 3})
+    assert not dense_weight(soft.store(), K, spec).any()
 
 
 def test_a_draw_takes_the_same_rows_of_every_tensor_that_has_them() -> None:
