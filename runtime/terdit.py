@@ -67,7 +67,10 @@ def import_terdit(
             return pack_codes(unpack_rows(read(name), f"{path}, {layer}"), 2)
         if layer in shapes and key == "weight_scale":
             return _scale(read(f"{layer}.alphas"), shapes[layer][0], f"{path}, {layer}")
-        return read(name)
+        tensor = read(name)
+        if tensor.is_floating_point() and (bad := int(tensor.isnan().sum())):
+            raise InputError(f"{path}: {name}: {bad:,} of {tensor.numel():,} values are NaN")
+        return tensor
 
     provenance = {"source": path.name, "layout": "TerDiT"}
     plain = {name: shapes.get(name.removesuffix(".weight"), shape) for name, (shape, _) in headers.items()}
@@ -84,12 +87,14 @@ def import_terdit(
 def ternary_layers(headers: Headers, where: Path) -> dict[str, tuple[int, int]]:
     """(N, K) of the layers of the layout. Raises InputError when there are none, or one disagrees with itself."""
     shapes: dict[str, tuple[int, int]] = {}
-    for name in headers:
+    for name, (shape, dtype) in headers.items():
         layer, _, key = name.rpartition(".")
+        if key == "weight" and dtype == torch.uint8 and f"{layer}.alphas" not in headers:
+            raise InputError(f"{where}: {name}: uint8 {list(shape)}: expected {layer}.alphas beside it, found none")
         if key != "alphas":
             continue
         shape, dtype = headers.get(f"{layer}.weight", ((), torch.bool))
-        if len(shape) != 2 or dtype != torch.uint8:
+        if len(shape) != 2 or not all(shape) or dtype != torch.uint8:
             found = f"{dtype} {list(shape)}" if shape else "no such tensor"
             raise InputError(f"{where}: {layer}.weight: expected uint8 [N/4, K] beside its alphas, found {found}")
         n, counts = 4 * shape[0], torch.Size(headers[name][0]).numel()

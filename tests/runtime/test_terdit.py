@@ -137,6 +137,8 @@ def test_rows_lie_a_quarter_apart() -> None:
         ({"alphas": torch.ones(5)}, r"expected 1 or 32 alphas and a bias \[32\], found 5 and"),
         ({"bias": torch.ones(5)}, r"found 1 and \[5\]"),
         ({"alphas": torch.tensor([float("nan")])}, "alphas are NaN or infinite"),
+        ({"alphas": None}, r"uint8 \[8, 32\]: expected layers\.0\.attention\.wq\.alphas beside it, found none"),
+        ({"weight": torch.zeros(0, WIDTH, dtype=torch.uint8)}, r"found torch.uint8 \[0, 32\]"),
     ],
 )
 def test_a_layer_in_another_layout_is_refused(
@@ -144,6 +146,13 @@ def test_a_layer_in_another_layout_is_refused(
 ) -> None:
     file = write(**{f"layers__0__attention__wq__{key}": value for key, value in changed.items()})
     with pytest.raises(InputError, match=rf"layers\.0\.attention\.wq.*{message}"):
+        import_terdit(file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_in_what_is_kept_is_refused(write, tmp_path: Path) -> None:
+    file = write(final_layer__bias=torch.tensor([0.0, float("nan"), 1.0, 2.0]))
+    with pytest.raises(InputError, match=r"ema\.safetensors: final_layer\.bias: 1 of 4 values are NaN"):
         import_terdit(file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
