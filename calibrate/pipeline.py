@@ -32,7 +32,7 @@ from .compress import compress_unit
 from .mixed import Sizing, allocate_bits, prepare, prepare_untimed, require_disk_source, settled_bits
 from .model_source import Data, ModelSource
 from .options import Options, check_workload
-from .plan import LayerPlan, Plan, check_formats, check_used, make_plan, settle
+from .plan import LayerPlan, Plan, check_formats, check_methods, check_used, make_plan, settle
 from .progress import Progress
 from .trained_blocks import needs_tuning, settle_training, untrained_notes
 from .workspace import Workspace
@@ -101,6 +101,8 @@ def plan_job(
     disk = source if isinstance(source, Source) else None
     notes = (*notes, *preview_target(target, disk, settings.overwrite, preview))
     plan = plan_source(source, recipe)
+    if settings.budget is None:  # which chooses the formats itself
+        check_methods(plan)
     check_used(plan, settings.group_size, settings.full_steps, [text.partition("=")[0] for text in settings.params])
     if not settings.i_know:
         check_formats(plan)

@@ -146,6 +146,22 @@ def check_formats(plan: Plan) -> None:
             raise InputError(f"layer {layer.name} as {layer.spec.name}: {reason}. --i-know does it all the same")
 
 
+def check_methods(plan: Plan) -> None:
+    """Raises InputError for a method that is for formats of which not one of its layers has any."""
+    by_method: dict[str, list[LayerSpec]] = {}
+    for layer in plan.compressed:
+        assert layer.spec is not None
+        by_method.setdefault(layer.method, []).append(layer.spec)
+    for name, specs in by_method.items():
+        own = resolve_method(name, {})[0].formats()
+        if own and not any(spec.weight.format in own for spec in specs):
+            found = ", ".join(sorted({spec.name for spec in specs}))
+            raise InputError(
+                f"method {name}: expected layers in {' or '.join(own)}, found {found}; choose --bits or the specs of a "
+                f"recipe for it, or another method"
+            )
+
+
 def check_used(plan: Plan, group_size: int | None, full_steps: tuple[int, int], settings: Collection[str] = ()) -> None:
     """Raises InputError for one of these options, or names of parameters that were set, when it would change no
     layer."""

@@ -57,6 +57,11 @@ class Method:
         """
         return spec
 
+    def formats(self) -> tuple[str, ...]:
+        """The weight formats that this method is for; none: any. A plan in which not one of its layers has one of them
+        is refused, because it would be another method's work under this one's name."""
+        return ()
+
     def is_open(self, spec: LayerSpec, params: dict[str, Any]) -> bool:
         """Whether `compress` decides on a part of this completed spec, as `settled_spec` then reads it."""
         return False

@@ -18,6 +18,9 @@ class Nf4(Method):
     def complete(self, spec: LayerSpec, n: int, k: int, params: dict[str, Any], foldable: bool = False) -> LayerSpec:
         return dataclasses.replace(spec, weight=FormatSpec("nf4", 64)) if spec.weight.format == "int4" else spec
 
+    def formats(self) -> tuple[str, ...]:
+        return ("nf4",)
+
     def compress(self, layer: FloatLayer, stats: LayerStats | None, spec: LayerSpec, **params: Any) -> Tensors:
         return spec.weight.resolve().encode(layer.weight, spec.weight)
 

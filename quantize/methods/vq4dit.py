@@ -16,6 +16,7 @@ import dataclasses
 import math
 from typing import Any, ClassVar
 
+from .. import formats, registry
 from ..compose import BOUNDS, Choices, compress_linear
 from ..format import Tensors
 from ..gptq import DAMP
@@ -23,7 +24,7 @@ from ..method import AUTO, FloatLayer, Method
 from ..rotate import default_block
 from ..spec import HadamardSpec, LayerSpec
 from ..stats import LayerStats
-from ..vector import VectorRounding
+from ..vector import VectorFormat, VectorRounding
 
 _TRAINING = frozenset({"candidates", "ratio", "harden", "slope", "rate", "book_rate"})
 
@@ -74,6 +75,10 @@ class Vq4Dit(Method):
         if params["hadamard"] and spec.hadamard is None:
             spec = dataclasses.replace(spec, hadamard=HadamardSpec(default_block(k, "sylvester", params["hadamard"])))
         return spec
+
+    def formats(self) -> tuple[str, ...]:
+        names = registry.names(formats)
+        return tuple(name for name in names if isinstance(registry.find(formats, name, "FORMAT"), VectorFormat))
 
     def needs(self, params: dict[str, Any]) -> frozenset[str]:
         return frozenset({"gram"})

@@ -23,6 +23,8 @@ roles = ["attention", "feed_forward"]
     [
         (("--bits", "w4a9"), ("--bits", "w4a9", "did you mean 'w4a8'")),
         (("--method", "rtm"), ("method", "rtm", "did you mean 'rtn'")),
+        (("--bits", "w4a4", "--method", "nf4"), ("method nf4", "expected layers in nf4", "wfp4-ae2m1g16", "--bits")),
+        (("--bits", "w4a8", "--method", "vq4dit"), ("method vq4dit", "vq2 or vq3", "found w4g64-a8tok-h64", "--bits")),
         (("--keep", "blocks.99.*"), ("--keep", "blocks.99.*", "matches no layer", "transformer_blocks.0")),
         (("--group-size", "128"), ("transformer_blocks.0.attn1.to_q", "128", "K = 64", "--group-size")),
         (("--group-size", "48"), ("transformer_blocks.0.attn1.to_q", "48", "known")),
