@@ -24,9 +24,10 @@ _BIAS = 127
 
 
 def e8m0_scale(bits: Tensor) -> Tensor:
-    """uint8 bits of E8M0 -> float32: 2^(bits - 127)."""
+    """uint8 bits of E8M0 -> float32: 2^(bits - 127); 255 is NaN."""
     exponent = bits.to(torch.int32)  # that of float32 as it is; 2^-127 has none
-    return torch.where(exponent > 0, exponent << 23, 1 << 22).view(torch.float32)
+    size = torch.where(exponent > 0, exponent << 23, 1 << 22).view(torch.float32)
+    return torch.where(exponent < 255, size, torch.nan)
 
 
 def e8m0_bits(reach: Tensor, above: int = 0) -> Tensor:

@@ -76,6 +76,7 @@ def size_of(bits, GROUP: tl.constexpr):
     wide = bits.to(tl.int32)
     if GROUP == 32:
         size = tl.where(wide > 0, wide << 23, 1 << 22).to(tl.float32, bitcast=True)
+        size = tl.where(wide < 255, size, float("nan"))
     else:
         size = e4m3_value(wide)
     return size

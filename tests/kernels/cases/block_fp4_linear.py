@@ -121,6 +121,15 @@ def interpreter_every_code_with_every_block_scale(group: int) -> None:
     assert torch.equal(block_fp4_linear(*args, None, torch.float32), want)
 
 
+def interpreter_the_block_scale_that_is_no_number() -> None:
+    x, bits, *rest = _layer(3, 64, 8, 32)
+    bits[1, 0] = 255
+    args = (x, bits, *rest, None, torch.float32)
+    want, got = block_fp4_linear(*args), run_twin(OP, *args)
+    assert want.isnan().any(1).tolist() == [False, True, False]
+    assert torch.equal(got.isnan(), want.isnan())
+
+
 def interpreter_views_and_empty_batches() -> None:
     x, bits, scale, *weight = _layer(17, 96, 40, 32)
     args = (x.t().contiguous().t(), bits.t().contiguous().t(), scale, *weight, None, torch.float32)
