@@ -55,9 +55,9 @@ class Format:
             raise InputError(f"format {spec.format}: group size {spec.group_size} is not supported (known: {known})")
         if spec.group_size is not None and k % spec.group_size:
             fits = [str(g) for g in self.group_sizes if g is not None and k % g == 0]
+            none = "none (use one scale per row)" if None in self.group_sizes else f"none that {spec.format} has"
             raise InputError(
-                f"group size {spec.group_size} does not divide K = {k}; "
-                f"sizes that do: {', '.join(fits) or 'none (use one scale per row)'}"
+                f"group size {spec.group_size} does not divide K = {k}; sizes that do: {', '.join(fits) or none}"
             )
 
     def layout(self, n: int, k: int, spec: FormatSpec) -> dict[str, TensorLayout]:

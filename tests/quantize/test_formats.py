@@ -176,8 +176,10 @@ def test_a_group_that_does_not_fit_says_what_would(fmt_spec: FormatSpec) -> None
     with pytest.raises(InputError, match=r"group size 7 is not supported \(known: "):
         fmt.check(128, FormatSpec(fmt_spec.format, 7))
     if fmt_spec.group_size is not None:
-        with pytest.raises(InputError, match=f"{fmt_spec.group_size} does not divide K = {fmt_spec.group_size + 1}"):
+        found = f"{fmt_spec.group_size} does not divide K = {fmt_spec.group_size + 1}"
+        with pytest.raises(InputError, match=found) as error:
             fmt.check(fmt_spec.group_size + 1, fmt_spec)
+        assert ("one scale per row" in str(error.value)) == (None in fmt.group_sizes)
 
 
 @every
