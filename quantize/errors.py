@@ -31,4 +31,4 @@ def unknown(kind: str, name: str, options: Iterable[str], where: str = "") -> In
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean '{near[0]}'?" if near else "."
     place = f"{where}: " if where else ""
-    return InputError(f"{place}unknown {kind} '{name}'{hint} Known: {', '.join(known)}")
+    return InputError(f"{place}unknown {kind} '{name}'{hint} Known: {', '.join(known) or 'none'}")

@@ -15,7 +15,7 @@ from ..kernels.int8_linear_low_rank import int8_linear_low_rank
 from ..kernels.low_rank_down import act_down
 from .errors import InputError
 from .format import TensorLayout, Tensors, activation_codes, activation_ops
-from .spec import LayerSpec
+from .spec import FormatSpec, LayerSpec
 
 LOW_RANK_DTYPE = torch.bfloat16
 
@@ -25,13 +25,21 @@ def check_shape(n: int, k: int, spec: LayerSpec, layer: str) -> None:
     try:
         spec.weight.resolve().check(k, spec.weight)
         if spec.activation is not None:
-            spec.activation.resolve().check(k, spec.activation)
+            _check_activation(k, spec.activation)
     except InputError as error:
         raise InputError(f"layer {layer} [{n}, {k}] as {spec.name}: {error}") from None
     if spec.hadamard is not None and k % spec.hadamard.block_size:
         raise InputError(f"layer {layer}: Hadamard block {spec.hadamard.block_size} does not divide K = {k}")
     if spec.rank > min(n, k):
         raise InputError(f"layer {layer}: rank {spec.rank} exceeds the smaller side of [{n}, {k}]")
+
+
+def _check_activation(k: int, spec: FormatSpec) -> None:
+    """Raises InputError when tokens of `k` elements cannot be rounded to the format one by one."""
+    fmt = spec.resolve()
+    fmt.check(k, spec)
+    if fmt.stacked:
+        raise InputError(f"format {spec.format} has one {fmt.stacked[0]} for all rows: it is for weights alone")
 
 
 def weight_layout(n: int, k: int, spec: LayerSpec) -> dict[str, TensorLayout]:

@@ -181,7 +181,7 @@ def _parse_format(text: str, name: str, suffix: str = "") -> FormatSpec:
         rf"({'|'.join(sorted(map(re.escape, by_tag), key=len, reverse=True))})(?:g(\d+))?{suffix}", text
     )
     if match is None:
-        raise InputError(f"spec '{name}': cannot read the format '{text}'. Known: {', '.join(sorted(by_tag))}")
+        raise unknown("format", text, by_tag, f"spec '{name}'")
     return FormatSpec(by_tag[match[1]], int(match[2]) if match[2] else None)
 
 

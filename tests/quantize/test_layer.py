@@ -46,6 +46,7 @@ def test_quantised_activations_do_not_mix_rows(spec: LayerSpec, random_layer: Ma
     [
         ("w4g128", "group size 128 does not divide K = 64"),
         ("w4g64-a4g128", "group size 128 does not divide K = 64"),
+        ("w8-avq2tok", "format vq2 has one weight_codebook for all rows"),
         ("w8-h128", "Hadamard block 128 does not divide K = 64"),
         ("w8-r41", "rank 41 exceeds the smaller side"),
     ],

@@ -73,6 +73,12 @@ def test_a_name_that_cannot_be_read_is_quoted(name: str) -> None:
     assert f"'{name}'" in str(caught.value)
 
 
+@pytest.mark.parametrize(("name", "near"), [("wfp5-ae2m1tok", "fp4"), ("wvq4", "vq3"), ("w8-amxfp8g32", "mxfp4")])
+def test_an_unknown_format_in_a_name_gets_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(InputError, match=f"spec '{name}': unknown format .*did you mean '{near}'"):
+        LayerSpec.parse(name)
+
+
 @pytest.mark.parametrize("name", ["w4-s-s", "w4-r4-r8", "w4-h16-h32", "w4-a8tok-a8tok"])
 def test_a_part_is_given_once(name: str) -> None:
     with pytest.raises(InputError, match="again"):
