@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -294,8 +295,5 @@ def open_tuner(source: Source | ModelSource, settings: Options, device: torch.de
         return BlockTuner(source.model, find_family(source.model), source.run, None, progress)
     sampler, workload = make_sampler(source, torch.float32, device), settings.workload()
     few = dataclasses.replace(workload, samples=min(workload.samples, TUNED_SAMPLES))
-
-    def sample() -> None:
-        sampler.run(few, decode=False)
-
-    return BlockTuner(sampler.denoiser, sampler.family, sample, settings.steps, progress)
+    run = partial(sampler.run, few, decode=False)
+    return BlockTuner(sampler.denoiser, sampler.family, run, settings.steps, progress)
