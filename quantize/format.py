@@ -195,8 +195,8 @@ def group_of(k: int, spec: FormatSpec, device: torch.device) -> Tensor:
 
 
 def quantize_activation(x: Tensor, spec: FormatSpec | None) -> Tensor:
-    """x: float [M, K] quantised and dequantised by rows, in x's dtype; x itself when `spec` is None."""
-    if spec is None:
+    """x: float [M, K] quantised and dequantised by rows, in x's dtype; x itself when `spec` is None, or M is 0."""
+    if spec is None or not len(x):
         return x
     fmt = spec.resolve()
     held = fmt.quantize_rows(x, spec)

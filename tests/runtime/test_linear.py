@@ -77,6 +77,12 @@ def test_any_leading_shape_and_dtype(dtype: torch.dtype, spec: LayerSpec, random
     assert torch.equal(layer(x[0, 0, 0]), layer(x[0, 0, :1])[0])
 
 
+@pytest.mark.parametrize("name", ["w8-amxfp4g32", "w8-anvfp4g16", "w8-ae2m1g16", "w8-a4g64", "w8-af8tok"])
+def test_no_rows_in_a_format_that_is_simulated(name: str, random_layer: Make) -> None:
+    layer_spec = LayerSpec.parse(name)
+    assert run_layer(torch.randn(0, 64), random_layer(40, 64, layer_spec), layer_spec, None).shape == (0, 40)
+
+
 def test_no_rows_give_no_rows(spec: LayerSpec, random_layer: Make) -> None:
     assert _layer(spec, random_layer(N, K, spec))(torch.randn(2, 0, K)).shape == (2, 0, N)
 
