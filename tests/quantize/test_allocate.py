@@ -244,7 +244,7 @@ def test_a_plan_survives_json_and_refuses_what_it_does_not_know() -> None:
         ({"solvr": "milp"}, "unknown key 'solvr'; did you mean 'solver'"),
         ({"solver": "guess"}, "unknown solver 'guess'"),
         ({"bytes": "many"}, "expected 'bytes' as int"),
-        ({"layers": {"a": "w5x"}}, "cannot read"),
+        ({"layers": {"a": "w5x"}}, "spec 'w5x': unknown format '5x'"),
     ):
         with pytest.raises(InputError, match=message):
             BitPlan.from_dict({**data, **change})

@@ -226,10 +226,10 @@ def test_a_doubled_batch_is_unconditional_first_as_pipelines_build_it(case: tupl
 
 def test_a_family_says_what_its_model_must_be_given(case: tuple[str, nn.Module]) -> None:
     name, model = case
-    wanted = find_family(model).condition_shapes(model)
-    inputs: dict[str, Any] = _inputs(name)
-    for key, shape in wanted.items():
-        given = tuple(inputs[key].shape[1:])
+    family, inputs = find_family(model), _inputs(name)
+    for key, shape in family.condition_shapes(model).items():
+        # of what the model takes once for all samples, a file of conditions has a row for each
+        given = tuple(inputs[key].shape[0 if key in family.shared else 1 :])
         assert len(given) == len(shape)
         assert all(size in (None, found) for size, found in zip(shape, given, strict=True)), key
 
