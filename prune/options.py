@@ -136,7 +136,7 @@ class Options:
         }
         for option, names in unused.items():
             if name := next((name for name in names if name in told), None):
-                raise InputError(f"--{name.replace('_', '-')} changes nothing beside {option}; leave it out")
+                raise InputError(f"{_option(name)} changes nothing beside {option}; leave it out")
 
     def generation(self, device: torch.device) -> Generation:
         samples = self.samples or (256 if device.type == "cpu" else 16_384)
