@@ -25,6 +25,7 @@ import torch
 
 import vdit_quant
 from vdit_quant.evaluate.compare import Run, check_pair, compare_runs, sample_seeds
+from vdit_quant.evaluate.sample_parts import part_folder
 from vdit_quant.evaluate.sampling import Workload
 from vdit_quant.runtime.describe import describe_artifact
 
@@ -66,8 +67,8 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     """Measures every variant; the result is plain JSON."""
     seeds = tuple(options.seed or (1, 2, 3))
     workload = Workload(options.samples, options.steps, 0, options.guidance, options.batch_size, dtype=options.dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        baseline = sample_seeds(options.model, workload, seeds, options.device, "baseline", folder=Path(folder))
+    with part_folder(None) as folder:
+        baseline = sample_seeds(options.model, workload, seeds, options.device, "baseline", folder=folder)
         rows = [measure_variant(variant, options, baseline) for variant in options.variant or ["w8a8", "w4a8"]]
     return {
         "model": options.name,
@@ -83,15 +84,13 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_variant(variant: str, options: argparse.Namespace, baseline: Run) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, part_folder(None) as kept:
         settings = settings_of(variant, options)
         start = time.perf_counter()
         artifact = vdit_quant.compress(options.model, Path(folder) / "artifact", **settings)
         seconds = time.perf_counter() - start
         check_pair(artifact, options.model)
         inside = describe_artifact(artifact, options.device)
-        kept = Path(folder) / "samples"
-        kept.mkdir()
         run = sample_seeds(artifact, baseline.workload, baseline.seeds, options.device, variant, folder=kept)
         result = compare_runs(run, baseline)
     row = {

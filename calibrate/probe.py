@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from ..quantize.errors import InputError
 from ..runtime.family import Family
-from ..runtime.step import StepTracker, bind_call, signature_of
-
-_TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+from ..runtime.step import TIMESTEP_NAMES, StepTracker, bind_call, signature_of
 
 
 @dataclass(frozen=True)
@@ -201,7 +199,7 @@ def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], branc
     named = bind_call(signature_of(model), args, kwargs)
     latents = next((v for v in named.values() if isinstance(v, Tensor)), None)
     rows = 1 if latents is None else len(latents)
-    timestep = next((named[name] for name in _TIMESTEP_NAMES if named.get(name) is not None), None)
+    timestep = next((named[name] for name in TIMESTEP_NAMES if named.get(name) is not None), None)
     steps = None
     if timestep is not None:
         given = torch.as_tensor(timestep, dtype=torch.float32).cpu()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..quantize.errors import InputError
 from ..quantize.stats import LayerStats
 from ..runtime.family import Family
+from ..runtime.linear import input_of
 from ..runtime.step import StepTracker
 from .replay import Place
 
@@ -85,7 +86,7 @@ class Recorder:
 
     def _hook(self, name: str, kinds: frozenset[str]) -> Any:
         def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs["input"]
+            x = input_of(args, kwargs)
             if self._shares(name, x, kinds):
                 return
             self._part(name)

@@ -29,7 +29,7 @@ class SeedSamples:
 
     parts       its samples in order, each part in memory or in a safetensors file
     conditions  a name for what was asked for
-    guidance    the scale it was sampled with; None: the pipeline's default
+    guidance    the scale it was sampled with; None: the sampler knows none
     """
 
     parts: tuple[Samples | Path, ...]

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..runtime.linear import input_of
+
 _LATENTS = "hidden_states"
 # what a block of two streams returns, in this order
 _STREAMS = ("encoder_hidden_states", _LATENTS)
@@ -172,7 +174,7 @@ class Adapters(_Hooks):
         def add(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             if not self.active:
                 return None
-            x = args[0] if args else kwargs["input"]
+            x = input_of(args, kwargs)
             return output + self.scale * F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)).to(output.dtype)
 
         return add

@@ -20,7 +20,8 @@ def unused_choices(spec: LayerSpec, params: dict[str, Any]) -> frozenset[str]:
         found |= {"rounding", "damp", "act_order"}
     if not (isinstance(fmt, Minifloat) and len(fmt.elements) > 1):
         found.add("element")
-    if fmt.tag == "nf4":
+    # a row is rescaled by its scale; the number of columns, one group here, does not matter
+    if "weight_scale" not in fmt.layout(1, spec.weight.group_size or 1, spec.weight):
         found.add("unbiased")
     if params.get("rounding") == "rtn":
         found |= {"damp", "act_order", "sweeps"}

@@ -12,6 +12,12 @@ from ..quantize.layer import dense_weight, layer_layout, run_layer
 from ..quantize.spec import LayerSpec
 
 
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a hook's linear layer was called with, by position or by name."""
+    x: Tensor = args[0] if args else kwargs["input"]
+    return x
+
+
 class CompressedLinear(nn.Linear):
     """`y = run_layer(x)` for x [..., K] in any float dtype; y [..., N] in the same dtype.
 
